@@ -1,0 +1,7 @@
+"""Native attacks: ART objects that are also plain callables on tensors."""
+
+from guardians.attacks.base import Attack
+from guardians.attacks.fgsm import FGSM, FastGradientMethod
+from guardians.attacks.pgd import PGD, ProjectedGradientDescent
+
+__all__ = ["FGSM", "PGD", "Attack", "FastGradientMethod", "ProjectedGradientDescent"]

@@ -1,0 +1,112 @@
+"""Checks of what users pass in, made before any work; each error names the argument, its value and what is allowed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from guardians.attacks.victim import Victim
+
+__all__ = ["check_images", "check_integer", "check_number", "labels_from"]
+
+
+def check_number(name: str, value: Any, *, low: float, exclusive: bool = False) -> None:
+    """Raise unless `value` is a finite number, array or tensor with all entries >= `low` (> with `exclusive`).
+
+    Raises:
+        TypeError: it is none of these.
+        ValueError: an entry is too low, infinite or NaN.
+    """
+    if isinstance(value, (str, bool)) or value is None:
+        raise TypeError(f"{name}={value!r}: must be a number, an array or a tensor")
+    entries = value.detach().cpu().double().numpy() if isinstance(value, Tensor) else np.asarray(value, dtype=float)
+    bad = ~(np.isfinite(entries) & (entries > low if exclusive else entries >= low))
+    if bad.any():
+        got = repr(value) if entries.ndim == 0 else f"an array with {float(entries[bad].flat[0])}"
+        raise ValueError(f"{name}={got}: must be {'above' if exclusive else 'at least'} {low:g} and finite")
+
+
+def check_integer(name: str, value: Any, *, low: int) -> None:
+    """Raise unless `value` is an integer >= `low`.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is too low.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}={value!r}: must be an integer")
+    if value < low:
+        raise ValueError(f"{name}={value}: must be at least {low}")
+
+
+def check_images(x: Tensor, victim: Victim, name: str = "x") -> None:
+    """Raise unless `x` is a batch of images that the victim can be given.
+
+    Raises:
+        TypeError: the images are not floating point, or in another dtype than the model.
+        ValueError: the batch is empty or of a wrong shape, has NaN or infinite entries or entries outside
+            `clip_values`, or is on another device than the model.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"{name} has dtype {x.dtype}: must be floating point, images in the range of clip_values")
+    if victim.dtype in (torch.float32, torch.float64) and x.dtype != victim.dtype:
+        raise TypeError(f"{name} has dtype {x.dtype}, the model {victim.dtype}: they must be the same")
+    shape = tuple(x.shape)
+    if victim.input_shape is None and x.ndim != 4:
+        raise ValueError(f"{name} has shape {shape}: must be images (N, C, H, W)")
+    if victim.input_shape is not None and shape[1:] != victim.input_shape:
+        raise ValueError(f"{name} has shape {shape}: the estimator's input_shape is {victim.input_shape}")
+    if len(x) == 0:
+        raise ValueError(f"{name} has shape {shape}: the batch is empty")
+    if victim.device is not None and x.device != victim.device:
+        raise ValueError(f"{name} is on {x.device}, the model on {victim.device}: they must be on the same device")
+    if not x.isfinite().all():
+        raise ValueError(f"{name} has NaN or infinite entries: all must be finite")
+    if victim.clip_values is not None:
+        low, high = (bound.to(x) for bound in victim.clip_values)
+        if (x < low).any() or (x > high).any():
+            raise ValueError(
+                f"{name} has entries from {x.min().item():g} to {x.max().item():g}: "
+                f"must be within clip_values, {low.min().item():g} to {high.max().item():g}"
+            )
+
+
+def labels_from(y: Any, n: int, nb_classes: int | None) -> Tensor:
+    """Labels (N,) as int64, from indices (N,) or (N, 1), or one-hot rows (N, classes).
+
+    Raises:
+        TypeError: they are neither an array nor a tensor nor a sequence of numbers.
+        ValueError: their number is not `n`, a row is not one-hot, or an index is not an integer in [0, nb_classes).
+    """
+    try:
+        y = torch.as_tensor(y).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"y of type {type(y).__name__}: must be labels as an array or a tensor") from error
+    if y.ndim not in (1, 2) or len(y) != n:
+        raise ValueError(f"y has shape {tuple(y.shape)}: must be indices ({n},) or one-hot rows ({n}, classes)")
+    if y.ndim == 2 and y.shape[1] > 1:
+        if nb_classes is not None and y.shape[1] != nb_classes:
+            raise ValueError(f"y has shape {tuple(y.shape)}: the model has {nb_classes} classes")
+        if not (((y == 0) | (y == 1)).all() and (y.sum(1) == 1).all()):
+            raise ValueError("y has rows that are not one-hot: each must hold a single 1 and zeros")
+        return y.argmax(1)
+    indices = y.reshape(n).long()
+    if y.is_floating_point() and not (y.reshape(n) == indices).all():
+        raise ValueError("y has entries that are not integers: labels are class indices")
+    check_label_range(indices, nb_classes)
+    return indices
+
+
+def check_label_range(labels: Tensor, nb_classes: int | None) -> None:
+    """Raise unless all labels are in [0, nb_classes); None stands for a number that is not known yet.
+
+    Raises:
+        ValueError: one is not.
+    """
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or (nb_classes is not None and highest >= nb_classes):
+        allowed = "[0, classes)" if nb_classes is None else f"[0, {nb_classes})"
+        raise ValueError(f"y has labels from {lowest} to {highest}: must be in {allowed}")

@@ -1,0 +1,97 @@
+"""The geometry of p-norm balls, 1 <= p <= inf, over batches: the first dimension is the sample."""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guardians.attacks.rng import SampleRng
+
+__all__ = ["as_norm", "lp_norm", "project", "pull_into_ball", "random_in_ball", "steepest_ascent"]
+
+
+def as_norm(norm: Any) -> float:
+    """The order p of a norm given as ART takes it: 1, 2, another real p >= 1, `inf` or "inf".
+
+    Raises:
+        ValueError: anything else.
+    """
+    p = float("inf") if norm == "inf" else norm
+    if isinstance(p, bool) or not isinstance(p, Real) or not p >= 1:
+        raise ValueError(f'norm={norm!r}: allowed are 1, 2, any real p >= 1, inf and "inf"')
+    return float(p)
+
+
+def lp_norm(x: Tensor, p: float) -> Tensor:
+    """p-norm of each sample, with dimensions of size 1 kept: (N, ...) -> (N, 1, ...)."""
+    return torch.linalg.vector_norm(x, p, dim=tuple(range(1, x.ndim)), keepdim=True)
+
+
+def steepest_ascent(gradient: Tensor, p: float) -> Tensor:
+    """The d that maximises <gradient, d> over ||d||_p <= 1; zero where the gradient is zero.
+
+    Sign for inf, the normalised gradient for 2, the largest coordinate alone for 1 (the first where several are
+    equal). Madry et al. 2018, section 2.1, for inf and 2; Boyd and Vandenberghe, "Convex Optimization", section 9.4.
+    """
+    if p == float("inf"):
+        return gradient.sign()
+    # Divided by its largest entry first, so that squares of small gradients do not underflow.
+    largest = lp_norm(gradient, float("inf"))
+    scaled = gradient / largest.masked_fill(largest == 0, 1)
+    if p == 1:
+        flat = scaled.flatten(1)
+        position = flat.abs().argmax(1, keepdim=True)
+        return torch.zeros_like(flat).scatter_(1, position, flat.gather(1, position)).sign().view_as(gradient)
+    q = p / (p - 1)  # the dual norm
+    dual_norm = lp_norm(scaled, q)
+    unit = scaled / dual_norm.masked_fill(dual_norm == 0, 1)
+    return unit if p == 2 else unit.sign() * unit.abs() ** (q - 1)
+
+
+def project(delta: Tensor, eps: Tensor, p: float) -> Tensor:
+    """`delta` brought into the p-norm ball of radius `eps` (broadcastable to `delta`).
+
+    Clamped for inf and scaled towards zero for finite p, which for p other than 2 is not the nearest point of the
+    ball; it is what ART and foolbox do.
+    """
+    if p == float("inf"):
+        return torch.clamp(delta, -eps, eps)
+    norm = lp_norm(delta, p)
+    return delta * (eps / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1)
+
+
+def random_in_ball(like: Tensor, eps: Tensor, p: float, rng: SampleRng) -> Tensor:
+    """Uniform draws from the p-norm balls of radius `eps`, in the shape, dtype and device of `like`.
+
+    For finite p: coordinates with density proportional to exp(-|t|^p), divided by the p-norm of themselves extended by
+    an exponential variable (Barthe, Guedon, Mendelson and Naor, "A probabilistic approach to the geometry of the
+    l_p^n-ball", 2005, theorem 1).
+    """
+    shape = tuple(like.shape[1:])
+    if p == float("inf"):
+        unit = 2 * rng.uniform(shape) - 1
+    else:
+        magnitude_p = rng.gamma(1 / p, shape)  # |t|^p
+        extension = rng.gamma(1.0, (1,) * len(shape))
+        total = magnitude_p.sum(dim=tuple(range(1, like.ndim)), keepdim=True) + extension
+        unit = torch.where(rng.uniform(shape) < 0.5, -1.0, 1.0) * (magnitude_p / total) ** (1 / p)
+    return unit.to(like.device, like.dtype) * eps
+
+
+def pull_into_ball(x_adv: Tensor, x: Tensor, eps: Tensor, p: float) -> Tensor:
+    """`x_adv`, moved towards `x` by as little as puts it inside the ball in exact arithmetic, rounding included.
+
+    Images that rounding has left outside by some last bits are scaled in float64 and each pixel is rounded towards
+    `x`, so they stay inside any box that holds both; the others come back bit for bit. `eps` is float64.
+    """
+    delta = x_adv.double() - x.double()
+    excess = delta.abs() > eps if p == float("inf") else lp_norm(delta, p) > eps
+    inside = x + project(delta, eps * (1 - 1e-12), p)  # the margin covers float64's own rounding of a norm
+    rounded = inside.to(x.dtype)
+    # The rounding may have gone outwards: then the neighbour on the side of x is the one inside.
+    outwards = (rounded.double() - x).abs() > (inside - x).abs()
+    rounded = torch.where(outwards, rounded.nextafter(x), rounded)
+    return torch.where(excess, rounded, x_adv)

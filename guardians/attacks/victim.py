@@ -1,0 +1,149 @@
+"""The model under attack: what an attack may ask of an `nn.Module` or of an ART estimator."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from art.estimators.classification import PyTorchClassifier
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+__all__ = ["Victim", "undisturbed"]
+
+
+class Victim:
+    """Differentiable logits and the loss of a classifier, with ART's preprocessing and loss where there are any.
+
+    Attributes:
+        module: the user's model.
+        clip_values: bounds of valid images as tensors that broadcast to one image, or None where the estimator has
+            none. Images of a bare module are in [0, 1].
+        input_shape: the shape of one image, or None where it is not known.
+        nb_classes: number of classes, or None until the first forward pass.
+        device, dtype: of the model's first floating-point parameter or buffer; None where it has none.
+    """
+
+    def __init__(self, estimator: PyTorchClassifier | nn.Module) -> None:
+        self.module: nn.Module
+        self.clip_values: tuple[Tensor, Tensor] | None
+        self.input_shape: tuple[int, ...] | None
+        self.nb_classes: int | None
+        if isinstance(estimator, nn.Module):
+            self._estimator = None
+            self._loss = _PerSampleLoss(nn.CrossEntropyLoss())
+            self.module, self.input_shape, self.nb_classes = estimator, None, None
+            self.clip_values = (torch.tensor(0.0), torch.tensor(1.0))
+        else:
+            self._estimator = estimator
+            self._loss = _PerSampleLoss(estimator.loss)
+            self.module, self.nb_classes = estimator.model, estimator.nb_classes
+            self.input_shape = tuple(estimator.input_shape)
+            self.clip_values = _clip_tensors(estimator.clip_values, self.input_shape)
+        weights = (t for t in (*self.module.parameters(), *self.module.buffers()) if t.is_floating_point())
+        first = next(weights, None)
+        self.device = None if first is None else first.device
+        self.dtype = None if first is None else first.dtype
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits (N, classes) of images (N, ...), differentiable with respect to `x`.
+
+        Raises:
+            ValueError: the model does not return one row of logits for each image.
+        """
+        logits: Tensor = self.module(x if self._estimator is None else self._preprocess(x))
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"the model returned {got} for {len(x)} images; needed are logits (N, classes)")
+        self.nb_classes = logits.shape[1]
+        return logits
+
+    def clip(self, x: Tensor) -> Tensor:
+        """`x` clamped to `clip_values`."""
+        return x if self.clip_values is None else x.clamp(*(bound.to(x) for bound in self.clip_values))
+
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Loss of each sample, for labels (N,): cross-entropy, or the loss of the estimator.
+
+        A loss that cannot be had per sample comes back as it is; its sum has the same gradient direction.
+        """
+        if self._estimator is None:
+            return self._loss(logits, y)
+        return self._loss(logits, self._estimator.reduce_labels(one_hot(y, logits.shape[1]).to(logits.dtype)))
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Labels (N,) that the model gives to images (N, ...)."""
+        with torch.no_grad():
+            return self.logits(x).argmax(1)
+
+    def _preprocess(self, x: Tensor) -> Tensor:
+        estimator = self._estimator
+        assert estimator is not None
+        if estimator.all_framework_preprocessing:
+            preprocessed: Tensor = estimator._apply_preprocessing(x, y=None, fit=False, no_grad=False)[0]
+            return preprocessed
+        output: Tensor = _NumpyPreprocessing.apply(x, estimator)
+        return output
+
+
+class _NumpyPreprocessing(torch.autograd.Function):
+    """ART preprocessors that exist in numpy only, with the gradient estimates that they come with."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, estimator: PyTorchClassifier) -> Tensor:
+        array = x.detach().cpu().numpy()
+        ctx.estimator, ctx.array = estimator, array
+        return torch.from_numpy(np.asarray(estimator._apply_preprocessing(array, y=None, fit=False)[0])).to(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0]
+        estimated = ctx.estimator._apply_preprocessing_gradient(ctx.array, gradient.cpu().numpy())
+        return torch.from_numpy(np.asarray(estimated)).to(gradient), None
+
+
+class _PerSampleLoss:
+    """A loss without its reduction, where it has one."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._loss = loss
+        if hasattr(loss, "reduction"):
+            self._loss = copy.copy(loss)
+            self._loss.reduction = "none"  # type: ignore[attr-defined]
+
+    def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
+        loss = self._loss(logits, target)
+        return loss.flatten(1).sum(1) if loss.ndim > 1 else loss
+
+
+def _clip_tensors(clip_values: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
+    if clip_values is None:
+        return None
+    low, high = (torch.as_tensor(np.asarray(bound, dtype=np.float64)) for bound in clip_values)
+    # ART lets the bounds of single features come flat or in the shape of an image.
+    return tuple(bound.reshape(shape) if bound.numel() > 1 else bound.reshape(()) for bound in (low, high))  # type: ignore[return-value]
+
+
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode and frozen parameters inside, everything as it was outside.
+
+    The flags are set directly, so a module that overrides `train` does not notice.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    try:
+        for part, _ in modes:
+            part.training = False
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+        for parameter in trainable:
+            parameter.requires_grad_(True)

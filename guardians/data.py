@@ -1,0 +1,159 @@
+"""Datasets as tensors: uint8 NCHW images with int64 labels, read once.
+
+`load_data` is the only door. It reads torchvision's CIFAR-10, any `ImageFolder` tree with `train/` and `test/`, or,
+where no data set is named, the twenty original CIFAR-10 test images that the `foolbox` package ships.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets import CIFAR10, ImageFolder
+
+__all__ = ["CIFAR10_CLASSES", "ENVIRONMENT_VARIABLE", "Dataset", "class_balanced_subset", "load_data"]
+
+ENVIRONMENT_VARIABLE = "GUARDIANS_DATA"
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images and labels in memory.
+
+    Attributes:
+        images: uint8 tensor of shape (N, C, H, W), values 0 to 255.
+        labels: int64 tensor of shape (N,), each in [0, len(classes)).
+        classes: the class names, in label order.
+        source: where the images came from, for tables and messages.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def as_floats(self) -> Tensor:
+        """The images as float32 in [0, 1]."""
+        return self.images.float() / 255
+
+
+def load_data(
+    root: str | os.PathLike[str] | None = None,
+    split: str = "test",
+    n: int | None = None,
+    *,
+    seed: int = 0,
+    download: bool = False,
+) -> Dataset:
+    """Read a data set, or a class-balanced subset of it.
+
+    Args:
+        root: folder of torchvision's CIFAR-10 (`cifar-10-batches-py`), or of an `ImageFolder` tree with `train/` and
+            `test/`. None takes the environment variable `GUARDIANS_DATA`; where that is not set either, the offline
+            sample: the 20 original CIFAR-10 test images in the `foolbox` package, whatever the split.
+        split: "train" or "test".
+        n: number of images, class-balanced and drawn with `seed` (see `class_balanced_subset`); None takes all.
+        seed: seed of the subset.
+        download: let torchvision download CIFAR-10 into `root`.
+
+    Raises:
+        ValueError: the split is unknown, `n` is below 1 or above the number of images, or the folder holds no images,
+            or images of several shapes.
+        FileNotFoundError: `root` does not exist, or no data is named and `foolbox` is not installed.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split={split!r}: allowed are 'train' and 'test'")
+    if n is not None and n < 1:
+        raise ValueError(f"n={n}: a subset needs at least 1 image")
+    root = root or os.environ.get(ENVIRONMENT_VARIABLE)
+    if root is None:
+        if download:
+            raise ValueError("download=True needs a folder to download into: give root (--data)")
+        return _offline_sample(n, seed)
+    path = Path(root).expanduser()
+    if (path / CIFAR10.base_folder).is_dir() or download:
+        return _torchvision_cifar10(path, split, n, seed, download)
+    if not path.is_dir():
+        raise FileNotFoundError(f"data path {str(path)!r} does not exist or is not a folder")
+    return _image_folder(path, split, n, seed)
+
+
+def class_balanced_subset(labels: Sequence[int] | np.ndarray, n: int, seed: int = 0) -> np.ndarray:
+    """Indices of `n` samples, drawn without replacement and as evenly over the classes as their sizes permit.
+
+    Smaller subsets are prefixes of larger ones drawn with the same seed, so the first 200 images of a run on 1,000
+    are those of a run on 200.
+
+    Raises:
+        ValueError: `n` exceeds the number of samples.
+    """
+    labels = np.asarray(labels)
+    if n > len(labels):
+        raise ValueError(f"n={n}: the data set has only {len(labels)} images")
+    order = np.random.default_rng(seed).permutation(len(labels))
+    rank = np.empty(len(labels), dtype=np.int64)  # how many of its own class come before a sample
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        rank[members] = np.arange(len(members))
+    return order[np.lexsort((labels[order], rank[order]))][:n]
+
+
+def _torchvision_cifar10(path: Path, split: str, n: int | None, seed: int, download: bool) -> Dataset:
+    cifar10 = CIFAR10(str(path), train=split == "train", download=download)
+    labels = np.asarray(cifar10.targets)
+    chosen = np.arange(len(labels)) if n is None else class_balanced_subset(labels, n, seed)
+    images = torch.from_numpy(cifar10.data[chosen]).permute(0, 3, 1, 2).contiguous()
+    return Dataset(images, torch.from_numpy(labels[chosen]), CIFAR10_CLASSES, f"CIFAR-10 ({path}, {split})")
+
+
+def _image_folder(path: Path, split: str, n: int | None, seed: int) -> Dataset:
+    if not (path / split).is_dir():
+        raise ValueError(f"data path {str(path)!r} has neither {CIFAR10.base_folder!r} nor a folder {split!r}")
+    try:
+        folder = ImageFolder(str(path / split))
+    except FileNotFoundError as error:
+        raise ValueError(f"data path {str(path / split)!r} has no images in class folders: {error}") from error
+    labels = np.asarray(folder.targets, dtype=np.int64)
+    chosen = np.arange(len(labels)) if n is None else class_balanced_subset(labels, n, seed)
+    images = _read_images([Path(folder.samples[i][0]) for i in chosen])
+    return Dataset(images, torch.from_numpy(labels[chosen]), tuple(folder.classes), f"{path} ({split})")
+
+
+def _offline_sample(n: int | None, seed: int) -> Dataset:
+    spec = importlib.util.find_spec("foolbox")
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(
+            f"no data: give a folder (--data or {ENVIRONMENT_VARIABLE}), or install foolbox for its 20 sample images"
+        )
+    files = sorted((Path(spec.submodule_search_locations[0]) / "data").glob("cifar10_*.png"))
+    labels = np.asarray([int(file.stem.rsplit("_", 1)[1]) for file in files])
+    # The sample is a stand-in that the user did not choose: a larger n gets all of it, and `source` says so.
+    chosen = class_balanced_subset(labels, min(n or len(files), len(files)), seed)
+    images = _read_images([files[i] for i in chosen])
+    source = f"offline sample: {len(images)} CIFAR-10 test images from the foolbox package"
+    return Dataset(images, torch.from_numpy(labels[chosen]), CIFAR10_CLASSES, source)
+
+
+def _read_images(files: Sequence[Path]) -> Tensor:
+    def read(file: Path) -> np.ndarray:
+        with Image.open(file) as image:
+            return np.asarray(image.convert("RGB"))
+
+    with ThreadPoolExecutor() as pool:  # Pillow decodes without holding the GIL
+        arrays = list(pool.map(read, files))
+    for file, array in zip(files, arrays, strict=True):
+        if array.shape != arrays[0].shape:
+            raise ValueError(f"{file}: shape {array.shape}, but {files[0]} has {arrays[0].shape}; all must agree")
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,19 @@
+"""Architectures and bundled weights: `load_model("resnet9-16-standard")`."""
+
+from guardians.models.architectures import CIFAR10_MEAN, CIFAR10_STD, Normalize, resnet9, resnet18, wide_resnet
+from guardians.models.registry import ARCHITECTURES, build_model, bundled_models, load_model, model_card, save_model
+
+__all__ = [
+    "ARCHITECTURES",
+    "CIFAR10_MEAN",
+    "CIFAR10_STD",
+    "Normalize",
+    "build_model",
+    "bundled_models",
+    "load_model",
+    "model_card",
+    "resnet9",
+    "resnet18",
+    "save_model",
+    "wide_resnet",
+]

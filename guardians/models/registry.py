@@ -1,0 +1,135 @@
+"""Models by name: bundled weights with their cards, and a user's own `package.module:callable`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from guardians.models.architectures import resnet9, resnet18, wide_resnet
+
+__all__ = ["ARCHITECTURES", "build_model", "bundled_models", "load_model", "model_card", "save_model"]
+
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
+    "resnet9": resnet9,
+    "resnet18": resnet18,
+    "wide_resnet": wide_resnet,
+}
+
+_WEIGHTS = Path(__file__).parent / "weights"
+
+
+def bundled_models() -> list[str]:
+    """Names of the models whose weights come with the package, as architecture-recipe."""
+    return sorted(card.stem for card in _WEIGHTS.glob("*.json"))
+
+
+def model_card(name: str) -> dict[str, Any]:
+    """The JSON card of a bundled model: architecture, recipe, data, accuracy and the command that trained it.
+
+    Raises:
+        ValueError: there is no such model; the message lists the known ones.
+    """
+    if name not in bundled_models():
+        raise ValueError(
+            f"model={name!r}: unknown; bundled are {', '.join(bundled_models())}; "
+            "a model of your own is named package.module:callable"
+        )
+    card: dict[str, Any] = json.loads((_WEIGHTS / f"{name}.json").read_text())
+    return card
+
+
+def build_model(architecture: str, **arguments: int) -> nn.Module:
+    """A freshly initialised model.
+
+    Raises:
+        ValueError: the architecture is unknown, or does not take these arguments.
+    """
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture={architecture!r}: unknown; known are {', '.join(ARCHITECTURES)}")
+    try:
+        return ARCHITECTURES[architecture](**arguments)
+    except TypeError as error:
+        raise ValueError(f"architecture={architecture!r} does not take {arguments}: {error}") from error
+
+
+def load_model(
+    name: str,
+    weights: str | os.PathLike[str] | None = None,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """A model in evaluation mode.
+
+    Args:
+        name: a bundled model (see `bundled_models`), or `package.module:callable`, where the callable takes no
+            arguments and returns an `nn.Module` that gives logits for images in [0, 1]. The working directory is
+            searched for the module as well.
+        weights: a `.safetensors` file, or a file of `torch.save` holding a state dict, which is read with
+            `weights_only=True`. It replaces the bundled weights, or those that the callable set.
+        device: where the model goes.
+
+    Raises:
+        ValueError: the name is unknown, the callable cannot be imported or returns something else, or the weights do
+            not fit the model; the message names the tensors.
+        FileNotFoundError: the weights file does not exist.
+    """
+    if ":" in name:
+        model = _import_model(name)
+        if weights is not None:
+            _load_weights(model, Path(weights))
+    else:
+        architecture = dict(model_card(name)["architecture"])
+        model = build_model(architecture.pop("name"), **architecture)
+        _load_weights(model, Path(weights) if weights is not None else _WEIGHTS / f"{name}.safetensors")
+    return model.to(device).eval()
+
+
+def save_model(model: nn.Module, card: dict[str, Any], folder: str | os.PathLike[str]) -> Path:
+    """Write `<card["name"]>.safetensors` and its JSON card into `folder`; returns the path of the weights."""
+    path = Path(folder) / f"{card['name']}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
+    path.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n")
+    return path
+
+
+def _import_model(name: str) -> nn.Module:
+    module_name, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"model={name!r}: {attribute or 'nothing'!r} cannot be imported: {error}") from error
+    if not callable(factory):
+        raise ValueError(f"model={name!r}: not a callable but {type(factory).__name__}")
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model={name!r}: returned {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"weights file {str(path)!r} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            state: dict[str, Tensor] = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"weights file {str(path)!r} cannot be read as a state dict: {error}") from error
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"weights file {str(path)!r} does not fit the model: {error}") from error
