@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -62,23 +63,26 @@ def load_data(
     Args:
         root: folder of torchvision's CIFAR-10 (`cifar-10-batches-py`), or of an `ImageFolder` tree with `train/` and
             `test/`. None takes the environment variable `GUARDIANS_DATA`; where that is not set either, the offline
-            sample: the 20 original CIFAR-10 test images in the `foolbox` package, whatever the split.
+            sample: the 20 original CIFAR-10 test images in the `foolbox` package, whatever the split. An empty value
+            counts as not set.
         split: "train" or "test".
-        n: number of images, class-balanced and drawn with `seed` (see `class_balanced_subset`); None takes all.
+        n: number of images, class-balanced and drawn with `seed` (see `class_balanced_subset`); None takes all, in
+            the order of the data set. Of the offline sample, an `n` above 20 gives all 20.
         seed: seed of the subset.
         download: let torchvision download CIFAR-10 into `root`.
 
     Raises:
         ValueError: the split is unknown, `n` is below 1 or above the number of images, or the folder holds no images,
-            or images of several shapes.
+            images of several shapes, a file that is not an image, other classes in `train/` than in `test/`, or a
+            CIFAR-10 whose files are missing or changed.
         FileNotFoundError: `root` does not exist, or no data is named and `foolbox` is not installed.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r}: allowed are 'train' and 'test'")
-    if n is not None and n < 1:
-        raise ValueError(f"n={n}: a subset needs at least 1 image")
+    if n is not None:
+        _check_size(n)
     root = root or os.environ.get(ENVIRONMENT_VARIABLE)
-    if root is None:
+    if not root:
         if download:
             raise ValueError("download=True needs a folder to download into: give root (--data)")
         return _offline_sample(n, seed)
@@ -97,8 +101,9 @@ def class_balanced_subset(labels: Sequence[int] | np.ndarray, n: int, seed: int 
     are those of a run on 200.
 
     Raises:
-        ValueError: `n` exceeds the number of samples.
+        ValueError: `n` is below 1 or exceeds the number of samples.
     """
+    _check_size(n)
     labels = np.asarray(labels)
     if n > len(labels):
         raise ValueError(f"n={n}: the data set has only {len(labels)} images")
@@ -110,10 +115,22 @@ def class_balanced_subset(labels: Sequence[int] | np.ndarray, n: int, seed: int 
     return order[np.lexsort((labels[order], rank[order]))][:n]
 
 
+def _check_size(n: int) -> None:
+    if not isinstance(n, Integral) or n < 1:
+        raise ValueError(f"n={n!r}: the number of images must be an integer of at least 1")
+
+
+def _choose(labels: np.ndarray, n: int | None, seed: int) -> np.ndarray:
+    return np.arange(len(labels)) if n is None else class_balanced_subset(labels, n, seed)
+
+
 def _torchvision_cifar10(path: Path, split: str, n: int | None, seed: int, download: bool) -> Dataset:
-    cifar10 = CIFAR10(str(path), train=split == "train", download=download)
-    labels = np.asarray(cifar10.targets)
-    chosen = np.arange(len(labels)) if n is None else class_balanced_subset(labels, n, seed)
+    try:
+        cifar10 = CIFAR10(str(path), train=split == "train", download=download)
+    except RuntimeError as error:  # a file is missing or has another checksum
+        raise ValueError(f"data path {str(path / CIFAR10.base_folder)!r} is not CIFAR-10: {error}") from error
+    labels = np.asarray(cifar10.targets, dtype=np.int64)
+    chosen = _choose(labels, n, seed)
     images = torch.from_numpy(cifar10.data[chosen]).permute(0, 3, 1, 2).contiguous()
     return Dataset(images, torch.from_numpy(labels[chosen]), CIFAR10_CLASSES, f"CIFAR-10 ({path}, {split})")
 
@@ -125,22 +142,27 @@ def _image_folder(path: Path, split: str, n: int | None, seed: int) -> Dataset:
         folder = ImageFolder(str(path / split))
     except FileNotFoundError as error:
         raise ValueError(f"data path {str(path / split)!r} has no images in class folders: {error}") from error
+    other = path / ("train" if split == "test" else "test")
+    others = {entry.name for entry in other.iterdir() if entry.is_dir()} if other.is_dir() else set()
+    if others and (differing := others ^ set(folder.classes)):  # the same label would mean another class in each
+        raise ValueError(f"data path {str(path)!r}: train/ and test/ differ in the classes {sorted(differing)}")
     labels = np.asarray(folder.targets, dtype=np.int64)
-    chosen = np.arange(len(labels)) if n is None else class_balanced_subset(labels, n, seed)
+    chosen = _choose(labels, n, seed)
     images = _read_images([Path(folder.samples[i][0]) for i in chosen])
     return Dataset(images, torch.from_numpy(labels[chosen]), tuple(folder.classes), f"{path} ({split})")
 
 
 def _offline_sample(n: int | None, seed: int) -> Dataset:
     spec = importlib.util.find_spec("foolbox")
-    if spec is None or not spec.submodule_search_locations:
+    folders = spec.submodule_search_locations if spec else None
+    files = sorted((Path(folders[0]) / "data").glob("cifar10_*.png")) if folders else []
+    if not files:
         raise FileNotFoundError(
             f"no data: give a folder (--data or {ENVIRONMENT_VARIABLE}), or install foolbox for its 20 sample images"
         )
-    files = sorted((Path(spec.submodule_search_locations[0]) / "data").glob("cifar10_*.png"))
-    labels = np.asarray([int(file.stem.rsplit("_", 1)[1]) for file in files])
+    labels = np.asarray([int(file.stem.rsplit("_", 1)[1]) for file in files], dtype=np.int64)
     # The sample is a stand-in that the user did not choose: a larger n gets all of it, and `source` says so.
-    chosen = class_balanced_subset(labels, min(n or len(files), len(files)), seed)
+    chosen = _choose(labels, None if n is None else min(n, len(files)), seed)
     images = _read_images([files[i] for i in chosen])
     source = f"offline sample: {len(images)} CIFAR-10 test images from the foolbox package"
     return Dataset(images, torch.from_numpy(labels[chosen]), CIFAR10_CLASSES, source)
@@ -148,8 +170,11 @@ def _offline_sample(n: int | None, seed: int) -> Dataset:
 
 def _read_images(files: Sequence[Path]) -> Tensor:
     def read(file: Path) -> np.ndarray:
-        with Image.open(file) as image:
-            return np.asarray(image.convert("RGB"))
+        try:
+            with Image.open(file) as image:
+                return np.asarray(image.convert("RGB"))
+        except Exception as error:  # Pillow raises a different type for each way a file can be broken
+            raise ValueError(f"{file}: cannot be read as an image: {error}") from error
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes without holding the GIL
         arrays = list(pool.map(read, files))

@@ -1,17 +1,22 @@
 """Standard training: one-cycle SGD with label smoothing on seeded augmentations, resumable to the step.
 
 Data order and augmentation of a step are functions of (seed, epoch, step), so a run that was interrupted and resumed
-gives the same weights as one that was not (up to the arithmetic of the machine).
+gives the same weights as one that was not (up to the arithmetic of the machine, and unless the model draws random
+numbers of its own).
 """
 
 from __future__ import annotations
 
 import csv
+import math
+import operator
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +46,14 @@ class Recipe:
         momentum: Nesterov momentum of SGD.
         weight_decay: L2 penalty, on convolution and linear weights only.
         label_smoothing: Szegedy et al. 2016, section 7.
-        crop_padding: pixels of reflection padding before the random crop.
-        cutout: side of the square that is greyed out in each image (DeVries and Taylor 2017); 0 turns it off.
-        seed: of the initial weights, the data order and the augmentation.
+        crop_padding: pixels of reflection padding before the random crop; less than the side of the images.
+        cutout: side of the square that is greyed out in each image (DeVries and Taylor 2017); 0 turns it off. The
+            square has a central pixel, which may lie on the border: an even value gives a side of one pixel less.
+        seed: of the data order and the augmentation; the command line seeds the initial weights with it too.
+
+    Raises:
+        TypeError: a value is not a number, or a count not an integer.
+        ValueError: a value is out of range.
     """
 
     epochs: int = 24
@@ -58,15 +68,24 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            convert, kind = (operator.index, "an integer") if isinstance(field.default, int) else (float, "a number")
+            if isinstance(value, (str, bool)):
+                raise TypeError(f"{field.name}={value!r}: must be {kind}")
+            try:  # plain numbers, because a checkpoint that holds numpy's cannot be read back
+                object.__setattr__(self, field.name, convert(value))
+            except TypeError as error:
+                raise TypeError(f"{field.name}={value!r}: must be {kind}") from error
         for name in ("epochs", "batch_size", "peak_lr"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: must be above 0 and finite")
         for name in ("warmup", "momentum", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be in [0, 1)")
         for name in ("weight_decay", "crop_padding", "cutout"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0 and finite")
 
 
 def bfloat16_is_native(device: torch.device) -> bool:
@@ -90,38 +109,41 @@ def train(
     """Train `model` in place and return its accuracy on `test_data` (float32, evaluation mode).
 
     `folder` receives `log.csv`, a row an epoch (`LOG_COLUMNS`), and `checkpoint.pt`, written after every epoch and on
-    Ctrl-C; where it exists, training goes on from it.
+    Ctrl-C, which waits for the end of the step; where it exists, training goes on from it.
 
     Raises:
-        ValueError: there are fewer training images than one batch, or the checkpoint is of another recipe, of another
-            model, or cannot be read.
+        ValueError: there are fewer training images than one batch, no test images, the images are too small for
+            `crop_padding`, `folder` cannot be made, or the checkpoint is of another recipe, another number of steps
+            or another model, or cannot be read.
         KeyboardInterrupt: on Ctrl-C, after the checkpoint is written.
     """
     device = torch.device(device)
     if len(train_data) < recipe.batch_size:
         raise ValueError(f"batch_size={recipe.batch_size}: the training set has only {len(train_data)} images")
+    if len(test_data) == 0:
+        raise ValueError("test_data has no images")
+    if recipe.crop_padding >= (side := min(train_data.images.shape[2:])):
+        raise ValueError(f"crop_padding={recipe.crop_padding}: must be below {side}, the side of the images")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"folder={str(folder)!r}: cannot be made: {error}") from error
     checkpoint_file, log_file = folder / "checkpoint.pt", folder / "log.csv"
 
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     steps_per_epoch = len(train_data) // recipe.batch_size
     optimizer = torch.optim.SGD(
-        _parameter_groups(model, recipe.weight_decay), lr=recipe.peak_lr, momentum=recipe.momentum, nesterov=True
+        _parameter_groups(model, recipe.weight_decay),
+        lr=recipe.peak_lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.momentum > 0,
     )
-    schedule = OneCycleLR(
-        optimizer,
-        recipe.peak_lr,
-        total_steps=recipe.epochs * steps_per_epoch,
-        pct_start=recipe.warmup,
-        anneal_strategy="linear",
-        cycle_momentum=False,
-    )
-    progress = _Progress()
+    schedule = _one_cycle(optimizer, recipe, recipe.epochs * steps_per_epoch)
+    progress, between_steps = _Progress(), True
     if checkpoint_file.exists():
         progress = _restore(checkpoint_file, recipe, model, optimizer, schedule)
-    elif log_file.exists():
-        log_file.unlink()
+    _start_log(log_file, progress.epoch)
 
     def save() -> None:
         state = {
@@ -150,43 +172,57 @@ def train(
             )
             model.train()
             for x, y in batches:
-                with autocast:
-                    logits = model(x.contiguous(memory_format=torch.channels_last))
-                    loss = cross_entropy(logits.float(), y, label_smoothing=recipe.label_smoothing)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                learning_rate = schedule.get_last_lr()[0]
-                schedule.step()
-                progress.step += 1
-                progress.loss_sum += loss.item() * len(y)
-                progress.correct += int((logits.argmax(1) == y).sum())
+                with _uninterrupted():
+                    between_steps = False
+                    with autocast:
+                        logits = model(x.contiguous(memory_format=torch.channels_last))
+                        loss = cross_entropy(logits.float(), y, label_smoothing=recipe.label_smoothing)
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    optimizer.step()
+                    progress.learning_rate = float(schedule.get_last_lr()[0])
+                    schedule.step()
+                    progress.step += 1
+                    progress.loss_sum += loss.item() * len(y)
+                    progress.correct += int((logits.argmax(1) == y).sum())
+                    between_steps = True
             seen = steps_per_epoch * recipe.batch_size
             row = {
                 "epoch": progress.epoch + 1,
-                "learning_rate": learning_rate,
+                "learning_rate": progress.learning_rate,
                 "train_loss": progress.loss_sum / seen,
                 "train_accuracy": progress.correct / seen,
                 "test_accuracy": accuracy(model, test_data),
                 "seconds": time.perf_counter() - start,
             }
-            _append_row(log_file, row)
             if verbose:
                 tqdm.write("  ".join(f"{key} {value:.4g}" for key, value in row.items()))
-            progress = _Progress(epoch=progress.epoch + 1, seconds=row["seconds"])
-            save()
+            with _uninterrupted():
+                _append_row(log_file, row)
+                progress = _Progress(epoch=progress.epoch + 1, seconds=row["seconds"])
+                save()
     except KeyboardInterrupt:
-        progress.seconds = time.perf_counter() - start
-        save()
+        if between_steps:  # else a hook raised it inside a step, half of which is in the model
+            with _uninterrupted():
+                progress.seconds = time.perf_counter() - start
+                save()
         raise
-    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    model.to(memory_format=torch.contiguous_format)
     return accuracy(model, test_data)
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Dataset, batch_size: int = 500) -> float:
-    """Share of the images that the model, in evaluation mode and float32, classifies correctly."""
-    device = next(model.parameters()).device
+    """Share of the images that the model, in evaluation mode and float32, classifies correctly.
+
+    The model stays in evaluation mode.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    if len(data) == 0:
+        raise ValueError("data has no images")
+    device = next((parameter.device for parameter in model.parameters()), data.images.device)
     model.eval()
     correct = 0
     for start in range(0, len(data), batch_size):
@@ -198,13 +234,45 @@ def accuracy(model: nn.Module, data: Dataset, batch_size: int = 500) -> float:
 
 @dataclass
 class _Progress:
-    """Where a run stands: `step` steps into `epoch`, with the sums over those steps."""
+    """Where a run stands: `step` steps into `epoch`, with the sums over those steps and the rate of the last."""
 
     epoch: int = 0
     step: int = 0
     loss_sum: float = 0.0
     correct: int = 0
     seconds: float = 0.0
+    learning_rate: float = 0.0
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back until the end of the block, so that no checkpoint has half a step or misses its log row."""
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is None or threading.current_thread() is not threading.main_thread():
+        yield  # not Python's to handle, or handled in another thread
+        return
+    received: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if received:
+        signal.raise_signal(signal.SIGINT)
+
+
+def _one_cycle(optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int) -> OneCycleLR:
+    warmup = recipe.warmup
+    if warmup * total_steps == 1:  # OneCycleLR divides by the length of its first phase, which is one step shorter
+        warmup *= 1 - 1e-9
+    return OneCycleLR(
+        optimizer,
+        recipe.peak_lr,
+        total_steps=total_steps,
+        pct_start=warmup,
+        anneal_strategy="linear",
+        cycle_momentum=False,
+    )
 
 
 def _restore(
@@ -213,23 +281,41 @@ def _restore(
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         if state["recipe"] != asdict(recipe):
-            changed = {k: (v, asdict(recipe).get(k)) for k, v in state["recipe"].items() if asdict(recipe).get(k) != v}
+            there, here = state["recipe"], asdict(recipe)
+            changed = {key: (there.get(key), here.get(key)) for key in here | there if there.get(key) != here.get(key)}
             raise ValueError(f"it was written with another recipe (there, here): {changed}")
+        if (steps := state["schedule"]["total_steps"]) != schedule.total_steps:
+            raise ValueError(f"it is of a run of {steps} steps, this is one of {schedule.total_steps}: other data")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         return _Progress(**state["progress"])
     except Exception as error:  # torch.load raises a different type for each way a file can be broken
-        raise ValueError(f"checkpoint {str(file)!r} cannot be resumed: {error}; delete it to start over") from error
+        raise ValueError(
+            f"checkpoint {str(file)!r} cannot be resumed: {type(error).__name__}: {error}; delete it to start over"
+        ) from error
+
+
+def _start_log(file: Path, epochs: int) -> None:
+    """A header and those rows of an earlier run that the checkpoint holds, the first `epochs` ones.
+
+    A run killed between a row and its checkpoint leaves a row that will be written again.
+    """
+    rows = []
+    if file.exists():
+        done = {str(epoch + 1) for epoch in range(epochs)}
+        with file.open(newline="") as stream:
+            rows = [line for line in stream if line.endswith("\n") and line.partition(",")[0] in done]
+    partial = file.with_suffix(".partial.csv")
+    with partial.open("w", newline="") as stream:
+        csv.writer(stream).writerow(LOG_COLUMNS)
+        stream.writelines(rows)
+    partial.replace(file)
 
 
 def _append_row(file: Path, row: dict[str, float]) -> None:
-    is_new = not file.exists()
     with file.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, LOG_COLUMNS)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+        csv.DictWriter(stream, LOG_COLUMNS).writerow(row)
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from guardians.attacks.victim import Victim
 
-__all__ = ["check_images", "check_integer", "check_number", "labels_from"]
+__all__ = ["check_device", "check_flag", "check_images", "check_integer", "check_number", "labels_from", "mask_from"]
 
 
 def check_number(name: str, value: Any, *, low: float, exclusive: bool = False) -> None:
@@ -22,7 +22,10 @@ def check_number(name: str, value: Any, *, low: float, exclusive: bool = False) 
     """
     if isinstance(value, (str, bool)) or value is None:
         raise TypeError(f"{name}={value!r}: must be a number, an array or a tensor")
-    entries = value.detach().cpu().double().numpy() if isinstance(value, Tensor) else np.asarray(value, dtype=float)
+    try:
+        entries = value.detach().cpu().double().numpy() if isinstance(value, Tensor) else np.asarray(value, dtype=float)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}={value!r}: must be a number, an array or a tensor") from None
     bad = ~(np.isfinite(entries) & (entries > low if exclusive else entries >= low))
     if bad.any():
         got = repr(value) if entries.ndim == 0 else f"an array with {float(entries[bad].flat[0])}"
@@ -42,13 +45,36 @@ def check_integer(name: str, value: Any, *, low: int) -> None:
         raise ValueError(f"{name}={value}: must be at least {low}")
 
 
-def check_images(x: Tensor, victim: Victim, name: str = "x") -> None:
+def check_flag(name: str, value: Any) -> None:
+    """Raise unless `value` is True or False.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: must be True or False")
+
+
+def check_device(name: str, x: Any, victim: Victim) -> None:
+    """Raise unless `x` is a tensor where the victim is.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it is on another device than the model.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} of type {type(x).__name__}: must be a tensor; arrays go to generate()")
+    if victim.device is not None and x.device != victim.device:
+        raise ValueError(f"{name} is on {x.device}, the model on {victim.device}: they must be on the same device")
+
+
+def check_images(name: str, x: Tensor, victim: Victim) -> None:
     """Raise unless `x` is a batch of images that the victim can be given.
 
     Raises:
         TypeError: the images are not floating point, or in another dtype than the model.
-        ValueError: the batch is empty or of a wrong shape, has NaN or infinite entries or entries outside
-            `clip_values`, or is on another device than the model.
+        ValueError: the batch is empty or of a wrong shape, or has entries that are NaN, infinite or outside
+            `clip_values`.
     """
     if not x.is_floating_point():
         raise TypeError(f"{name} has dtype {x.dtype}: must be floating point, images in the range of clip_values")
@@ -61,8 +87,6 @@ def check_images(x: Tensor, victim: Victim, name: str = "x") -> None:
         raise ValueError(f"{name} has shape {shape}: the estimator's input_shape is {victim.input_shape}")
     if len(x) == 0:
         raise ValueError(f"{name} has shape {shape}: the batch is empty")
-    if victim.device is not None and x.device != victim.device:
-        raise ValueError(f"{name} is on {x.device}, the model on {victim.device}: they must be on the same device")
     if not x.isfinite().all():
         raise ValueError(f"{name} has NaN or infinite entries: all must be finite")
     if victim.clip_values is not None:
@@ -96,17 +120,26 @@ def labels_from(y: Any, n: int, nb_classes: int | None) -> Tensor:
     indices = y.reshape(n).long()
     if y.is_floating_point() and not (y.reshape(n) == indices).all():
         raise ValueError("y has entries that are not integers: labels are class indices")
-    check_label_range(indices, nb_classes)
-    return indices
-
-
-def check_label_range(labels: Tensor, nb_classes: int | None) -> None:
-    """Raise unless all labels are in [0, nb_classes); None stands for a number that is not known yet.
-
-    Raises:
-        ValueError: one is not.
-    """
-    lowest, highest = int(labels.min()), int(labels.max())
+    lowest, highest = int(indices.min()), int(indices.max())
     if lowest < 0 or (nb_classes is not None and highest >= nb_classes):
         allowed = "[0, classes)" if nb_classes is None else f"[0, {nb_classes})"
         raise ValueError(f"y has labels from {lowest} to {highest}: must be in {allowed}")
+    return indices
+
+
+def mask_from(mask: Any, x: Tensor) -> Tensor:
+    """Boolean mask of the shape of `x`, true where `mask` is not zero; what is broadcast is not copied.
+
+    Raises:
+        TypeError: the mask is neither bool nor floating point.
+        ValueError: it has negative or NaN entries, or does not broadcast to `x`.
+    """
+    tensor = torch.as_tensor(mask)
+    if not (tensor.is_floating_point() or tensor.dtype == torch.bool):
+        raise TypeError(f"mask has dtype {tensor.dtype}: must be bool or floating point")
+    if tensor.is_floating_point() and not (tensor >= 0).all():
+        raise ValueError("mask has entries that are negative or NaN: each must be zero or positive")
+    try:
+        return (tensor != 0).to(x.device).expand(x.shape)
+    except RuntimeError:
+        raise ValueError(f"mask has shape {tuple(tensor.shape)}: must be broadcastable to {tuple(x.shape)}") from None

@@ -12,7 +12,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from guardians.attacks.rng import SampleRng
-from guardians.attacks.victim import Victim, undisturbed
 
 if TYPE_CHECKING:
     from guardians.attacks.base import Attack, State
@@ -22,92 +21,41 @@ __all__ = ["run", "value_and_gradient"]
 
 def run(
     attack: Attack,
-    victim: Victim,
     x: Tensor,
     y: Tensor | None,
     *,
     seed: int,
-    batch_size: int,
     device: torch.device,
-    restarts: int = 1,
     mask: Tensor | None = None,
     x_adv_init: Tensor | None = None,
-    verbose: bool = False,
 ) -> Tensor:
-    """Adversarial images for `x`, on its device; the victim computes on `device`.
+    """Adversarial images for `x`, where `x` is.
+
+    The search is started up to `attack.restarts` times, each time only for the images that none has fooled so far.
 
     Args:
-        attack: the attack, whose `start`, `query`, `objective`, `update` and `result` are called.
-        victim: the model; it comes back as it was.
-        x: images (N, ...). Every argument is checked by then.
+        attack: the attack, with its victim, batch size and progress bar.
+        x: images (N, ...). Every argument is checked by then, and the victim `undisturbed`.
         y: labels (N,), or targets of a targeted attack; None takes the victim's predictions.
         seed: of all random numbers; those of a sample also depend on its index in `x`, not on the batch.
-        batch_size: images in one forward pass.
         device: where batches go.
-        restarts: how often `start` and the loop are run; the second and later ones only for images that no earlier
-            one fooled. An image that none fools keeps the result of the first.
-        mask: (N, ...) or None, handed to `start`.
-        x_adv_init: (N, ...) or None, handed to `start` of the first restart.
-        verbose: show a progress bar of finished images.
+        mask, x_adv_init: (N, ...) or None, for `attack.start`.
     """
     x_adv = torch.empty_like(x)
-    progress = tqdm(total=len(x), desc=type(attack).__name__, unit="image", disable=not verbose, leave=False)
-    # Leaving inference mode makes gradients possible wherever the caller stands.
-    with undisturbed(victim.module), torch.inference_mode(False), torch.no_grad(), progress:
-        for first in range(0, len(x), batch_size):
-            rows = torch.arange(first, min(first + batch_size, len(x)))
-            images = x[first : first + batch_size].to(device, copy=True)
-            labels = victim.predict(images) if y is None else y[first : first + batch_size].to(device)
-            best = images
-            standing = torch.arange(len(rows))
-            for restart in range(restarts):
-                chosen, at = standing.to(device), rows[standing]
-                options = {} if mask is None else {"mask": mask[at.to(mask.device)].to(device)}
-                if x_adv_init is not None and restart == 0:
-                    options["x_adv_init"] = x_adv_init[at.to(x_adv_init.device)].to(device)
-                state = attack.start(images[chosen], labels[chosen], SampleRng(seed, at, restart), **options)
-                found = _run_batch(attack, victim, state, labels[chosen])
-                if restart == 0:
-                    best = found
-                if restarts == 1:
-                    break
-                fooled = (victim.predict(found) == labels[chosen]) == attack.targeted
-                best[chosen[fooled]] = found[fooled]
-                standing = standing[~fooled.cpu()]
-                if len(standing) == 0:
-                    break
-            x_adv[first : first + batch_size] = best.to(x.device)
-            progress.update(len(rows))
+    given = {name: value for name, value in (("y", y), ("mask", mask), ("x_adv_init", x_adv_init)) if value is not None}
+    progress = tqdm(total=len(x), desc=type(attack).__name__, unit="image", disable=not attack.verbose, leave=False)
+    with torch.no_grad(), progress:
+        for index in torch.arange(len(x)).split(int(attack.batch_size)):
+            rows = slice(int(index[0]), int(index[-1]) + 1)
+            batch = {name: value[rows].to(device, copy=True) for name, value in {"x": x, **given}.items()}
+            if y is None:
+                batch["y"] = attack.victim.predict(batch["x"])
+            x_adv[rows] = _search(attack, batch, seed, index)
+            progress.update(len(index))
     return x_adv
 
 
-def _run_batch(attack: Attack, victim: Victim, state: State, y: Tensor) -> Tensor:
-    """Step the samples of one state until every one is done; a sample that is done leaves the batch."""
-    results: Tensor | None = None
-    active = torch.arange(len(y))
-    while True:
-        query = attack.query(state)
-        if attack.needs_gradient(state):
-            logits, gradient = value_and_gradient(attack, victim, query, y, state)
-        else:
-            logits, gradient = victim.logits(query), None
-        done = attack.update(state, logits, gradient).cpu()
-        if not done.any():
-            continue
-        finished = attack.result(state)
-        if results is None:
-            if done.all():
-                return finished
-            results = torch.empty_like(finished)
-        results[active[done].to(results.device)] = finished[done.to(finished.device)]
-        if done.all():
-            return results
-        active, going_on = active[~done], ~done
-        state = {name: value[going_on.to(value.device)] for name, value in state.items()}
-        y = y[going_on.to(y.device)]
-
-
-def value_and_gradient(attack: Attack, victim: Victim, query: Tensor, y: Tensor, state: State) -> tuple[Tensor, Tensor]:
+def value_and_gradient(attack: Attack, query: Tensor, y: Tensor, state: State) -> tuple[Tensor, Tensor]:
     """Logits at `query`, and the gradient of the attack's objective with respect to it.
 
     Raises:
@@ -115,9 +63,49 @@ def value_and_gradient(attack: Attack, victim: Victim, query: Tensor, y: Tensor,
     """
     with torch.enable_grad():
         inputs = query.detach().requires_grad_(True)
-        logits = victim.logits(inputs)
-        if not logits.requires_grad:
-            raise ValueError("the model's logits have no gradient with respect to its input")
-        objective = attack.objective(logits, y, state).sum()
-    (gradient,) = torch.autograd.grad(objective, inputs)
+        logits = attack.victim.logits(inputs)
+        gradient = None
+        if logits.requires_grad:
+            (gradient,) = torch.autograd.grad(attack.objective(logits, y, state).sum(), inputs, allow_unused=True)
+    if gradient is None:
+        raise ValueError("the model's logits have no gradient with respect to its input")
     return logits.detach(), gradient
+
+
+def _search(attack: Attack, batch: dict[str, Tensor], seed: int, index: Tensor) -> Tensor:
+    """The adversarial images of one batch, over all restarts."""
+    found = best = _search_once(attack, batch, SampleRng(seed, index))
+    standing = torch.arange(len(index))
+    for restart in range(1, attack.restarts):
+        still = (attack.victim.predict(found) == batch["y"]) != attack.targeted
+        standing = standing[still.cpu()]
+        if len(standing) == 0:
+            break
+        batch = _rows({name: value for name, value in batch.items() if name != "x_adv_init"}, still)
+        found = _search_once(attack, batch, SampleRng(seed, index[standing], restart))
+        best[standing.to(best.device)] = found
+    return best
+
+
+def _search_once(attack: Attack, batch: dict[str, Tensor], rng: SampleRng) -> Tensor:
+    """Start the attack and step until every sample is done; one that is done leaves the batch."""
+    state, y = attack.start(rng=rng, **batch), batch["y"]
+    results = torch.empty_like(batch["x"])
+    active = torch.arange(len(y))
+    while len(active):
+        query = attack.query(state)
+        gradient = None
+        if attack.needs_gradient(state):
+            logits, gradient = value_and_gradient(attack, query, y, state)
+        else:
+            logits = attack.victim.logits(query)
+        done = attack.update(state, logits, gradient).cpu()
+        if done.any():
+            results[active[done].to(results.device)] = _rows({"x_adv": attack.result(state)}, done)["x_adv"]
+            state, y, active = _rows(state, ~done), y[~done.to(y.device)], active[~done]
+    return results
+
+
+def _rows(tensors: dict[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+    """The rows to keep, of tensors that may be on the host or on the device."""
+    return {name: value[keep.to(value.device)] for name, value in tensors.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
 from guardians.attacks.base import State
+from guardians.attacks.checks import check_flag
 from guardians.attacks.pgd import ProjectedGradientDescent
 from guardians.attacks.rng import SampleRng
 
@@ -19,7 +20,7 @@ __all__ = ["FGSM", "FastGradientMethod"]
 class FastGradientMethod(ProjectedGradientDescent):
     """FGSM, and its extension to other norms: one step of PGD of the size of the ball.
 
-        x_adv = clip(x + eps * argmax <g, d> over ||d||_p <= 1)
+        x_adv = clip(x + argmax <g, d> over ||d||_p <= eps)
 
     (Goodfellow et al. 2015, section 4, for inf, where the step is eps * sign(g)). With a random start the step goes
     from there and is projected (Wong et al., "Fast is better than free", 2020, algorithm 3, with step size eps).
@@ -45,7 +46,7 @@ class FastGradientMethod(ProjectedGradientDescent):
         EstimatorError, TypeError, ValueError: see `Attack`.
     """
 
-    attack_params = [
+    attack_params: ClassVar[list[str]] = [
         *(name for name in ProjectedGradientDescent.attack_params if name not in ("decay", "max_iter", "random_eps")),
         "minimal",
     ]
@@ -81,11 +82,11 @@ class FastGradientMethod(ProjectedGradientDescent):
         )
 
     def start(self, x: Tensor, y: Tensor, rng: SampleRng, **options: Tensor) -> State:
-        """As PGD; with `minimal` the state also knows the labels, the direction and the number of sizes to try."""
+        """As PGD; with `minimal` the state also knows the labels, the gradient and the number of sizes to try."""
         state = super().start(x, y, rng, **options)
         if self.minimal:
             state["y"] = y
-            state["direction"] = torch.zeros_like(x)
+            state["gradient"] = torch.zeros_like(x)
             ratio = state["eps"].cpu() / super()._radii(x, rng)[1].cpu()
             # 0.3 / 0.1 is 2.9999999999999996: a whole number of steps must not be lost to rounding.
             state["sizes"] = (ratio.flatten(1).amin(1) * (1 + 1e-9)).floor().long()
@@ -103,14 +104,19 @@ class FastGradientMethod(ProjectedGradientDescent):
         at_image = (steps == 0).to(x.device)
         fooled = ~at_image & ((logits.argmax(1) == state["y"]) == self.targeted)
         if gradient is not None:
-            state["direction"] = torch.where(
-                _per_image(at_image, x), self._direction(state, gradient), state["direction"]
-            )
+            ascended = self._ascended(gradient, state)
+            state["gradient"] = torch.where(_per_image(at_image, x), ascended, state["gradient"])
         done = fooled.cpu() | (steps >= state["sizes"])
         steps += 1
-        step = _per_image(steps.to(x), x) * state["eps_step"] * state["direction"]
-        state["x_adv"] = torch.where(_per_image(done.to(x.device), x), state["x_adv"], self._inside(x + step, state))
+        radius = _per_image(steps.to(x), x) * state["eps_step"]
+        x_adv = self.inside(x + self.step(state["gradient"], x, radius, state), state)
+        state["x_adv"] = torch.where(_per_image(done.to(x.device), x), state["x_adv"], x_adv)
         return done
+
+    @property
+    def starts_at_random(self) -> bool:
+        """Not with `minimal`."""
+        return not self.minimal and super().starts_at_random
 
     @property
     def restarts(self) -> int:
@@ -124,8 +130,7 @@ class FastGradientMethod(ProjectedGradientDescent):
 
     def _check_params(self) -> None:
         super()._check_params()
-        if not isinstance(self.minimal, bool):
-            raise TypeError(f"minimal={self.minimal!r}: must be True or False")
+        check_flag("minimal", self.minimal)
 
 
 FGSM = FastGradientMethod

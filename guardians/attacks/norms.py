@@ -10,7 +10,15 @@ from torch import Tensor
 
 from guardians.attacks.rng import SampleRng
 
-__all__ = ["as_norm", "lp_norm", "project", "pull_into_ball", "random_in_ball", "steepest_ascent"]
+__all__ = [
+    "as_norm",
+    "lp_norm",
+    "project",
+    "pull_into_ball",
+    "random_in_ball",
+    "steepest_ascent",
+    "steepest_ascent_in_box",
+]
 
 
 def as_norm(norm: Any) -> float:
@@ -20,7 +28,7 @@ def as_norm(norm: Any) -> float:
         ValueError: anything else.
     """
     p = float("inf") if norm == "inf" else norm
-    if isinstance(p, bool) or not isinstance(p, Real) or not p >= 1:
+    if isinstance(p, bool) or not isinstance(p, Real) or not float(p) >= 1:
         raise ValueError(f'norm={norm!r}: allowed are 1, 2, any real p >= 1, inf and "inf"')
     return float(p)
 
@@ -38,17 +46,34 @@ def steepest_ascent(gradient: Tensor, p: float) -> Tensor:
     """
     if p == float("inf"):
         return gradient.sign()
+    if p == 1:
+        flat = gradient.flatten(1)
+        position = flat.abs().argmax(1, keepdim=True)
+        return torch.zeros_like(flat).scatter_(1, position, flat.gather(1, position).sign()).view_as(gradient)
     # Divided by its largest entry first, so that squares of small gradients do not underflow.
     largest = lp_norm(gradient, float("inf"))
     scaled = gradient / largest.masked_fill(largest == 0, 1)
-    if p == 1:
-        flat = scaled.flatten(1)
-        position = flat.abs().argmax(1, keepdim=True)
-        return torch.zeros_like(flat).scatter_(1, position, flat.gather(1, position)).sign().view_as(gradient)
     q = p / (p - 1)  # the dual norm
     dual_norm = lp_norm(scaled, q)
     unit = scaled / dual_norm.masked_fill(dual_norm == 0, 1)
     return unit if p == 2 else unit.sign() * unit.abs() ** (q - 1)
+
+
+def steepest_ascent_in_box(gradient: Tensor, x: Tensor, low: Tensor, high: Tensor, radius: Tensor) -> Tensor:
+    """The d that maximises <gradient, d> over ||d||_1 <= radius and low <= x + d <= high.
+
+    Coordinates are used up to their bound in the order of their gradients until the radius (N, 1, ..., 1) is spent.
+    Without the box a step would go to the largest coordinate alone, also where a bound has already stopped it, and
+    images get stuck far inside the ball (Croce and Hein, "Mind the box: l1-APGD", 2021, section 2).
+    """
+    ascent, budget = gradient.flatten(1), radius.flatten(1)
+    room = torch.where(ascent > 0, (high - x).flatten(1), (x - low).flatten(1))
+    room = torch.minimum(room.masked_fill(ascent == 0, 0), budget)
+    order = ascent.abs().argsort(dim=1, descending=True, stable=True)
+    room = room.gather(1, order)
+    spent_before = room.cumsum(1) - room
+    length = torch.zeros_like(room).scatter_(1, order, torch.minimum((budget - spent_before).clamp_min(0), room))
+    return (ascent.sign() * length).view_as(gradient)
 
 
 def project(delta: Tensor, eps: Tensor, p: float) -> Tensor:
@@ -78,7 +103,7 @@ def random_in_ball(like: Tensor, eps: Tensor, p: float, rng: SampleRng) -> Tenso
         extension = rng.gamma(1.0, (1,) * len(shape))
         total = magnitude_p.sum(dim=tuple(range(1, like.ndim)), keepdim=True) + extension
         unit = torch.where(rng.uniform(shape) < 0.5, -1.0, 1.0) * (magnitude_p / total) ** (1 / p)
-    return unit.to(like.device, like.dtype) * eps
+    return (unit.to(like.device) * eps).to(like.dtype)
 
 
 def pull_into_ball(x_adv: Tensor, x: Tensor, eps: Tensor, p: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,8 +11,16 @@ from scipy.stats import truncnorm
 from torch import Tensor, nn
 
 from guardians.attacks.base import Attack, State
-from guardians.attacks.checks import check_integer, check_number
-from guardians.attacks.norms import as_norm, lp_norm, project, pull_into_ball, random_in_ball, steepest_ascent
+from guardians.attacks.checks import check_flag, check_integer, check_number
+from guardians.attacks.norms import (
+    as_norm,
+    lp_norm,
+    project,
+    pull_into_ball,
+    random_in_ball,
+    steepest_ascent,
+    steepest_ascent_in_box,
+)
 from guardians.attacks.rng import SampleRng
 
 __all__ = ["PGD", "ProjectedGradientDescent"]
@@ -22,10 +30,12 @@ class ProjectedGradientDescent(Attack):
     """PGD: steepest ascent of the loss in the p-norm, projected onto the p-norm ball and `clip_values` at each step.
 
         x_0     = x, or uniform in the ball where num_random_init > 0
-        x_(t+1) = Proj(clip(x_t + eps_step * d_t)),    d_t = argmax <g_t, d> over ||d||_p <= 1
+        x_(t+1) = Proj(clip(x_t + d_t)),    d_t = argmax <g_t, d> over ||d||_p <= eps_step
 
     with g_t the gradient of the loss at x_t (Madry et al. 2018, section 2.1), or with `decay` the momentum
-    g_t = decay * g_(t-1) + gradient / ||gradient||_1 (Dong et al. 2018, equation 6).
+    g_t = decay * g_(t-1) + gradient / ||gradient||_1 (Dong et al. 2018, equation 6). For p = 1 the maximum is taken
+    over steps that also stay within `clip_values`: without that, it is one coordinate, which is soon used up (see
+    `steepest_ascent_in_box`).
 
     Takes the arguments of `art.attacks.evasion.ProjectedGradientDescent` with their meaning and order.
 
@@ -34,7 +44,7 @@ class ProjectedGradientDescent(Attack):
         norm: 1, 2, any real p >= 1, inf or "inf".
         eps: radius of the ball, in the unit of the images; a number, or an array that broadcasts to them: per sample
             (N, 1, 1, 1), per pixel (C, H, W) or both. For finite p it must be constant within a sample.
-        eps_step: step size, likewise.
+        eps_step: p-norm of a step, likewise.
         decay: momentum; None for none.
         max_iter: number of steps.
         targeted: descend the loss of target labels rather than ascend the loss of the labels.
@@ -51,7 +61,7 @@ class ProjectedGradientDescent(Attack):
         EstimatorError, TypeError, ValueError: see `Attack`.
     """
 
-    attack_params = [
+    attack_params: ClassVar[list[str]] = [
         *Attack.attack_params,
         "norm",
         "eps",
@@ -110,12 +120,12 @@ class ProjectedGradientDescent(Attack):
             state["momentum"] = torch.zeros_like(x)
 
         x_adv = options.get("x_adv_init", x)
-        if self.num_random_init > 0 and x_adv is x:
+        if self.starts_at_random and x_adv is x:
             x_adv = x + random_in_ball(x, eps, p, rng)
         if "mask" in options:
             state["fixed"] = ~options["mask"]
             x_adv = torch.where(state["fixed"], x, x_adv)
-        state["x_adv"] = self._inside(x_adv, state)
+        state["x_adv"] = self.inside(x_adv, state)
         return state
 
     def query(self, state: State) -> Tensor:
@@ -129,8 +139,9 @@ class ProjectedGradientDescent(Attack):
 
     def update(self, state: State, logits: Tensor, gradient: Tensor | None) -> Tensor:
         """One step; done after `max_iter`."""
-        step = state["eps_step"] * self._direction(state, gradient)
-        state["x_adv"] = self._inside(state["x_adv"] + step, state)
+        assert gradient is not None
+        step = self.step(self._ascended(gradient, state), state["x_adv"], state["eps_step"], state)
+        state["x_adv"] = self.inside(state["x_adv"] + step, state)
         state["steps"] += 1
         return state["steps"] >= self.max_iter
 
@@ -140,9 +151,40 @@ class ProjectedGradientDescent(Attack):
         return pull_into_ball(x_adv, state["x"], state["eps"], as_norm(self.norm))
 
     @property
+    def starts_at_random(self) -> bool:
+        """Whether the search begins at a random point of the ball."""
+        return self.num_random_init > 0
+
+    @property
     def restarts(self) -> int:
         """One, or as many as there are random starts."""
         return max(1, self.num_random_init)
+
+    def step(self, gradient: Tensor, x: Tensor, radius: Tensor, state: State) -> Tensor:
+        """The step from `x`, of p-norm `radius`, along which `gradient` promises most."""
+        p = as_norm(self.norm)
+        if p == 1:
+            return steepest_ascent_in_box(gradient, x, state["low"], state["high"], radius)
+        return radius * steepest_ascent(gradient, p)
+
+    def inside(self, x_adv: Tensor, state: State) -> Tensor:
+        """`x_adv` clamped to the box, and for finite p then projected onto the ball."""
+        x_adv = x_adv.clamp(state["low"], state["high"])
+        p = as_norm(self.norm)
+        if p == np.inf:
+            return x_adv
+        return state["x"] + project(x_adv - state["x"], state["eps"].to(x_adv.dtype), p)
+
+    def _ascended(self, gradient: Tensor, state: State) -> Tensor:
+        """What is ascended: the gradient without NaN and fixed pixels, or the momentum that it adds to."""
+        gradient = gradient.nan_to_num(nan=0.0)
+        if "fixed" in state:
+            gradient = gradient.masked_fill(state["fixed"], 0)
+        if self.decay is not None:
+            norm = lp_norm(gradient, 1)
+            state["momentum"] = self.decay * state["momentum"] + gradient / norm.masked_fill(norm == 0, 1)
+            gradient = state["momentum"]
+        return gradient
 
     def _radii(self, x: Tensor, rng: SampleRng) -> tuple[Tensor, Tensor]:
         """Radius and step size of each sample in float64, (N, ...) broadcastable to `x`."""
@@ -153,26 +195,6 @@ class ProjectedGradientDescent(Attack):
             eps, eps_step = fraction * eps, fraction * eps_step
         return eps, eps_step
 
-    def _direction(self, state: State, gradient: Tensor | None) -> Tensor:
-        """The direction d_t, of unit p-norm; NaN in the gradient counts as zero."""
-        assert gradient is not None
-        gradient = gradient.nan_to_num(nan=0.0)
-        if "fixed" in state:
-            gradient = gradient.masked_fill(state["fixed"], 0)
-        if "momentum" in state:
-            norm = lp_norm(gradient, 1)
-            gradient = self.decay * state["momentum"] + gradient / norm.masked_fill(norm == 0, 1)
-            state["momentum"] = gradient
-        return steepest_ascent(gradient, as_norm(self.norm))
-
-    def _inside(self, x_adv: Tensor, state: State) -> Tensor:
-        """`x_adv` clamped to the box, and for finite p then projected onto the ball."""
-        x_adv = x_adv.clamp(state["low"], state["high"])
-        p = as_norm(self.norm)
-        if p == np.inf:
-            return x_adv
-        return state["x"] + project(x_adv - state["x"], state["eps"].to(x_adv.dtype), p)
-
     def _check_params(self) -> None:
         super()._check_params()
         as_norm(self.norm)
@@ -182,8 +204,7 @@ class ProjectedGradientDescent(Attack):
         check_integer("num_random_init", self.num_random_init, low=0)
         if self.decay is not None:
             check_number("decay", self.decay, low=0)
-        if not isinstance(self.random_eps, bool):
-            raise TypeError(f"random_eps={self.random_eps!r}: must be True or False")
+        check_flag("random_eps", self.random_eps)
 
     def _check_call(self, x: Tensor) -> None:
         for name in ("eps", "eps_step"):
@@ -194,8 +215,8 @@ class ProjectedGradientDescent(Attack):
                 raise ValueError(
                     f"{name} has shape {tuple(radius.shape)}: must be broadcastable to {tuple(x.shape)}"
                 ) from None
-            if name == "eps" and as_norm(self.norm) != np.inf and not _constant_in_sample(radius, x):
-                raise ValueError(f"eps varies within a sample: norm={self.norm} needs one radius for each")
+            if as_norm(self.norm) != np.inf and not _constant_in_sample(radius, x):
+                raise ValueError(f"{name} varies within a sample: norm={self.norm} needs one number for each")
 
 
 PGD = ProjectedGradientDescent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -44,10 +45,23 @@ class Victim:
             self.module, self.nb_classes = estimator.model, estimator.nb_classes
             self.input_shape = tuple(estimator.input_shape)
             self.clip_values = _clip_tensors(estimator.clip_values, self.input_shape)
-        weights = (t for t in (*self.module.parameters(), *self.module.buffers()) if t.is_floating_point())
-        first = next(weights, None)
-        self.device = None if first is None else first.device
-        self.dtype = None if first is None else first.dtype
+
+    @property
+    def device(self) -> torch.device | None:
+        """Of the model's first floating-point parameter or buffer; None where it has none."""
+        weight = self._weight
+        return None if weight is None else weight.device
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """As `device`."""
+        weight = self._weight
+        return None if weight is None else weight.dtype
+
+    @property
+    def _weight(self) -> Tensor | None:
+        tensors = itertools.chain(self.module.parameters(), self.module.buffers())
+        return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (N, classes) of images (N, ...), differentiable with respect to `x`.
@@ -102,7 +116,8 @@ class _NumpyPreprocessing(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         gradient = gradients[0]
-        estimated = ctx.estimator._apply_preprocessing_gradient(ctx.array, gradient.cpu().numpy())
+        with torch.enable_grad():  # ART's estimates differentiate; autograd is off in a backward pass
+            estimated = ctx.estimator._apply_preprocessing_gradient(ctx.array, gradient.cpu().numpy())
         return torch.from_numpy(np.asarray(estimated)).to(gradient), None
 
 
@@ -125,7 +140,8 @@ def _clip_tensors(clip_values: Any, shape: tuple[int, ...]) -> tuple[Tensor, Ten
         return None
     low, high = (torch.as_tensor(np.asarray(bound, dtype=np.float64)) for bound in clip_values)
     # ART lets the bounds of single features come flat or in the shape of an image.
-    return tuple(bound.reshape(shape) if bound.numel() > 1 else bound.reshape(()) for bound in (low, high))  # type: ignore[return-value]
+    low, high = (bound.reshape(shape if bound.numel() > 1 else ()) for bound in (low, high))
+    return low, high
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,14 @@ class Normalize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x`."""
         return (x - self.mean) / self.std
+
+
+def _check_positive(**arguments: int) -> None:
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name}={value!r}: must be an integer")
+        if value < 1:
+            raise ValueError(f"{name}={value}: must be at least 1")
 
 
 class _Scale(nn.Module):
@@ -64,7 +73,12 @@ def resnet9(width: int = 64, num_classes: int = 10) -> nn.Sequential:
     Args:
         width: channels of the first convolution; the stages have 2, 4 and 8 times as many.
         num_classes: number of logits.
+
+    Raises:
+        TypeError: an argument is not an integer.
+        ValueError: an argument is below 1.
     """
+    _check_positive(width=width, num_classes=num_classes)
     return nn.Sequential(
         Normalize(),
         _conv_bn_relu(3, width),
@@ -84,7 +98,13 @@ def resnet9(width: int = 64, num_classes: int = 10) -> nn.Sequential:
 
 
 def resnet18(num_classes: int = 10) -> nn.Sequential:
-    """torchvision's ResNet-18 with the CIFAR stem: a 3 x 3 convolution of stride 1 and no first pooling."""
+    """torchvision's ResNet-18 with the CIFAR stem: a 3 x 3 convolution of stride 1 and no first pooling.
+
+    Raises:
+        TypeError: `num_classes` is not an integer.
+        ValueError: `num_classes` is below 1.
+    """
+    _check_positive(num_classes=num_classes)
     network = torchvision_resnet18(num_classes=num_classes)
     network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     network.maxpool = nn.Identity()
@@ -113,8 +133,10 @@ def wide_resnet(depth: int = 28, widen_factor: int = 10, num_classes: int = 10) 
     """WRN-depth-widen_factor ("Wide Residual Networks", Zagoruyko and Komodakis 2016, table 1), without dropout.
 
     Raises:
-        ValueError: `depth` is not 6 n + 4 with n >= 1.
+        TypeError: an argument is not an integer.
+        ValueError: `depth` is not 6 n + 4 with n >= 1, or another argument is below 1.
     """
+    _check_positive(depth=depth, widen_factor=widen_factor, num_classes=num_classes)
     if depth < 10 or (depth - 4) % 6:
         raise ValueError(f"depth={depth}: a wide ResNet has depth 6 n + 4 with n >= 1 (10, 16, 22, 28, 34, 40, ...)")
     blocks_per_group = (depth - 4) // 6

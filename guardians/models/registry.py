@@ -8,11 +8,9 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -42,7 +40,7 @@ def model_card(name: str) -> dict[str, Any]:
     """
     if name not in bundled_models():
         raise ValueError(
-            f"model={name!r}: unknown; bundled are {', '.join(bundled_models())}; "
+            f"model={name!r}: unknown; bundled are {', '.join(bundled_models()) or 'none'}; "
             "a model of your own is named package.module:callable"
         )
     card: dict[str, Any] = json.loads((_WEIGHTS / f"{name}.json").read_text())
@@ -53,7 +51,7 @@ def build_model(architecture: str, **arguments: int) -> nn.Module:
     """A freshly initialised model.
 
     Raises:
-        ValueError: the architecture is unknown, or does not take these arguments.
+        ValueError: the architecture is unknown, or does not take these arguments or values.
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture={architecture!r}: unknown; known are {', '.join(ARCHITECTURES)}")
@@ -79,27 +77,44 @@ def load_model(
         device: where the model goes.
 
     Raises:
-        ValueError: the name is unknown, the callable cannot be imported or returns something else, or the weights do
-            not fit the model; the message names the tensors.
+        ValueError: the name is unknown, the callable cannot be imported, fails or returns something else, the weights
+            cannot be read (a pickle that needs more than tensors is refused), or do not fit the model; the message
+            then names the tensors.
         FileNotFoundError: the weights file does not exist.
     """
     if ":" in name:
         model = _import_model(name)
         if weights is not None:
-            _load_weights(model, Path(weights))
+            _load_weights(model, Path(weights).expanduser())
     else:
         architecture = dict(model_card(name)["architecture"])
         model = build_model(architecture.pop("name"), **architecture)
-        _load_weights(model, Path(weights) if weights is not None else _WEIGHTS / f"{name}.safetensors")
+        _load_weights(model, Path(weights).expanduser() if weights is not None else _WEIGHTS / f"{name}.safetensors")
     return model.to(device).eval()
 
 
 def save_model(model: nn.Module, card: dict[str, Any], folder: str | os.PathLike[str]) -> Path:
-    """Write `<card["name"]>.safetensors` and its JSON card into `folder`; returns the path of the weights."""
-    path = Path(folder) / f"{card['name']}.safetensors"
+    """Write `<card["name"]>.safetensors` and its JSON card into `folder`; returns the path of the weights.
+
+    Args:
+        model: the model whose parameters and buffers are written.
+        card: what is known of the model. `load_model` needs "name" and "architecture", which holds the "name" of an
+            architecture and its arguments.
+        folder: made where it does not exist.
+
+    Raises:
+        TypeError: the card holds what JSON cannot.
+        ValueError: the card lacks "name" or "architecture", or its name cannot be a file name.
+    """
+    if missing := [key for key in ("name", "architecture") if key not in card]:
+        raise ValueError(f"card={card!r}: lacks {', '.join(missing)}")
+    name, text = card["name"], json.dumps(card, indent=2) + "\n"
+    if not isinstance(name, str) or not name or {"/", "\\", ":"} & set(name):
+        raise ValueError(f"card['name']={name!r}: must be a file name, without '/', '\\\\' and ':'")
+    path = Path(folder) / f"{name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
-    path.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n")
+    path.with_suffix(".json").write_text(text)
     return path
 
 
@@ -109,11 +124,16 @@ def _import_model(name: str) -> nn.Module:
         sys.path.append(os.getcwd())
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"model={name!r}: {attribute or 'nothing'!r} cannot be imported: {error}") from error
+    except Exception as error:  # the module is the user's, and its import may fail in any way
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"model={name!r}: {attribute or 'nothing'!r} cannot be imported: {reason}") from error
     if not callable(factory):
         raise ValueError(f"model={name!r}: not a callable but {type(factory).__name__}")
-    model = factory()
+    try:
+        model = factory()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"model={name!r}: the call without arguments failed: {reason}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"model={name!r}: returned {type(model).__name__}, not a torch.nn.Module")
     return model
@@ -127,9 +147,9 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             state: dict[str, Tensor] = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # the readers raise a different type for each way a file can be broken
         raise ValueError(f"weights file {str(path)!r} cannot be read as a state dict: {error}") from error
     try:
         model.load_state_dict(state)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"weights file {str(path)!r} does not fit the model: {error}") from error

@@ -1,0 +1,79 @@
+"""What the adapters of torchattacks and foolbox share: the model that a toolkit is given, and the batches."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+
+import torch
+from art.estimators.classification import PyTorchClassifier
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from guardians.attacks.interfaces import ClassifierAttack
+from guardians.attacks.victim import Victim
+
+__all__ = ["Logits", "ToolkitAttack"]
+
+
+class Logits(nn.Module):
+    """`Victim.logits` as the module that a toolkit is given.
+
+    The toolkit cannot move the user's model through it, nor put it into another mode.
+    """
+
+    def __init__(self, victim: Victim) -> None:
+        super().__init__()
+        self.training = False
+        self.module = victim.module  # a submodule, because torchattacks looks for the device in the parameters
+        self._logits = victim.logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, classes) of images (N, ...)."""
+        return self._logits(x)
+
+    def train(self, mode: bool = True) -> Logits:
+        """Nothing: the mode is the adapter's business."""
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Logits:
+        return self
+
+
+class ToolkitAttack(ClassifierAttack):
+    """Another toolkit's attack with ART's interface (`generate`) and torchattacks' (`attack(images, labels)`).
+
+    A subclass is the toolkit's call on one batch, `perturb`. The toolkit draws its random numbers as it always does,
+    from torch's global generator. What it returns is not clipped or projected again.
+
+    Args:
+        estimator: an ART `PyTorchClassifier` or an `nn.Module`, see `ClassifierAttack`. The loss is the toolkit's own.
+        batch_size: images that the toolkit is given at once.
+        targeted: whether the labels are targets to reach rather than labels to leave.
+        verbose: show a progress bar of finished images.
+
+    Raises:
+        EstimatorError, TypeError, ValueError: see `ClassifierAttack`.
+    """
+
+    def __init__(
+        self, estimator: PyTorchClassifier | nn.Module, *, batch_size: int, targeted: bool, verbose: bool
+    ) -> None:
+        super().__init__(estimator, targeted=targeted, batch_size=batch_size, verbose=verbose)
+        self.logits = Logits(self.victim)
+
+    @abstractmethod
+    def perturb(self, x: Tensor, y: Tensor) -> Tensor:
+        """What the toolkit makes of one batch (N, ...) with labels or targets (N,), on the device of the model."""
+
+    def _run(self, x: Tensor, y: Tensor | None, device: torch.device, **options: Tensor) -> Tensor:
+        found = torch.empty_like(x)
+        progress = tqdm(total=len(x), desc=type(self).__name__, unit="image", disable=not self.verbose, leave=False)
+        with torch.enable_grad(), progress:
+            for first in range(0, len(x), int(self.batch_size)):
+                rows = slice(first, first + int(self.batch_size))
+                images = x[rows].to(device, copy=True)
+                labels = self.victim.predict(images) if y is None else y[rows].to(device, copy=True)
+                found[rows] = self.perturb(images, labels).detach()
+                progress.update(len(images))
+        return found

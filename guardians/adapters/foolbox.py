@@ -1,0 +1,86 @@
+"""Attacks of foolbox (Rauber et al., "Foolbox Native", 2020) as ART attacks."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from art.estimators.classification import PyTorchClassifier
+from torch import Tensor, nn
+
+from guardians.adapters.base import ToolkitAttack
+from guardians.attacks.checks import check_number
+
+try:
+    import foolbox
+    from foolbox.attacks.base import Attack, FixedEpsilonAttack, Repeated
+except ImportError as error:
+    raise ImportError("foolbox is not installed: pip install guardians[parity]") from error
+
+__all__ = ["FoolboxAttack"]
+
+
+class FoolboxAttack(ToolkitAttack):
+    """Any attack of foolbox: `FoolboxAttack(model, foolbox.attacks.LinfPGD(steps=10), eps=8 / 255)`.
+
+    What it returns is the second output of foolbox, the image clipped to the ball of radius `eps`.
+
+    Args:
+        estimator: ART `PyTorchClassifier` whose `clip_values` are two numbers, or `nn.Module`.
+        attack: an attack of foolbox, made with its own arguments.
+        eps: radius of the ball in the attack's norm, in the unit of the images. None lets a minimisation attack find
+            the smallest perturbation that it can; attacks of fixed radius need a number.
+        batch_size: images that foolbox is given at once.
+        targeted: whether the labels are targets (`TargetedMisclassification`).
+        verbose: show a progress bar.
+
+    Raises:
+        EstimatorError, TypeError, ValueError: see `ToolkitAttack`; a ValueError also if the attack is called with
+            targets and takes none.
+    """
+
+    attack_params: ClassVar[list[str]] = [*ToolkitAttack.attack_params, "attack", "eps"]
+
+    def __init__(
+        self,
+        estimator: PyTorchClassifier | nn.Module,
+        attack: Any,
+        eps: float | None = None,
+        batch_size: int = 32,
+        targeted: bool = False,
+        verbose: bool = False,
+    ) -> None:
+        super().__init__(estimator, batch_size=batch_size, targeted=targeted, verbose=verbose)
+        self.attack = attack
+        self.eps = eps
+        self._check_params()
+
+    def perturb(self, x: Tensor, y: Tensor) -> Tensor:
+        """The attack's answer for one batch, clipped to the ball."""
+        bounds = [bound.to(x.dtype).item() for bound in self.victim.clip_values or ()]
+        model = foolbox.PyTorchModel(self.logits, bounds=bounds, device=x.device)
+        criterion = foolbox.TargetedMisclassification(y) if self.targeted else foolbox.Misclassification(y)
+        clipped: Tensor
+        try:
+            _, clipped, _ = self.attack(model, x, criterion, epsilons=self.eps)
+        except ValueError as error:
+            if self.targeted and "unsupported criterion" in str(error):
+                name = type(self.attack).__name__
+                raise ValueError(f"targeted=True: foolbox's {name} does not take targets") from error
+            raise
+        return clipped
+
+    def _check_params(self) -> None:
+        super()._check_params()
+        bounds = self.victim.clip_values
+        if bounds is None or any(bound.numel() > 1 for bound in bounds):
+            raise ValueError("the estimator's clip_values must be two numbers, the bounds that foolbox knows")
+        if not isinstance(self.attack, Attack):
+            raise TypeError(f"attack={self.attack!r}: must be an attack of foolbox, such as foolbox.attacks.LinfPGD()")
+        if self.eps is not None:
+            check_number("eps", self.eps, low=0)
+        elif isinstance(_innermost(self.attack), FixedEpsilonAttack):
+            raise ValueError(f"eps=None: {type(_innermost(self.attack)).__name__} needs the radius of the ball")
+
+
+def _innermost(attack: Any) -> Any:
+    return attack.attack if isinstance(attack, Repeated) else attack

@@ -1,0 +1,226 @@
+"""The same attack in every toolkit, for the parity harness and the benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from guardians.attacks import FGSM, PGD
+from guardians.attacks.victim import Victim
+
+__all__ = ["IMPLEMENTATIONS", "AttackSpec", "build_attack", "is_available"]
+
+TensorAttack = Callable[[Tensor, Tensor], Tensor]
+
+IMPLEMENTATIONS = ("native", "ART", "torchattacks", "foolbox")
+ATTACKS = ("FGSM", "PGD")
+NORMS = (np.inf, 2, 1)
+
+
+@dataclass(frozen=True)
+class AttackSpec:
+    """FGSM or PGD in one threat model.
+
+    Attributes:
+        attack: "FGSM" or "PGD".
+        norm: inf, 2 or 1.
+        eps: radius of the ball, in the unit of the images.
+        eps_step: step size; ignored by FGSM, whose step is as large as the ball.
+        steps: number of steps; ignored by FGSM.
+        targeted: whether the labels are targets.
+        random_start: start at one random point of the ball rather than at the image.
+    """
+
+    attack: str
+    norm: float
+    eps: float
+    eps_step: float
+    steps: int = 1
+    targeted: bool = False
+    random_start: bool = False
+
+
+def is_available(implementation: str, spec: AttackSpec) -> bool:
+    """Whether the toolkit has this attack in this norm and mode, installed or not.
+
+    Raises:
+        ValueError: the implementation, the attack or the norm is none of the known ones.
+    """
+    for name, value, known in (
+        ("implementation", implementation, IMPLEMENTATIONS),
+        ("attack", spec.attack, ATTACKS),
+        ("norm", spec.norm, NORMS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}={value!r}: must be one of {', '.join(str(entry) for entry in known)}")
+    if implementation == "torchattacks":
+        return spec.norm == np.inf or (spec.norm == 2 and spec.attack == "PGD")
+    if implementation == "foolbox":
+        return not (spec.targeted and spec.attack == "FGSM")
+    return True
+
+
+def build_attack(
+    implementation: str,
+    spec: AttackSpec,
+    model: nn.Module,
+    *,
+    nb_classes: int,
+    input_shape: tuple[int, ...],
+    batch_size: int,
+    seed: int | None = None,
+) -> TensorAttack:
+    """The attack as a callable on images (N, C, H, W) in [0, 1] and labels or targets (N,).
+
+    Args:
+        implementation: one of `IMPLEMENTATIONS`.
+        spec: the attack.
+        model: returns logits; it comes back from every call as it was.
+        nb_classes: number of classes.
+        input_shape: of one image.
+        batch_size: images in one forward pass.
+        seed: of random starts: every call draws the same, and the global generators are left as they were. None
+            draws anew at every call, from the global generators of torch and (ART) numpy.
+
+    Raises:
+        ValueError: an unknown name, see `is_available`, or an attack that the toolkit does not have.
+        ImportError: the toolkit is not installed.
+    """
+    if not is_available(implementation, spec):
+        raise ValueError(f"implementation={implementation!r} does not have {spec}")
+    if implementation == "native":
+        return _native(spec, model, batch_size, seed)
+    if implementation == "ART":
+        attack = _art(spec, model, nb_classes, input_shape, batch_size)
+    else:
+        attack = (_torchattacks if implementation == "torchattacks" else _foolbox)(spec, model, batch_size)
+    if seed is None or not spec.random_start:
+        return attack
+
+    def seeded(images: Tensor, labels: Tensor) -> Tensor:
+        with _global_seed(seed, images.device):
+            return attack(images, labels)
+
+    return seeded
+
+
+def _native(spec: AttackSpec, model: nn.Module, batch_size: int, seed: int | None) -> TensorAttack:
+    starts = int(spec.random_start)
+    if spec.attack == "FGSM":
+        return FGSM(
+            model,
+            spec.norm,
+            spec.eps,
+            targeted=spec.targeted,
+            num_random_init=starts,
+            batch_size=batch_size,
+            seed=seed,
+            verbose=False,
+        )
+    return PGD(
+        model,
+        spec.norm,
+        spec.eps,
+        spec.eps_step,
+        max_iter=spec.steps,
+        targeted=spec.targeted,
+        num_random_init=starts,
+        batch_size=batch_size,
+        seed=seed,
+        verbose=False,
+    )
+
+
+def _art(
+    spec: AttackSpec, model: nn.Module, nb_classes: int, input_shape: tuple[int, ...], batch_size: int
+) -> TensorAttack:
+    from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescent
+    from art.estimators.classification import PyTorchClassifier
+
+    from guardians.adapters.art import ArtAttack
+
+    device = Victim(model).device or torch.device("cpu")
+    # ART moves the model to the current CUDA device.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        classifier = PyTorchClassifier(
+            model,
+            nn.CrossEntropyLoss(),
+            input_shape,
+            nb_classes,
+            clip_values=(0, 1),
+            device_type="gpu" if device.type == "cuda" else "cpu",
+        )
+    starts = int(spec.random_start)
+    if spec.attack == "FGSM":
+        return ArtAttack(
+            FastGradientMethod(
+                classifier,
+                spec.norm,
+                spec.eps,
+                targeted=spec.targeted,
+                num_random_init=starts,
+                batch_size=batch_size,
+            )
+        )
+    return ArtAttack(
+        ProjectedGradientDescent(
+            classifier,
+            spec.norm,
+            spec.eps,
+            spec.eps_step,
+            max_iter=spec.steps,
+            targeted=spec.targeted,
+            num_random_init=starts,
+            batch_size=batch_size,
+            verbose=False,
+        )
+    )
+
+
+def _torchattacks(spec: AttackSpec, model: nn.Module, batch_size: int) -> TensorAttack:
+    from guardians.adapters.torchattacks import TorchattacksAttack, torchattacks
+
+    arguments: dict[str, Any]
+    if spec.attack == "FGSM" and spec.random_start:
+        attack, arguments = torchattacks.FFGSM, {"alpha": spec.eps}
+    elif spec.attack == "FGSM":
+        attack, arguments = torchattacks.FGSM, {}
+    else:
+        attack = torchattacks.PGD if spec.norm == np.inf else torchattacks.PGDL2
+        arguments = {"alpha": spec.eps_step, "steps": spec.steps, "random_start": spec.random_start}
+    return TorchattacksAttack(model, attack, batch_size=batch_size, targeted=spec.targeted, eps=spec.eps, **arguments)
+
+
+def _foolbox(spec: AttackSpec, model: nn.Module, batch_size: int) -> TensorAttack:
+    from guardians.adapters.foolbox import FoolboxAttack, foolbox
+
+    if spec.attack == "FGSM":
+        classes = {
+            np.inf: foolbox.attacks.LinfFastGradientAttack,
+            2: foolbox.attacks.L2FastGradientAttack,
+            1: foolbox.attacks.L1FastGradientAttack,
+        }
+        attack = classes[spec.norm](random_start=spec.random_start)
+    else:
+        classes = {np.inf: foolbox.attacks.LinfPGD, 2: foolbox.attacks.L2PGD, 1: foolbox.attacks.L1PGD}
+        attack = classes[spec.norm](abs_stepsize=spec.eps_step, steps=spec.steps, random_start=spec.random_start)
+    return FoolboxAttack(model, attack, spec.eps, batch_size=batch_size, targeted=spec.targeted)
+
+
+@contextmanager
+def _global_seed(seed: int, device: torch.device) -> Iterator[None]:
+    """The global generators of torch and numpy seeded inside, as they were outside."""
+    state = np.random.get_state()  # noqa: NPY002 - what ART draws from
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            np.random.set_state(state)  # noqa: NPY002

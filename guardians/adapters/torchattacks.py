@@ -1,0 +1,97 @@
+"""Attacks of torchattacks (Kim, "Torchattacks: a PyTorch repository for adversarial attacks", 2020) as ART attacks."""
+
+from __future__ import annotations
+
+import inspect
+import io
+from contextlib import redirect_stdout
+from typing import Any, ClassVar
+
+from art.estimators.classification import PyTorchClassifier
+from torch import Tensor, nn
+
+from guardians.adapters.base import ToolkitAttack
+from guardians.attacks.victim import Victim
+
+try:
+    import torchattacks
+except ImportError as error:
+    raise ImportError("torchattacks is not installed: pip install guardians[parity]") from error
+
+__all__ = ["TorchattacksAttack"]
+
+
+class TorchattacksAttack(ToolkitAttack):
+    """Any attack class of torchattacks, with that class's own arguments: `TorchattacksAttack(model, torchattacks.PGD)`.
+
+    Args:
+        estimator: ART `PyTorchClassifier` with `clip_values=(0, 1)`, all that torchattacks knows, or `nn.Module`.
+        attack: a class of torchattacks whose first argument is the model.
+        batch_size: images that torchattacks is given at once.
+        targeted: whether the labels are targets.
+        verbose: show a progress bar.
+        arguments: of the class, under its names; `set_params` takes them too.
+
+    Raises:
+        EstimatorError, TypeError, ValueError: see `ToolkitAttack`; also if the class knows no such argument, or no
+            targets although `targeted`.
+    """
+
+    attack_params: ClassVar[list[str]] = [*ToolkitAttack.attack_params, "attack", "arguments"]
+
+    def __init__(
+        self,
+        estimator: PyTorchClassifier | nn.Module,
+        attack: type,
+        batch_size: int = 32,
+        targeted: bool = False,
+        verbose: bool = False,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(estimator, batch_size=batch_size, targeted=targeted, verbose=verbose)
+        self.attack = attack
+        self.arguments = arguments
+        self._check_params()
+
+    def perturb(self, x: Tensor, y: Tensor) -> Tensor:
+        """The attack's answer for one batch."""
+        attack = self._build()
+        attack.set_device(x.device)
+        adversarial: Tensor = attack(x, y)
+        return adversarial
+
+    def set_params(self, **kwargs: Any) -> None:
+        """Change arguments of the adapter or, under any other name, of the attack."""
+        own = {name: kwargs.pop(name) for name in list(kwargs) if name in self.attack_params}
+        arguments = {**own.pop("arguments", self.arguments), **kwargs}
+        super().set_params(**own, arguments=arguments)
+
+    def _build(self) -> Any:
+        with redirect_stdout(io.StringIO()):  # it prints where the model has no parameters
+            attack = self.attack(self.logits, **self.arguments)
+        if self.targeted:
+            if "targeted" not in attack.supported_mode:
+                raise ValueError(f"targeted=True: torchattacks.{self.attack.__name__} does not take targets")
+            attack.set_mode_targeted_by_label(quiet=True)
+        return attack
+
+    def _check_params(self) -> None:
+        super()._check_params()
+        _check_bounds(self.victim)
+        if not (isinstance(self.attack, type) and issubclass(self.attack, torchattacks.attack.Attack)):
+            raise TypeError(f"attack={self.attack!r}: must be a class of torchattacks, such as torchattacks.PGD")
+        known = list(inspect.signature(self.attack).parameters.values())
+        names = [parameter.name for parameter in known]
+        if names[0] != "model":
+            raise TypeError(f"attack={self.attack!r}: its first argument must be the model, not {names[0]!r}")
+        unknown = sorted(set(self.arguments) - set(names[1:]))
+        if unknown and known[-1].kind is not inspect.Parameter.VAR_KEYWORD:
+            raise TypeError(f"{unknown[0]}={self.arguments[unknown[0]]!r}: {self.attack.__name__} takes {names[1:]}")
+        self._build()
+
+
+def _check_bounds(victim: Victim) -> None:
+    bounds = victim.clip_values
+    if bounds is None or (bounds[0] != 0).any() or (bounds[1] != 1).any():
+        got = None if bounds is None else tuple(bound.tolist() for bound in bounds)
+        raise ValueError(f"the estimator's clip_values are {got}: must be (0, 1), the range of torchattacks")

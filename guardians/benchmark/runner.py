@@ -1,0 +1,463 @@
+"""The benchmark: every attack in every toolkit on the same model and the same images, one row of a table each."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from art.estimators.classification import PyTorchClassifier
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+
+from guardians import __version__
+from guardians.adapters.implementations import IMPLEMENTATIONS, AttackSpec, build_attack, is_available
+from guardians.attacks.checks import check_integer, check_number
+from guardians.attacks.norms import as_norm
+from guardians.attacks.victim import Victim, undisturbed
+from guardians.benchmark.counting import CountingModel, peak_memory
+from guardians.benchmark.statistics import wilson_interval
+from guardians.data import Dataset
+from guardians.tables import BENCHMARK_COLUMNS, Table, as_written
+
+__all__ = ["ATTACKS", "KEY", "outcome_path", "run_benchmark", "summarise"]
+
+logger = logging.getLogger(__name__)
+
+ATTACKS = ("clean", "FGSM", "PGD-10", "PGD-40")
+
+KEY = """
+    model data defence attack implementation norm eps steps params eot n seed device precision
+""".split()  # noqa: SIM905
+"""The columns of benchmark.csv that identify a row: what was run on what, whatever the versions and the commit."""
+
+_ZERO_GRADIENT_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One row to be measured: its attack (None for clean) and the columns that are known before."""
+
+    implementation: str
+    spec: AttackSpec | None
+    known: dict[str, Any]
+
+
+def run_benchmark(
+    model: nn.Module,
+    data: Dataset,
+    *,
+    model_name: str,
+    out: str | os.PathLike[str],
+    attacks: Sequence[str] = ATTACKS,
+    implementations: Sequence[str] = IMPLEMENTATIONS,
+    norm: float | str = np.inf,
+    eps: float = 8 / 255,
+    eps_step: float | None = None,
+    random_start: bool = False,
+    batch_size: int = 128,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    verbose: bool = True,
+) -> pd.DataFrame:
+    """Run attacks of several toolkits on the same images, and append a row for each to `out/benchmark.csv`.
+
+    Each attack runs once on a batch for warm-up and then, timed and counted, on all images. Its images are judged by
+    the model itself, in evaluation mode and float32. The predictions and perturbation norms of the single images go to
+    `out/outcomes`, see `outcome_path`. A row that is on disk is not run again, so a killed run is continued by the same
+    call; rows that other versions or commits made are kept with a warning.
+
+    "clean" rows hold the predictions on the images as they are, each through the implementation's own prediction path.
+
+    Args:
+        model: returns logits for images in [0, 1]; it comes back as it was.
+        data: images and labels.
+        model_name: for the table.
+        out: folder of the tables, created where it does not exist.
+        attacks: of "clean", "FGSM" and "PGD-<steps>".
+        implementations: of `IMPLEMENTATIONS`. What a toolkit does not have, or a toolkit that is not installed, is
+            skipped with a line in the log.
+        norm: 1, 2, inf or "inf".
+        eps: radius of the ball, in the unit of the images.
+        eps_step: step size of PGD; None takes eps / 4, or 1 / 255 where eps is 0. FGSM's is eps.
+        random_start: start PGD at a random point of the ball; FGSM always starts at the image.
+        batch_size: images in one forward pass.
+        seed: of the random starts.
+        device: of the model, where images are sent; None takes the model's.
+        verbose: show a progress bar.
+
+    Returns:
+        The rows of this call, also those that were on disk before; columns as in `guardians.tables.BENCHMARK_COLUMNS`.
+
+    Raises:
+        TypeError, ValueError: an argument is outside what is allowed, or `out` cannot be written; before any work.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model of type {type(model).__name__}: must be a torch.nn.Module")
+    if not isinstance(data, Dataset):
+        raise TypeError(f"data of type {type(data).__name__}: must be a guardians.data.Dataset, see load_data")
+    if not isinstance(model_name, str) or not model_name.strip():
+        raise ValueError(f"model_name={model_name!r}: must be a name for the table")
+    norm = as_norm(norm)
+    eps, eps_step = _sizes(eps, eps_step)
+    if not isinstance(random_start, bool):
+        raise TypeError(f"random_start={random_start!r}: must be True or False")
+    check_integer("batch_size", batch_size, low=1)
+    check_integer("seed", seed, low=0)
+    steps = _steps_of(attacks)
+    if not implementations or not set(implementations) <= set(IMPLEMENTATIONS):
+        raise ValueError(f"implementations={implementations!r}: known are {', '.join(IMPLEMENTATIONS)}")
+    device = _device_of(model, device)
+    if len(data) == 0:
+        raise ValueError("data has no images")
+
+    common = {
+        "model": model_name,
+        "data": data.source,
+        "defence": "none",
+        "norm": norm,
+        "eot": 1,
+        "n": len(data),
+        "seed": int(seed),
+        "device": device.type if device.type != "cuda" else f"cuda ({torch.cuda.get_device_name(device)})",
+        "precision": "float32",
+        "versions": json.dumps(_versions()),
+        "commit": _commit(),
+    }
+    jobs = []
+    # FGSM before PGD, which is compared with it.
+    for attack in sorted(steps, key=lambda attack: (attack.startswith("PGD"), steps[attack])):
+        for implementation in dict.fromkeys(implementations):
+            is_pgd = attack.startswith("PGD")
+            spec = None
+            if attack != "clean":
+                spec = AttackSpec(
+                    "PGD" if is_pgd else attack,
+                    norm,
+                    eps,
+                    eps_step if is_pgd else eps,
+                    steps[attack],
+                    random_start=random_start and is_pgd,
+                )
+            if _has(implementation, attack, spec):
+                jobs.append(_Job(implementation, spec, common | _columns_of(attack, implementation, spec, batch_size)))
+
+    table = Table(Path(out) / "benchmark.csv", BENCHMARK_COLUMNS, KEY)
+    pending = [job for job in jobs if job.known not in table]
+    _warn_of_others([job.known for job in jobs if job not in pending], table)
+    if pending:
+        with undisturbed(model), torch.inference_mode(False), torch.enable_grad():
+            run = _Run(model, data, batch_size, int(seed), device, table)
+            progress = tqdm(pending, desc="benchmark", unit="row", disable=not verbose)
+            for job in progress:
+                progress.set_postfix_str(f"{job.known['attack']} {job.implementation}")
+                run.measure(job)
+    return table.select([job.known for job in jobs])
+
+
+def outcome_path(out: str | os.PathLike[str], row: Mapping[Any, Any] | pd.Series) -> Path:
+    """The CSV file with the outcomes of the single images behind a row of `out/benchmark.csv`.
+
+    Its columns are index, label, clean_prediction, adversarial_prediction, l2 and linf, the norms of the perturbation;
+    `summarise` makes the row's figures of it.
+    """
+    key = [as_written(row[name]) for name in KEY]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+    readable = re.sub(r"[^A-Za-z0-9.-]+", "-", f"{row['model']} {row['attack']} {row['implementation']}")
+    return Path(out) / "outcomes" / f"{readable}-{digest}.csv"
+
+
+def summarise(outcomes: pd.DataFrame) -> dict[str, float]:
+    """The figures of a row that follow from the outcomes of its images, under their column names."""
+    n = len(outcomes)
+    clean = outcomes["clean_prediction"] == outcomes["label"]
+    robust = clean & (outcomes["adversarial_prediction"] == outcomes["label"])
+    correct, standing = int(clean.sum()), int(robust.sum())
+    low, high = wilson_interval(standing, n)
+    return {
+        "n": n,
+        "clean_accuracy": correct / n,
+        "robust_accuracy": standing / n,
+        "robust_accuracy_low": low,
+        "robust_accuracy_high": high,
+        "success_rate": (correct - standing) / correct if correct else float("nan"),
+        "l2_median": float(outcomes["l2"].median()),
+        "l2_mean": float(outcomes["l2"].mean()),
+        "linf_max": float(outcomes["linf"].max()),
+    }
+
+
+class _Run:
+    """What the rows of one call share: the images on the device, and what the model makes of them."""
+
+    def __init__(
+        self, model: nn.Module, data: Dataset, batch_size: int, seed: int, device: torch.device, table: Table
+    ) -> None:
+        self.model, self.batch_size, self.seed, self.device, self.table = model, batch_size, seed, device, table
+        self.images, self.labels = data.as_floats().to(device), data.labels.to(device)
+        with torch.no_grad():
+            self.nb_classes = Victim(model).logits(self.images[:1]).shape[1]
+        if data.labels.min() < 0 or data.labels.max() >= self.nb_classes:
+            span = f"{int(data.labels.min())} to {int(data.labels.max())}"
+            raise ValueError(f"data has labels from {span}: the model has {self.nb_classes} classes")
+        self.clean_predictions = self._predict(self.images)
+        self._zero_gradients: float | None = None
+
+    def measure(self, job: _Job) -> None:
+        """Run one attack, and write the outcomes of its images and then its row."""
+        counting = CountingModel(self.model)
+        run: Callable[[Tensor, Tensor], Tensor]
+        if job.spec is None:
+            run = self._clean_path(job.implementation, counting)
+        else:
+            run = build_attack(
+                job.implementation,
+                job.spec,
+                counting,
+                nb_classes=self.nb_classes,
+                input_shape=tuple(self.images.shape[1:]),
+                batch_size=self.batch_size,
+                seed=self.seed,
+            )
+        run(self.images[: self.batch_size], self.labels[: self.batch_size])
+        counting.reset()
+        with peak_memory(self.device) as peak:
+            start = time.perf_counter()
+            result = run(self.images, self.labels).detach()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            seconds = time.perf_counter() - start
+        forward, backward = counting.forward_samples, counting.backward_samples
+
+        if job.spec is None:
+            predictions = result.argmax(1)
+            outcomes, flags = self._outcomes(predictions, predictions, self.images), []
+        else:
+            outcomes = self._outcomes(self.clean_predictions, self._predict(result), result)
+            flags = self._flags(job, result, summarise(outcomes)["robust_accuracy"])
+        n = len(outcomes)
+        row = job.known | summarise(outcomes)
+        row |= {"forward_per_image": forward / n, "backward_per_image": backward / n}
+        row |= {"seconds": seconds, "images_per_second": n / seconds, "peak_memory_mb": peak.mb}
+        row["flags"] = ";".join(flags)
+        _write_atomically(outcomes, outcome_path(self.table.path.parent, row))
+        self.table.append(row)
+
+    def _clean_path(self, implementation: str, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        """Logits as the implementation gets them, as a function of images and (unused) labels."""
+        if implementation == "ART":
+            on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+            with on_device:  # ART moves the model to the current CUDA device
+                classifier = PyTorchClassifier(
+                    model,
+                    nn.CrossEntropyLoss(),
+                    tuple(self.images.shape[1:]),
+                    self.nb_classes,
+                    clip_values=(0, 1),
+                    device_type="gpu" if self.device.type == "cuda" else "cpu",
+                )
+            return lambda x, _: torch.from_numpy(classifier.predict(x.cpu().numpy(), batch_size=self.batch_size))
+        logits: Callable[[Tensor], Tensor] = model
+        if implementation == "torchattacks":
+            from torchattacks.attack import Attack
+
+            logits = Attack("clean", model).get_logits
+        elif implementation == "foolbox":
+            from foolbox import PyTorchModel
+
+            logits = PyTorchModel(model, bounds=(0, 1), device=self.device)
+
+        def predict(x: Tensor, _: Tensor) -> Tensor:
+            with torch.no_grad():
+                return torch.cat([logits(batch) for batch in x.split(self.batch_size)])
+
+        return predict
+
+    def _predict(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([self.model(batch).argmax(1) for batch in images.split(self.batch_size)])
+
+    def _outcomes(self, clean: Tensor, adversarial: Tensor, images: Tensor) -> pd.DataFrame:
+        return pd.DataFrame(
+            {
+                "index": range(len(images)),
+                "label": self.labels.cpu().numpy(),
+                "clean_prediction": clean.cpu().numpy(),
+                "adversarial_prediction": adversarial.cpu().numpy(),
+                "l2": self._perturbation(images, 2).numpy(),
+                "linf": self._perturbation(images, np.inf).numpy(),
+            }
+        )
+
+    def _perturbation(self, images: Tensor, p: float) -> Tensor:
+        """Its p-norm for each image (N,), in float64."""
+        pairs = zip(images.split(self.batch_size), self.images.split(self.batch_size), strict=True)
+        norms = [torch.linalg.vector_norm((x_adv.double() - x.double()).flatten(1), p, dim=1) for x_adv, x in pairs]
+        return torch.cat(norms).cpu()
+
+    def _flags(self, job: _Job, images: Tensor, robust_accuracy: float) -> list[str]:
+        """Reasons to distrust the row."""
+        assert job.spec is not None
+        flags = []
+        if images.isnan().any():
+            flags.append("nan")
+        if (self._perturbation(images, job.spec.norm) > _with_rounding(job.spec, images[0].numel())).any():
+            flags.append("outside_ball")
+        if ((images < 0) | (images > 1)).any():
+            flags.append("outside_clip")
+        if job.spec.attack == "PGD":
+            fgsm_spec = AttackSpec("FGSM", job.spec.norm, job.spec.eps, job.spec.eps)
+            fgsm = job.known | _columns_of("FGSM", job.implementation, fgsm_spec, self.batch_size)
+            if (self.table.select([fgsm])["robust_accuracy"] < robust_accuracy).any():
+                flags.append("weaker_than_fgsm")
+        if self._zero_gradients is None:
+            self._zero_gradients = self._zero_gradient_share()
+        if self._zero_gradients > _ZERO_GRADIENT_SHARE:
+            flags.append("zero_gradient")
+        return flags
+
+    def _zero_gradient_share(self) -> float:
+        """Fraction of the clean images at which the gradient of the loss is zero in every pixel."""
+        zero = 0
+        for x, y in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
+            inputs = x.clone().requires_grad_(True)
+            (gradient,) = torch.autograd.grad(cross_entropy(self.model(inputs), y, reduction="sum"), inputs)
+            zero += int((gradient == 0).flatten(1).all(1).sum())
+        return zero / len(self.images)
+
+
+def _with_rounding(spec: AttackSpec, pixels: int) -> float:
+    """The radius, and what float32's rounding of the pixels and of a norm may add to it."""
+    return float(spec.eps * (1 + 1e-6) + torch.finfo(torch.float32).eps * pixels ** (1 / spec.norm))
+
+
+def _sizes(eps: Any, eps_step: Any) -> tuple[float, float]:
+    """Radius and step size."""
+    check_number("eps", eps, low=0)
+    if not isinstance(eps, Real):
+        raise TypeError(f"eps={eps!r}: must be one number")
+    if eps_step is None:
+        return float(eps), float(eps) / 4 or 1 / 255
+    check_number("eps_step", eps_step, low=0, exclusive=True)
+    if not isinstance(eps_step, Real):
+        raise TypeError(f"eps_step={eps_step!r}: must be one number")
+    return float(eps), float(eps_step)
+
+
+def _steps_of(attacks: Sequence[str]) -> dict[str, int]:
+    """Number of steps of each attack."""
+    if isinstance(attacks, str) or not attacks:
+        raise ValueError(f"attacks={attacks!r}: must be a list of 'clean', 'FGSM' and 'PGD-<steps>'")
+    steps = {}
+    for attack in attacks:
+        match = re.fullmatch(r"PGD-([1-9]\d*)", str(attack))
+        if not match and attack not in ("clean", "FGSM"):
+            raise ValueError(
+                f"attack {attack!r} is unknown; known are 'clean', 'FGSM' and 'PGD-<steps>', as in 'PGD-40'"
+            )
+        steps[attack] = int(match[1]) if match else int(attack == "FGSM")
+    return steps
+
+
+def _device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    victim = Victim(model)
+    if victim.dtype not in (None, torch.float32):
+        raise ValueError(f"the model is in {victim.dtype}: must be in torch.float32")
+    if device is None:
+        return victim.device or torch.device("cpu")
+    place = torch.empty(0, device=device).device  # with the index of the GPU
+    if victim.device not in (None, place):
+        raise ValueError(f"device={str(device)!r}: the model is on {victim.device}; they must be the same")
+    return place
+
+
+def _has(implementation: str, attack: str, spec: AttackSpec | None) -> bool:
+    """Whether the attack can be run; otherwise the log says why not."""
+    if implementation in ("torchattacks", "foolbox") and importlib.util.find_spec(implementation) is None:
+        logger.warning("skipped: %s of %s, which is not installed", attack, implementation)
+        return False
+    if spec is not None and not is_available(implementation, spec):
+        logger.warning("skipped: %s does not have %s for norm %g", implementation, attack, spec.norm)
+        return False
+    return True
+
+
+def _columns_of(attack: str, implementation: str, spec: AttackSpec | None, batch_size: int) -> dict[str, Any]:
+    params: dict[str, Any] = {"batch_size": int(batch_size)}
+    if spec is not None:
+        params |= {"eps_step": spec.eps_step, "random_start": spec.random_start}
+    return {
+        "attack": attack,
+        "implementation": implementation,
+        "eps": 0.0 if spec is None else spec.eps,
+        "steps": 0 if spec is None else spec.steps,
+        "params": json.dumps(params, sort_keys=True),
+    }
+
+
+def _warn_of_others(kept: list[dict[str, Any]], table: Table) -> None:
+    """Say in the log which rows come from other code."""
+    if not kept:
+        return
+    frame = table.select(kept)
+    others = (frame["versions"] != kept[0]["versions"]) | (frame["commit"] != kept[0]["commit"])
+    if others.any():
+        logger.warning(
+            "%d of the rows in %s were made with other versions or at another commit and are kept; "
+            "another folder measures anew",
+            others.sum(),
+            table.path,
+        )
+
+
+def _versions() -> dict[str, str | None]:
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return {
+        "guardians": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "art": version("adversarial-robustness-toolbox"),
+        "torchattacks": version("torchattacks"),
+        "foolbox": version("foolbox"),
+    }
+
+
+def _commit() -> str:
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return found.stdout.strip()
+
+
+def _write_atomically(frame: pd.DataFrame, path: Path) -> None:
+    """A file that is there whole or not at all."""
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        frame.to_csv(file, index=False, lineterminator="\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

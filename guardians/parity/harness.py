@@ -1,0 +1,229 @@
+"""The parity run: every case, a row of `parity.csv` each."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from guardians.attacks.checks import check_integer
+from guardians.attacks.norms import lp_norm
+from guardians.attacks.victim import undisturbed
+from guardians.benchmark.statistics import paired_difference
+from guardians.data import Dataset
+from guardians.parity.cases import Case, cases
+from guardians.parity.comparison import FLOAT64_TOLERANCE, Steps, compare_steps, free_run, native_attack, record
+from guardians.parity.rules import rules_for
+from guardians.tables import PARITY_COLUMNS, Table
+
+__all__ = ["Comparison", "compare", "run_parity", "target_labels"]
+
+FLOAT64_IMAGES = 20
+"""Images of the float64 runs, whose tolerance leaves no room for chance and whose arithmetic is slow."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The outcome of one case on one set of images.
+
+    Attributes:
+        native, reference: the last images of the free float32 runs, (N, C, H, W).
+        native_success, reference_success: bool (N,), whether each image fools the model.
+        same_label: bool (N,), whether the model gives both images the same label.
+        steps: the comparison step by step; None where the native attack ran with its own rules.
+        max_abs_diff_float64: of the free float64 runs; None where there were none.
+        query_ratio, time_ratio: native over reference, of passes and of seconds.
+    """
+
+    native: Tensor
+    reference: Tensor
+    native_success: Tensor
+    reference_success: Tensor
+    same_label: Tensor
+    steps: Steps | None
+    max_abs_diff_float64: float | None
+    query_ratio: float
+    time_ratio: float
+
+    @property
+    def verdict(self) -> str:
+        """ "exact", "different", or "own rule" where no agreement was asked for."""
+        if self.steps is None:
+            return "own rule"
+        agrees = self.steps.unexplained == 0 and (self.max_abs_diff_float64 or 0.0) <= FLOAT64_TOLERANCE
+        return "exact" if agrees else "different"
+
+
+def target_labels(labels: Tensor, nb_classes: int) -> Tensor:
+    """The targets of targeted cases: the class after the true one."""
+    return (labels + 1) % nb_classes
+
+
+def compare(
+    case: Case,
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    *,
+    nb_classes: int,
+    batch_size: int = 100,
+    seed: int = 0,
+    own_rules: bool = False,
+) -> Comparison:
+    """Run one case.
+
+    Args:
+        case: attack, threat model and toolkit.
+        model: logits for images in [0, 1], float32.
+        x: images (N, C, H, W).
+        labels: true labels (N,).
+        nb_classes: number of classes.
+        batch_size: images that the toolkit is given at a time.
+        seed: of the toolkit's random start, which native takes over from it.
+        own_rules: let native follow its own rules also where the toolkit's differ, to measure the effect.
+    """
+    y = target_labels(labels, nb_classes) if case.spec.targeted else labels
+    rules_of = None if own_rules else case.reference
+    parts: list[tuple[Tensor, Tensor]] = []
+    steps = None if own_rules else Steps(0, 0, 0.0)
+    passes, seconds = [0, 0], [0.0, 0.0]
+    for x_batch, y_batch in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        reference = record(case.reference, case.spec, model, x_batch, y_batch, nb_classes, seed)
+        native, native_passes, native_seconds = free_run(
+            case.spec, rules_of, model, x_batch, y_batch, reference.iterates[0]
+        )
+        parts.append((native, reference.x_adv))
+        if steps is not None:
+            attack = native_attack(case.spec, model, len(x_batch), case.reference)
+            steps = steps + compare_steps(attack, reference, x_batch, y_batch)
+        passes = [passes[0] + native_passes, passes[1] + reference.passes]
+        seconds = [seconds[0] + native_seconds, seconds[1] + reference.seconds]
+    native, reference_x_adv = (torch.cat(images) for images in zip(*parts, strict=True))
+    native_labels, reference_labels = _predict(model, native, batch_size), _predict(model, reference_x_adv, batch_size)
+    return Comparison(
+        native=native,
+        reference=reference_x_adv,
+        native_success=(native_labels == y) == case.spec.targeted,
+        reference_success=(reference_labels == y) == case.spec.targeted,
+        same_label=native_labels == reference_labels,
+        steps=steps,
+        max_abs_diff_float64=None if own_rules else _float64_difference(case, model, x, y, nb_classes, seed),
+        query_ratio=passes[0] / passes[1],
+        time_ratio=seconds[0] / seconds[1],
+    )
+
+
+def run_parity(
+    model: nn.Module,
+    data: Dataset,
+    *,
+    model_name: str,
+    out: str | os.PathLike[str],
+    attacks: Sequence[str] = (),
+    references: Sequence[str] = (),
+    own_rules: bool = False,
+    batch_size: int = 100,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    verbose: bool = True,
+) -> pd.DataFrame:
+    """Run the cases and write `parity.csv`, or `deviations.csv` with `own_rules`; see `guardians.tables`.
+
+    A run that was stopped goes on with the first case that has no row yet.
+
+    Args:
+        model: logits for images in [0, 1].
+        data: images and labels.
+        model_name: for the table.
+        out: folder of the table.
+        attacks, references: only these; empty for all, see `guardians.parity.cases`.
+        own_rules: only the cases in which a toolkit's rule differs from the native one, and native with its own.
+        batch_size: images that a toolkit is given at a time.
+        device: where the model and the images go.
+        seed: of the toolkits' random starts, which native takes over from them.
+        verbose: show a progress bar.
+
+    Returns:
+        The rows of this run.
+
+    Raises:
+        ValueError: an attack or a reference is unknown, or the table is another one's.
+        OSError: the folder cannot be written.
+    """
+    check_integer("batch_size", batch_size, low=1)
+    todo = cases(attacks, references)
+    if own_rules:
+        todo = [case for case in todo if rules_for(case.reference, case.spec.norm)]
+    key = ("case", "model", "data", "n", "seed")
+    table = Table(Path(out) / ("deviations.csv" if own_rules else "parity.csv"), PARITY_COLUMNS, key)
+    model = model.to(device)
+    x, labels = data.as_floats().to(device), data.labels.to(device)
+    rows = []
+    for case in tqdm(todo, desc="parity", unit="case", disable=not verbose):
+        identity = {"case": case.name, "model": model_name, "data": data.source, "n": len(data), "seed": seed}
+        if tuple(identity.values()) not in table:
+            found = compare(
+                case,
+                model,
+                x,
+                labels,
+                nb_classes=len(data.classes),
+                batch_size=batch_size,
+                seed=seed,
+                own_rules=own_rules,
+            )
+            table.append(identity | _row(case, found, x))
+        rows.append(identity)
+    return table.select(rows)
+
+
+def _row(case: Case, found: Comparison, x: Tensor) -> dict[str, Any]:
+    """The columns of `PARITY_COLUMNS` that a comparison fills."""
+    difference, low, high = paired_difference(found.native_success.cpu().numpy(), found.reference_success.cpu().numpy())
+    native_l2, reference_l2 = (lp_norm(images - x, 2).mean().item() for images in (found.native, found.reference))
+    steps = found.steps
+    rules = ", ".join(rule.__name__ for rule in rules_for(case.reference, case.spec.norm))
+    return {
+        "attack": case.attack,
+        "reference": case.reference,
+        "kind": case.kind,
+        "max_abs_diff": (found.native - found.reference).abs().max().item(),
+        "pixel_mismatch": None if steps is None else steps.mismatches,
+        "unexplained": None if steps is None else steps.unexplained,
+        "max_abs_diff_float64": found.max_abs_diff_float64,
+        "label_agreement": found.same_label.double().mean().item(),
+        "native_success": found.native_success.double().mean().item(),
+        "reference_success": found.reference_success.double().mean().item(),
+        "difference": difference,
+        "difference_low": low,
+        "difference_high": high,
+        "l2_ratio": native_l2 / reference_l2 if reference_l2 else 1.0,
+        "query_ratio": found.query_ratio,
+        "time_ratio": found.time_ratio,
+        "verdict": found.verdict,
+        "note": f"{'without' if steps is None else 'with'} the toolkit's {rules}" if rules else "",
+    }
+
+
+def _predict(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
+    with undisturbed(model), torch.no_grad():
+        return torch.cat([model(batch).argmax(1) for batch in x.split(batch_size)])
+
+
+def _float64_difference(case: Case, model: nn.Module, x: Tensor, y: Tensor, nb_classes: int, seed: int) -> float | None:
+    """Largest pixel difference of two free float64 runs; None for ART, which casts images to float32."""
+    if case.reference == "ART":
+        return None
+    x, y = x[:FLOAT64_IMAGES].double(), y[:FLOAT64_IMAGES]
+    model = copy.deepcopy(model).double()
+    reference = record(case.reference, case.spec, model, x, y, nb_classes, seed)
+    native, _, _ = free_run(case.spec, case.reference, model, x, y, reference.iterates[0])
+    return (native - reference.x_adv).abs().max().item()

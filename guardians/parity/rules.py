@@ -1,0 +1,80 @@
+"""Where a toolkit's rule differs from the native one: each difference is one overridden hook of native FGSM and PGD.
+
+The exact cases of the harness run the native attack with the rules of the toolkit that it is held against, so that all
+the rest is compared bit for bit. `docs/deviations.md` has a row for each class here.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from guardians.adapters.implementations import AttackSpec
+from guardians.attacks import FastGradientMethod, ProjectedGradientDescent
+from guardians.attacks.base import State
+from guardians.attacks.norms import as_norm, lp_norm, project, steepest_ascent
+
+__all__ = ["OneCoordinateStep", "native_class", "rules_for"]
+
+
+class ProjectThenClip(ProjectedGradientDescent):
+    """foolbox, torchattacks PGDL2: onto the ball first, then clipped; native clips first, so the ball is used up."""
+
+    def inside(self, x_adv: Tensor, state: State) -> Tensor:
+        """Clip last."""
+        delta = project(x_adv - state["x"], state["eps"].to(x_adv.dtype), as_norm(self.norm))
+        return (state["x"] + delta).clamp(state["low"], state["high"])
+
+
+class OneCoordinateStep(ProjectedGradientDescent):
+    """ART, norm 1: the largest coordinate alone, even where a bound stops it; native goes on to the next ones."""
+
+    def step(self, gradient: Tensor, x: Tensor, radius: Tensor, state: State) -> Tensor:
+        """The steepest ascent that knows no box."""
+        return radius * steepest_ascent(gradient, 1)
+
+
+class ProportionalStep(ProjectedGradientDescent):
+    """foolbox, norm 1: along the gradient itself; native uses the largest coordinates up to their bounds."""
+
+    def step(self, gradient: Tensor, x: Tensor, radius: Tensor, state: State) -> Tensor:
+        """The gradient scaled to 1-norm `radius`."""
+        return radius * gradient / lp_norm(gradient, 1).clamp_min(1e-12)
+
+
+class FlooredStep(ProjectedGradientDescent):
+    """foolbox, norm 2: gradients of a norm below 1e-12 give shorter steps; native steps have the same length always."""
+
+    def step(self, gradient: Tensor, x: Tensor, radius: Tensor, state: State) -> Tensor:
+        """The gradient over its norm or 1e-12, whichever is larger."""
+        return radius * gradient / lp_norm(gradient, 2).clamp_min(1e-12)
+
+
+class DampedStep(ProjectedGradientDescent):
+    """torchattacks PGDL2: 1e-10 is added to the norm of the gradient of the batch's *mean* loss.
+
+    Steps of images that the model is sure of are shorter, the more so the larger the batch.
+    """
+
+    def step(self, gradient: Tensor, x: Tensor, radius: Tensor, state: State) -> Tensor:
+        """The gradient over its norm plus 1e-10 for each image of the batch."""
+        return radius * gradient / (lp_norm(gradient, 2) + len(gradient) * 1e-10)
+
+
+_RULES: dict[tuple[str, float], tuple[type[ProjectedGradientDescent], ...]] = {
+    ("ART", 1): (OneCoordinateStep,),
+    ("foolbox", 1): (ProjectThenClip, ProportionalStep),
+    ("foolbox", 2): (ProjectThenClip, FlooredStep),
+    ("torchattacks", 2): (ProjectThenClip, DampedStep),
+}
+
+
+def rules_for(reference: str, norm: float) -> tuple[type[ProjectedGradientDescent], ...]:
+    """The rules in which a toolkit differs from native FGSM and PGD in a norm; empty where there are none."""
+    return _RULES.get((reference, norm), ())
+
+
+def native_class(spec: AttackSpec, reference: str | None = None) -> type[ProjectedGradientDescent]:
+    """Native FGSM or PGD, with the rules of a toolkit where a reference is named."""
+    attack = FastGradientMethod if spec.attack == "FGSM" else ProjectedGradientDescent
+    rules = () if reference is None else rules_for(reference, spec.norm)
+    return type(attack.__name__, (*rules, attack), {}) if rules else attack

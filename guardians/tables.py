@@ -1,0 +1,295 @@
+"""The CSV tables: their columns, a table that a killed run can resume, and how a table is printed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+__all__ = ["BENCHMARK_COLUMNS", "PARITY_COLUMNS", "Table", "as_written", "print_table", "read_csv"]
+
+BENCHMARK_COLUMNS = {
+    "model": "name of the model",
+    "data": "where the images came from",
+    "defence": "name of the defence, or none",
+    "attack": "clean, FGSM, or PGD-<steps>",
+    "implementation": "whose code ran: native, ART, torchattacks or foolbox",
+    "norm": "order p of the norm of the threat model",
+    "eps": "radius of the norm ball, for images in [0, 1]; 0 for clean",
+    "steps": "gradient steps; 0 for clean",
+    "params": "JSON: the other arguments (batch_size, eps_step, random_start)",
+    "eot": "model evaluations averaged for one gradient; 1 is no EOT",
+    "n": "number of images",
+    "clean_accuracy": "fraction of the images that are classified correctly",
+    "robust_accuracy": "fraction classified correctly both clean and attacked",
+    "robust_accuracy_low": "lower end of its 95% Wilson interval",
+    "robust_accuracy_high": "upper end of its 95% Wilson interval",
+    "success_rate": "fraction of the images correct when clean that the attack made wrong; empty where none is correct",
+    "l2_median": "median over all images of the L2 norm of the perturbation",
+    "l2_mean": "mean over all images of the L2 norm of the perturbation",
+    "linf_max": "largest absolute change of any pixel of any image",
+    "forward_per_image": "samples that went forward through the model, per image",
+    "backward_per_image": "samples that went backward through the model, per image",
+    "seconds": "wall-clock time of the attack on all images, after a warm-up batch",
+    "images_per_second": "n / seconds",
+    "peak_memory_mb": "peak memory during the attack in MB (10^6 bytes): allocated on the GPU, or resident in the "
+    "process on a CPU",
+    "flags": "reasons to distrust the row, joined by semicolons: nan, outside_ball, outside_clip, weaker_than_fgsm, "
+    "zero_gradient; empty for none",
+    "seed": "seed of the attack",
+    "device": "cpu, or cuda and the name of the GPU",
+    "precision": "dtype in which the model computed",
+    "versions": "JSON: versions of guardians, python and the toolkits; null where not installed",
+    "commit": "git commit of the working directory; empty for none",
+}
+
+PARITY_COLUMNS = {
+    "case": "the attack, its threat model, its goal, its start and the reference",
+    "model": "name of the model",
+    "data": "where the images came from",
+    "attack": "FGSM or PGD-<steps>",
+    "reference": "toolkit that the native attack is held against",
+    "kind": "of agreement asserted: exact, statistical or dominance",
+    "n": "number of images",
+    "seed": "seed of the random starts",
+    "max_abs_diff": "largest absolute difference of any pixel of the final float32 images, each attack run on its own",
+    "pixel_mismatch": "pixels over all steps at which one native step from the reference's own iterate lands further "
+    "from the reference's next iterate than rounding",
+    "unexplained": "those of them that the reference's gradient does not excuse, not being within rounding of zero "
+    "(norm inf) or of the largest (norm 1); must be 0",
+    "max_abs_diff_float64": "largest absolute difference of any pixel of the final images of two runs in float64; "
+    "empty where the toolkit cannot compute in float64",
+    "label_agreement": "fraction of the images to whose two adversarial versions the model gives the same label",
+    "native_success": "fraction of the images on which the native attack reached its goal",
+    "reference_success": "fraction of the images on which the reference reached its goal",
+    "difference": "native_success - reference_success, paired by image",
+    "difference_low": "lower end of its 95% interval",
+    "difference_high": "upper end of its 95% interval",
+    "l2_ratio": "mean L2 norm of the perturbation, native / reference",
+    "query_ratio": "samples through the model, forward and backward, native / reference",
+    "time_ratio": "wall-clock time, native / reference",
+    "verdict": "whether the kind of agreement holds",
+    "note": "what explains a difference",
+}
+
+_TEXT_COLUMNS = """
+    model data defence attack implementation params flags device precision versions commit
+    case reference kind verdict note
+""".split()  # noqa: SIM905
+_RATES = """
+    clean_accuracy robust_accuracy robust_accuracy_low robust_accuracy_high success_rate label_agreement
+    native_success reference_success difference difference_low difference_high
+""".split()  # noqa: SIM905
+
+
+class Table:
+    """A CSV file to which rows are appended one by one, and which a killed run can open again and continue.
+
+    Args:
+        path: the file; it and its folder are created where they do not exist. A last line that was cut short, as by a
+            kill, is removed.
+        columns: names of the columns, in order; of a mapping, its keys.
+        key: the columns that identify a row. No two rows are written with the same key.
+
+    Raises:
+        ValueError: the file cannot be written, has other columns or a row of another length, or `key` names a column
+            that is not there.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], columns: Sequence[str] | Mapping[str, str], key: Sequence[str]):
+        self.path = Path(path)
+        self.columns = list(columns)
+        self.key = list(key)
+        unknown = [name for name in self.key if name not in self.columns]
+        if unknown or not self.key:
+            raise ValueError(f"key={self.key}: needs at least one, all out of {', '.join(self.columns)}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a+b") as file:
+                rows = self._recover(file)
+        except OSError as error:
+            raise ValueError(f"table {str(self.path)!r} cannot be written: {error}") from error
+        self._known = {self._key_of(row) for row in rows}
+        self._length = len(rows)
+
+    def __contains__(self, row: object) -> bool:
+        """Whether a row with this key is there; given as a mapping with the key columns, or as the key's values."""
+        if isinstance(row, Mapping):
+            return self._key_of(row) in self._known
+        if isinstance(row, Sequence) and not isinstance(row, str) and len(row) == len(self.key):
+            return tuple(map(as_written, row)) in self._known
+        raise ValueError(f"{row!r}: must be a mapping with, or the values of, {', '.join(self.key)}")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write a row; it is on disk when this returns.
+
+        None and NaN become empty cells, numbers are written so that they are read back exactly, and line breaks in text
+        become spaces.
+
+        Raises:
+            ValueError: the row has other columns than the table, or its key is there already.
+            OSError: the disk does not take it.
+        """
+        if set(row) != set(self.columns):
+            raise ValueError(f"{_mismatch(list(row), self.columns)} in a row for {str(self.path)!r}")
+        key = self._key_of(row)
+        if key in self._known:
+            described = ", ".join(f"{name}={value}" for name, value in zip(self.key, key, strict=True))
+            raise ValueError(f"table {str(self.path)!r} has a row for {described} already")
+        with self.path.open("ab") as file:
+            _write(file, [as_written(row[name]) for name in self.columns])
+        self._known.add(key)
+        self._length += 1
+
+    def frame(self) -> pd.DataFrame:
+        """The table as it is on disk."""
+        return read_csv(self.path)
+
+    def select(self, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+        """The rows that have the keys of `rows`, in the order of the table."""
+        cells = _read_cells(self.path)
+        wanted = {self._key_of(row) for row in rows}
+        keys = cells[self.key].itertuples(index=False, name=None)
+        return _typed(cells[np.array([key in wanted for key in keys], dtype=bool)].reset_index(drop=True))
+
+    def _key_of(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(as_written(row[name]) for name in self.key)
+
+    def _recover(self, file: Any) -> list[dict[str, str]]:
+        """The rows of the open file, after what a kill cut short has been removed; a new file gets its header."""
+        file.seek(0)
+        content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        if not whole and _line(self.columns).startswith(content):
+            file.truncate(0)
+            _write(file, self.columns)
+            return []
+        lines = csv.reader(io.StringIO((whole or content).decode("utf-8", errors="replace"), newline=""))
+        header = next(lines, [])
+        if header != self.columns:
+            raise ValueError(f"table {str(self.path)!r}: {_mismatch(header, self.columns)}; write into another folder")
+        rows = []
+        for line in lines:
+            if line and len(line) != len(self.columns):
+                where = f"table {str(self.path)!r}, line {lines.line_num}"
+                raise ValueError(f"{where}: {len(line)} cells for {len(self.columns)} columns")
+            if line:
+                rows.append(dict(zip(self.columns, line, strict=True)))
+        if len(whole) < len(content):
+            file.truncate(len(whole))
+        return rows
+
+
+def read_csv(path: str | os.PathLike[str]) -> pd.DataFrame:
+    """A table from disk: numbers exactly as they were written, text as text (empty for none)."""
+    return _typed(_read_cells(path))
+
+
+def print_table(
+    frame: pd.DataFrame, columns: Sequence[str] | None = None, title: str | None = None, console: Console | None = None
+) -> None:
+    """Print columns of a table (all by default); accuracies and rates, fractions in the data, as percentages.
+
+    Raises:
+        ValueError: a column is not in the table.
+    """
+    columns = list(frame.columns) if columns is None else list(columns)
+    unknown = [name for name in columns if name not in frame.columns]
+    if unknown:
+        raise ValueError(f"columns={unknown}: not in the table, which has {', '.join(map(str, frame.columns))}")
+    if console is None:
+        console = Console()
+        if not console.is_terminal:  # a log or a file has no width to keep to
+            console.width = 10_000
+    table = RichTable(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name in columns:
+        numeric = pd.api.types.is_numeric_dtype(frame[name])
+        heading = f"{name}_%" if name in _RATES else name
+        table.add_column(heading.replace("_", "\n"), justify="right" if numeric else "left", overflow="fold")
+    for row in frame[columns].itertuples(index=False, name=None):
+        table.add_row(*(Text(_printed(name, value)) for name, value in zip(columns, row, strict=True)))
+    console.print(table)
+
+
+def _read_cells(path: str | os.PathLike[str]) -> pd.DataFrame:
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
+
+
+def _typed(cells: pd.DataFrame) -> pd.DataFrame:
+    """Columns that are not known to be text become numbers where all cells are; pandas' own parser may round."""
+    return pd.DataFrame(
+        {name: cells[name] if name in _TEXT_COLUMNS else _numbers(cells[name].tolist()) for name in cells}, cells.index
+    )
+
+
+def _numbers(cells: list[str]) -> np.ndarray:
+    for number, dtype in ((int, np.int64), (lambda cell: float(cell or "nan"), np.float64)):
+        try:
+            return np.array([number(cell) for cell in cells], dtype=dtype)
+        except (ValueError, OverflowError):
+            continue
+    return np.array(cells, dtype=object)
+
+
+def _printed(name: str, value: Any) -> str:
+    if value is None or value != value:
+        return ""
+    if isinstance(value, Real) and not isinstance(value, (bool, Integral)):
+        if name in _RATES:
+            return f"{100 * value:.1f}"
+        if name == "eps":
+            return _printed_eps(float(value))
+        return f"{value:.4g}"
+    return str(value)
+
+
+def _printed_eps(eps: float) -> str:
+    """As k/255 where it is one of the radii that papers write so."""
+    k = round(eps * 255)
+    return f"{k}/255" if 0 < k <= 32 and abs(eps * 255 - k) < 1e-6 else f"{eps:.4g}"
+
+
+def as_written(value: Any) -> str:
+    """A value as it is written: the key of a row is compared in this form."""
+    if value is None:
+        return ""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return "" if value != value else repr(float(value))
+    return " ".join(str(value).splitlines())
+
+
+def _line(cells: Sequence[str]) -> bytes:
+    line = io.StringIO(newline="")
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    return line.getvalue().encode("utf-8")
+
+
+def _write(file: Any, cells: Sequence[str]) -> None:
+    """One line, on disk when this returns."""
+    file.write(_line(cells))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _mismatch(got: list[str], expected: list[str]) -> str:
+    missing = [name for name in expected if name not in got]
+    unexpected = [name for name in got if name not in expected]
+    if not missing and not unexpected:
+        return f"columns in another order: {', '.join(got)} where {', '.join(expected)} are expected"
+    return f"columns missing: {', '.join(missing) or 'none'}, columns unexpected: {', '.join(unexpected) or 'none'}"

@@ -1,0 +1,178 @@
+import sys
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from models_for_tests import CLASSES, SHAPE
+from torch.nn.functional import cross_entropy
+
+from guardians.adapters.implementations import IMPLEMENTATIONS, AttackSpec, build_attack, is_available
+
+INF = float("inf")
+FGSM = AttackSpec("FGSM", INF, eps=0.03, eps_step=0.01)
+PGD = AttackSpec("PGD", INF, eps=0.03, eps_step=0.02, steps=3)
+EVERY = [
+    replace(spec, norm=norm, eps=eps, eps_step=eps / 2, targeted=targeted, random_start=random_start)
+    for spec, (norm, eps), targeted, random_start in product(
+        (FGSM, PGD), ((INF, 0.03), (2, 0.3), (1, 3.0)), (False, True), (False, True)
+    )
+]
+AVAILABLE = [(name, spec) for name, spec in product(IMPLEMENTATIONS, EVERY) if is_available(name, spec)]
+
+
+def name_of(value):
+    if isinstance(value, AttackSpec):
+        flags = ["targeted"] * value.targeted + ["random"] * value.random_start
+        return "-".join([value.attack, str(value.norm), *flags])
+    return str(value)
+
+
+def build(implementation, spec, net, **options):
+    if implementation in ("torchattacks", "foolbox"):
+        pytest.importorskip(implementation)
+    options = {"batch_size": 5, **options}
+    return build_attack(implementation, spec, net, nb_classes=CLASSES, input_shape=SHAPE, **options)
+
+
+def oracle(spec, net, x, y):
+    """PGD for norms inf and 2 on images so far from 0 and 1 that they are never clipped."""
+    steps, step = (1, spec.eps) if spec.attack == "FGSM" else (spec.steps, spec.eps_step)
+    delta = torch.zeros_like(x)
+    for _ in range(steps):
+        point = (x + delta).requires_grad_()
+        (gradient,) = torch.autograd.grad(cross_entropy(net(point), y, reduction="sum"), point)
+        if spec.targeted:
+            gradient = -gradient
+        if spec.norm == INF:
+            delta = (delta + step * gradient.sign()).clamp(-spec.eps, spec.eps)
+        else:
+            delta = delta + step * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            delta = delta * (spec.eps / delta.flatten(1).norm(dim=1)).clamp(max=1).view(-1, 1, 1, 1)
+    return x + delta
+
+
+def norms(delta, spec):
+    return delta.flatten(1).double().norm(p=spec.norm, dim=1)
+
+
+@pytest.fixture
+def inner(x):
+    return 0.4 + 0.2 * x
+
+
+def test_what_each_toolkit_has():
+    missing = {(name, s.attack, s.norm, s.targeted) for name in IMPLEMENTATIONS for s in EVERY} - {
+        (name, s.attack, s.norm, s.targeted) for name, s in AVAILABLE
+    }
+    assert missing == {
+        *(("torchattacks", attack, 1, targeted) for attack in ("FGSM", "PGD") for targeted in (False, True)),
+        *(("torchattacks", "FGSM", 2, targeted) for targeted in (False, True)),
+        *(("foolbox", "FGSM", norm, True) for norm in (INF, 2, 1)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("implementation", "spec"), [(n, s) for n, s in AVAILABLE if s.norm != 1 and not s.random_start], ids=name_of
+)
+def test_every_toolkit_takes_the_steps_of_the_textbook(implementation, spec, net, inner, y):
+    x_adv = build(implementation, spec, net)(inner, y)
+    assert torch.allclose(x_adv, oracle(spec, net, inner, y), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("implementation", "spec"), AVAILABLE, ids=name_of)
+def test_every_attack_moves_the_loss_its_way_within_the_ball(implementation, spec, net, x, y):
+    x_adv = build(implementation, spec, net, seed=0)(x, y)
+    assert x_adv.shape == x.shape
+    assert x_adv.dtype == x.dtype
+    assert (norms(x_adv - x, spec) <= spec.eps * (1 + 1e-4)).all()
+    assert x_adv.min() >= -1e-6
+    assert x_adv.max() <= 1 + 1e-6
+    change = cross_entropy(net(x_adv), y) - cross_entropy(net(x), y)
+    assert (change < 0) == spec.targeted
+
+
+@pytest.mark.parametrize(
+    ("implementation", "spec"), [(n, s) for n, s in AVAILABLE if s.random_start and not s.targeted], ids=name_of
+)
+def test_a_seed_repeats_the_random_start_and_leaves_the_generators_alone(implementation, spec, net, x, y):
+    first = build(implementation, spec, net, seed=1)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    x_adv = first(x, y)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.array_equal(np.random.get_state()[1], states[1])  # noqa: NPY002
+    assert torch.equal(first(x, y), x_adv)
+    assert torch.equal(build(implementation, spec, net, seed=1)(x, y), x_adv)
+    assert not torch.equal(build(implementation, spec, net, seed=2)(x, y), x_adv)
+    assert not torch.equal(build(implementation, replace(spec, random_start=False), net)(x, y), x_adv)
+    unseeded = build(implementation, spec, net)
+    assert not torch.equal(unseeded(x, y), unseeded(x, y))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_fgsm_ignores_steps(implementation, net, x, y):
+    one, other = (build(implementation, spec, net)(x, y) for spec in (FGSM, replace(FGSM, steps=9, eps_step=0.001)))
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_model_comes_back_untouched(implementation, used_net, x, y, state_of, assert_untouched):
+    before = state_of(used_net)
+    build(implementation, PGD, used_net)(x, y)
+    assert_untouched(used_net, before)
+
+
+def test_what_a_toolkit_lacks_is_an_error(net):
+    for implementation, spec in product(IMPLEMENTATIONS, EVERY):
+        if (implementation, spec) not in AVAILABLE:
+            with pytest.raises(ValueError, match=f"implementation='{implementation}' does not have AttackSpec"):
+                build_attack(implementation, spec, net, nb_classes=CLASSES, input_shape=SHAPE, batch_size=5)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "spec", "message"),
+    [
+        ("cleverhans", PGD, "implementation='cleverhans': must be one of native, ART, torchattacks, foolbox"),
+        ("native", replace(PGD, attack="CW"), "attack='CW': must be one of FGSM, PGD"),
+        ("native", replace(PGD, norm=3), "norm=3: must be one of inf, 2, 1"),
+    ],
+)
+def test_unknown_names(implementation, spec, message, net):
+    with pytest.raises(ValueError, match=message):
+        is_available(implementation, spec)
+    with pytest.raises(ValueError, match=message):
+        build_attack(implementation, spec, net, nb_classes=CLASSES, input_shape=SHAPE, batch_size=5)
+
+
+@pytest.fixture
+def without_toolkits(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("guardians.adapters")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("torchattacks", "foolbox"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.mark.usefixtures("without_toolkits")
+def test_toolkits_that_are_not_installed_are_needed_only_when_used(net, x, y):
+    import guardians.adapters
+    from guardians.adapters import implementations
+
+    options = {"nb_classes": CLASSES, "input_shape": SHAPE, "batch_size": 5}
+    for name in ("native", "ART"):
+        assert implementations.build_attack(name, PGD, net, **options)(x, y).shape == x.shape
+    for name, adapter in (("torchattacks", "TorchattacksAttack"), ("foolbox", "FoolboxAttack")):
+        assert implementations.is_available(name, PGD)
+        with pytest.raises(ImportError, match=rf"{name} is not installed: pip install guardians\[parity\]"):
+            implementations.build_attack(name, PGD, net, **options)
+        with pytest.raises(ImportError, match=r"guardians\[parity\]"):
+            getattr(guardians.adapters, adapter)
+
+
+def test_the_package_exports_the_adapters():
+    import guardians.adapters
+    from guardians.adapters.art import ArtAttack
+
+    assert guardians.adapters.ArtAttack is ArtAttack
+    with pytest.raises(AttributeError, match="Nothing"):
+        _ = guardians.adapters.Nothing

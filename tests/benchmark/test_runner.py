@@ -1,0 +1,359 @@
+import copy
+import json
+import logging
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from guardians.benchmark import runner
+from guardians.benchmark.runner import KEY, outcome_path, run_benchmark, summarise
+from guardians.data import Dataset
+from guardians.tables import BENCHMARK_COLUMNS, read_csv
+
+pytest.importorskip("torchattacks")
+pytest.importorskip("foolbox")
+
+run_quietly = partial(run_benchmark, model_name="tiny", verbose=False, batch_size=8)
+FIGURES = [name for name in BENCHMARK_COLUMNS if name not in ("seconds", "images_per_second", "peak_memory_mb")]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, 4),
+    ).eval()
+
+
+@pytest.fixture
+def data(model):
+    images = torch.randint(0, 256, (20, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    with torch.no_grad():
+        labels = model(images.float() / 255).argmax(1)
+    labels[:4] = (labels[:4] + 1) % 4
+    return Dataset(images, labels, tuple("abcd"), "random images")
+
+
+def constant_data(n=6):
+    return Dataset(
+        torch.full((n, 3, 8, 8), 128, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64), ("a", "b"), "grey"
+    )
+
+
+@pytest.fixture
+def replace_attack(monkeypatch):
+    """Let `benchmark` run `attack(images, labels)` in place of every implementation's; returns the calls so far."""
+    calls = []
+
+    def replace(attack):
+        def build(implementation, spec, *_, **__):
+            calls.append((implementation, spec))
+            return attack
+
+        monkeypatch.setattr(runner, "build_attack", build)
+        return calls
+
+    return replace
+
+
+def test_every_attack_in_every_toolkit(model, data, tmp_path):
+    frame = run_quietly(model, data, out=tmp_path, attacks=("PGD-3", "FGSM", "clean"))
+    assert list(frame.columns) == list(BENCHMARK_COLUMNS)
+    toolkits = ["native", "ART", "torchattacks", "foolbox"]
+    assert list(zip(frame["attack"], frame["implementation"], strict=True)) == [
+        (attack, toolkit) for attack in ("clean", "FGSM", "PGD-3") for toolkit in toolkits
+    ]
+    assert (frame["clean_accuracy"] == 0.8).all()
+    assert (frame["robust_accuracy"] <= 0.8).all()
+    assert (frame["n"] == 20).all()
+    assert (frame["flags"] == "").all()
+    assert frame["steps"].tolist() == [0] * 4 + [1] * 4 + [3] * 4
+    assert frame["eps"].tolist() == [0.0] * 4 + [8 / 255] * 8
+    assert (frame["norm"] == np.inf).all()
+    assert frame["backward_per_image"].tolist() == [0] * 4 + [1] * 4 + [3] * 4
+    assert frame["forward_per_image"].tolist() == [1] * 4 + [1, 1, 1, 2] + [3, 5, 3, 4]
+    assert frame["linf_max"].to_numpy() == pytest.approx([0] * 4 + [8 / 255] * 4 + [6 / 255] * 4, abs=1e-6)
+    assert (frame["images_per_second"] * frame["seconds"]).to_numpy() == pytest.approx(20)
+    assert (frame["device"] == "cpu").all()
+    assert json.loads(frame["params"][11]) == {"batch_size": 8, "eps_step": 2 / 255, "random_start": False}
+    assert set(json.loads(frame["versions"][0])) == {"guardians", "python", "torch", "art", "torchattacks", "foolbox"}
+    pd.testing.assert_frame_equal(frame, read_csv(tmp_path / "benchmark.csv"))
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("inf", 8 / 255), (2, 1.0), (1, 4.0)])
+@pytest.mark.parametrize("random_start", [False, True])
+def test_outcomes_recompute_the_row_exactly(model, data, tmp_path, norm, eps, random_start):
+    frame = run_quietly(
+        model, data, out=tmp_path, attacks=("clean", "FGSM", "PGD-2"), norm=norm, eps=eps, random_start=random_start
+    )
+    for _, row in read_csv(tmp_path / "benchmark.csv").iterrows():
+        outcomes = read_csv(outcome_path(tmp_path, row))
+        assert list(outcomes) == ["index", "label", "clean_prediction", "adversarial_prediction", "l2", "linf"]
+        for name, value in summarise(outcomes).items():
+            assert row[name] == value, name
+        assert outcomes["label"].tolist() == data.labels.tolist()
+        robust = (outcomes["clean_prediction"] == outcomes["label"]) & (
+            outcomes["adversarial_prediction"] == outcomes["label"]
+        )
+        assert row["robust_accuracy"] == robust.mean()
+        assert row["success_rate"] == pytest.approx(1 - row["robust_accuracy"] / row["clean_accuracy"])
+        assert row["robust_accuracy_low"] <= row["robust_accuracy"] <= row["robust_accuracy_high"]
+        assert row["l2_mean"] == np.mean(outcomes["l2"])
+        assert row["l2_median"] == np.median(outcomes["l2"])
+    assert len(list((tmp_path / "outcomes").iterdir())) == len(frame)
+
+
+def test_robust_is_correct_on_both_images():
+    outcomes = pd.DataFrame(
+        {
+            "label": [0, 0, 0, 0, 0],
+            "clean_prediction": [0, 0, 0, 1, 1],
+            "adversarial_prediction": [0, 0, 1, 0, 1],
+            "l2": [0.0, 1.0, 2.0, 3.0, 10.0],
+            "linf": [0.0, 0.1, 0.5, 0.3, 0.2],
+        }
+    )
+    figures = summarise(outcomes)
+    assert (figures["n"], figures["clean_accuracy"], figures["robust_accuracy"]) == (5, 0.6, 0.4)
+    assert figures["success_rate"] == pytest.approx(1 / 3)
+    assert (figures["l2_median"], figures["l2_mean"], figures["linf_max"]) == (2.0, 3.2, 0.5)
+
+
+def test_judged_by_the_model_itself(data, model, tmp_path, replace_attack):
+    """An attack that moves half of the images as far as it may: everything follows from its images."""
+    step = torch.zeros(20, 1, 1, 1)
+    step[::2] = 8 / 255
+    replace_attack(lambda x, _: (x + step[: len(x)]).clamp(0, 1))
+    row = run_quietly(model, data, out=tmp_path, attacks=["FGSM"], implementations=["native"]).iloc[0]
+    x = data.as_floats()
+    x_adv = (x + step).clamp(0, 1)
+    with torch.no_grad():
+        standing = (model(x).argmax(1) == data.labels) & (model(x_adv).argmax(1) == data.labels)
+    assert row["robust_accuracy"] == standing.double().mean().item()
+    l2 = (x_adv - x).double().flatten(1).norm(dim=1)
+    assert row["l2_mean"] == pytest.approx(l2.mean().item(), rel=1e-6)
+    assert row["l2_median"] == pytest.approx(np.median(l2.numpy()), rel=1e-6)
+    assert row["linf_max"] == pytest.approx(8 / 255, rel=1e-5)
+
+
+def test_what_a_toolkit_does_not_have_is_skipped(model, data, tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        frame = run_quietly(model, data, out=tmp_path, attacks=["FGSM", "PGD-2"], norm=2, eps=0.5)
+    rows = set(zip(frame["attack"], frame["implementation"], strict=True))
+    assert ("FGSM", "torchattacks") not in rows
+    assert ("PGD-2", "torchattacks") in rows
+    assert "skipped: torchattacks does not have FGSM for norm 2" in caplog.text
+
+
+def test_a_toolkit_that_is_not_installed_is_skipped(model, data, tmp_path, caplog, monkeypatch):
+    find_spec = runner.importlib.util.find_spec
+    monkeypatch.setattr(runner.importlib.util, "find_spec", lambda name: None if name == "foolbox" else find_spec(name))
+    frame = run_quietly(model, data, out=tmp_path, attacks=["clean"])
+    assert "foolbox" not in frame["implementation"].tolist()
+    assert "foolbox, which is not installed" in caplog.text
+
+
+def test_a_killed_run_continues_where_it_stopped(model, data, tmp_path, monkeypatch):
+    attacks = ("clean", "FGSM", "PGD-2")
+    whole = run_quietly(model, data, out=tmp_path / "whole", attacks=attacks)
+    build, built = runner.build_attack, []
+
+    def build_until_killed(implementation, spec, *arguments, **options):
+        built.append((implementation, spec.steps))
+        if len(built) == 4:
+            raise KeyboardInterrupt
+        return build(implementation, spec, *arguments, **options)
+
+    monkeypatch.setattr(runner, "build_attack", build_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_quietly(model, data, out=tmp_path, attacks=attacks)
+    path = tmp_path / "benchmark.csv"
+    before = path.read_text()
+    assert len(read_csv(path)) == 4 + 3
+    path.write_text(before + "tiny,random images,none,FG")
+
+    resumed = run_quietly(model, data, out=tmp_path, attacks=attacks)
+    assert built[4:] == built[3:4] + [(toolkit, 2) for toolkit in ("native", "ART", "torchattacks", "foolbox")]
+    assert path.read_text().startswith(before)
+    assert not resumed.duplicated(KEY).any()
+    pd.testing.assert_frame_equal(resumed[FIGURES], whole[FIGURES])
+
+    again = path.read_bytes()
+    pd.testing.assert_frame_equal(run_quietly(model, data, out=tmp_path, attacks=attacks), resumed)
+    assert len(built) == 8 + 1
+    assert path.read_bytes() == again
+
+
+def test_other_settings_are_other_rows(model, data, tmp_path):
+    run = partial(run_quietly, model, data, out=tmp_path, attacks=["FGSM", "PGD-1"], implementations=["native"])
+    run()
+    for change in ({"seed": 1}, {"eps": 4 / 255}, {"norm": 2}, {"model_name": "other"}, {"batch_size": 4}):
+        assert len(run(**change)) == 2
+    assert len(read_csv(tmp_path / "benchmark.csv")) == 12
+    run(random_start=True)  # concerns PGD alone
+    assert len(read_csv(tmp_path / "benchmark.csv")) == 13
+    assert len(list((tmp_path / "outcomes").iterdir())) == 13
+
+
+def test_rows_of_other_code_are_kept_with_a_warning(model, data, tmp_path, caplog, monkeypatch):
+    run = partial(run_quietly, model, data, out=tmp_path, attacks=["FGSM"], implementations=["native", "ART"])
+    first = run()
+    assert caplog.text == ""
+    monkeypatch.setattr(runner, "_commit", lambda: "another")
+    pd.testing.assert_frame_equal(run(), first)
+    assert "2 of the rows" in caplog.text
+
+
+def test_random_starts_repeat_with_the_seed(model, data, tmp_path):
+    run = partial(run_quietly, model, data, attacks=["PGD-1"], eps_step=1e-3, random_start=True)
+    first, second, other = run(out=tmp_path / "a"), run(out=tmp_path / "b"), run(out=tmp_path / "c", seed=1)
+    assert (first["l2_mean"] == second["l2_mean"]).all()
+    assert (first["l2_mean"] != other["l2_mean"]).all()
+
+
+def test_saturated_softmax_is_flagged(data, tmp_path, model):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return 1e6 * self.model(x)
+
+    frame = run_quietly(Masked(), data, out=tmp_path, attacks=["clean", "FGSM", "PGD-2"])
+    assert (frame["flags"][frame["attack"] == "clean"] == "").all()
+    assert (frame["flags"][frame["attack"] != "clean"] == "zero_gradient").all()
+
+
+class Barrier(nn.Module):
+    """Class 0 at grey; one full step brightens it to class 1, small steps turn around at a barrier."""
+
+    def forward(self, x):
+        u = x.mean((1, 2, 3)) - 128 / 255
+        margin = torch.where(u < 0.01, 1 - u, torch.where(u < 0.03, 0.98 + u, -1 + 0 * u))
+        return torch.stack([margin, torch.zeros_like(margin)], 1)
+
+
+def test_pgd_that_is_weaker_than_fgsm_is_flagged(tmp_path):
+    run = partial(run_quietly, Barrier(), constant_data(), eps=0.04, eps_step=0.015)
+    frame = run(out=tmp_path, attacks=["PGD-4", "FGSM"])
+    assert frame["attack"].tolist() == ["FGSM"] * 4 + ["PGD-4"] * 4
+    assert frame["robust_accuracy"].tolist() == [0] * 4 + [1] * 4
+    assert frame["flags"].tolist() == [""] * 4 + ["weaker_than_fgsm"] * 4
+    resumed = run(out=tmp_path, attacks=["PGD-6"], implementations=["native"])  # FGSM's row is on disk
+    assert resumed["flags"].tolist() == ["weaker_than_fgsm"]
+    alone = run(out=tmp_path / "alone", attacks=["PGD-4"], implementations=["native"])
+    assert alone["flags"].tolist() == [""]
+
+
+@pytest.mark.parametrize(
+    ("attack", "norm", "flags"),
+    [
+        (lambda x, y: x.clone().index_fill_(0, torch.tensor([1]), float("nan")), "inf", "nan"),
+        (lambda x, y: x + 8 / 255 * 1.001, "inf", "outside_ball"),
+        (lambda x, y: x + 8 / 255, "inf", ""),
+        (lambda x, y: x + 8 / 255 * 1.001 / 192**0.5, 2, "outside_ball"),
+        (lambda x, y: x + 8 / 255 / 192**0.5, 2, ""),
+        (lambda x, y: x * 0 - 1e-6, "inf", "outside_ball;outside_clip"),
+    ],
+)
+def test_images_that_break_the_threat_model_are_flagged(tmp_path, replace_attack, attack, norm, flags):
+    replace_attack(attack)
+    frame = run_quietly(Barrier(), constant_data(), out=tmp_path, attacks=["FGSM"], implementations=["ART"], norm=norm)
+    assert frame["flags"].tolist() == [flags]
+
+
+def test_no_image_correct_leaves_the_success_rate_empty(tmp_path):
+    data = constant_data()
+    data.labels.fill_(1)
+    row = run_quietly(Barrier(), data, out=tmp_path, attacks=["FGSM"], implementations=["native"]).iloc[0]
+    assert row["clean_accuracy"] == row["robust_accuracy"] == 0
+    assert np.isnan(row["success_rate"])
+
+
+def test_the_model_comes_back_as_it_was(model, data, tmp_path):
+    model.train()
+    model[1].eval()
+    model[0].weight.requires_grad_(False)
+    model[5].weight.grad = torch.ones_like(model[5].weight)
+    state = copy.deepcopy(model.state_dict())
+    run_quietly(model, data, out=tmp_path, attacks=["clean", "FGSM", "PGD-1"])
+    assert [part.training for part in model] == [True, False, True, True, True, True]
+    assert [p.requires_grad for p in model.parameters()] == [False] + [True] * 5
+    assert torch.equal(model[5].weight.grad, torch.ones_like(model[5].weight))
+    assert model[0].weight.grad is None
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert not model[5]._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"attacks": ["FGSM", "PGD"]}, ValueError, "'PGD' is unknown; known are 'clean', 'FGSM' and 'PGD-<steps>'"),
+        ({"attacks": ["PGD-0"]}, ValueError, "'PGD-0' is unknown"),
+        ({"attacks": []}, ValueError, "attacks="),
+        ({"attacks": "FGSM"}, ValueError, "attacks='FGSM': must be a list"),
+        ({"implementations": ["advlib"]}, ValueError, "advlib.*known are native, ART, torchattacks, foolbox"),
+        ({"norm": 0.5}, ValueError, "norm=0.5"),
+        ({"norm": 3}, ValueError, "norm=3"),
+        ({"eps": -1}, ValueError, "eps=-1"),
+        ({"eps": float("nan")}, ValueError, "eps=nan"),
+        ({"eps": "8/255"}, TypeError, "eps='8/255'"),
+        ({"eps": np.ones(3)}, TypeError, "one number"),
+        ({"eps_step": 0}, ValueError, "eps_step=0"),
+        ({"random_start": 1}, TypeError, "random_start=1"),
+        ({"batch_size": 0}, ValueError, "batch_size=0"),
+        ({"seed": -1}, ValueError, "seed=-1"),
+        ({"model_name": " "}, ValueError, "model_name"),
+        ({"device": "meta"}, ValueError, "device='meta': the model is on cpu"),
+    ],
+)
+def test_invalid_arguments_are_refused_before_any_work(model, data, tmp_path, change, error, message):
+    with pytest.raises(error, match=message):
+        run_quietly(model, data, out=tmp_path / "out", **change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_and_data_that_do_not_fit_are_refused(model, data, tmp_path):
+    with pytest.raises(TypeError, match="model of type function"):
+        run_quietly(lambda x: x, data, out=tmp_path)
+    with pytest.raises(TypeError, match="data of type Tensor"):
+        run_quietly(model, data.images, out=tmp_path)
+    with pytest.raises(ValueError, match="float64"):
+        run_quietly(copy.deepcopy(model).double(), data, out=tmp_path)
+    ten_classes = Dataset(data.images, torch.arange(20) % 10, tuple("abcdefghij"), "ten")
+    with pytest.raises(ValueError, match="labels from 0 to 9: the model has 4 classes"):
+        run_quietly(model, ten_classes, out=tmp_path)
+    with pytest.raises(ValueError, match="no images"):
+        run_quietly(model, Dataset(data.images[:0], data.labels[:0], data.classes, "none"), out=tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(model, data, tmp_path, replace_attack):
+    (tmp_path / "file").write_text("")
+    calls = replace_attack(None)
+    with pytest.raises(ValueError, match=r"file/benchmark\.csv' cannot be written"):
+        run_quietly(model, data, out=tmp_path / "file")
+    assert calls == []
+
+
+def test_a_table_of_another_kind_is_refused(model, data, tmp_path):
+    (tmp_path / "benchmark.csv").write_text("model,accuracy\na,1\n")
+    with pytest.raises(ValueError, match="missing: data"):
+        run_quietly(model, data, out=tmp_path)
+
+
+def test_the_commit_is_optional(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "none"))
+    assert runner._commit() == ""
+    monkeypatch.setenv("PATH", "")
+    assert runner._commit() == ""

@@ -1,0 +1,91 @@
+"""Small seeded models, images and ART estimators that tests share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from art.estimators.classification import PyTorchClassifier
+from torch import Tensor, nn
+
+SHAPE = (3, 8, 8)
+CLASSES = 5
+
+
+class SmallNet(nn.Module):
+    """Two convolutions with batch normalisation, whose statistics are far from those of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 12, 3, stride=2, padding=1),
+            nn.BatchNorm2d(12),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(12 * 4 * 4, CLASSES)
+        self.images_seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.images_seen += len(x)
+        return self.head(self.features(x).flatten(1))
+
+
+def small_net(seed: int = 0, dtype: torch.dtype = torch.float32) -> SmallNet:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = SmallNet()
+        for layer in net.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.running_mean.normal_(std=0.3)
+                layer.running_var.uniform_(0.5, 1.5)
+    net.eval()
+    with torch.no_grad():  # so that no class is predicted for all images
+        net.head.weight *= 4
+        net.head.bias -= net(some_images(64, seed=99)).mean(0)
+    net.images_seen = 0
+    return net.to(dtype)
+
+
+def linear_model(seed: int = 0, classes: int = CLASSES, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(SHAPE)), classes)).to(dtype).eval()
+
+
+def some_images(n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Images in [0, 1] of which a tenth of the pixels is exactly 0 and a tenth exactly 1."""
+    x = torch.rand((n, *SHAPE), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (1.25 * x - 0.125).clamp(0, 1).to(dtype)
+
+
+def some_labels(n: int, seed: int = 0) -> Tensor:
+    return torch.randint(CLASSES, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+def art_classifier(model: nn.Module, **options: Any) -> PyTorchClassifier:
+    settings = {
+        "loss": nn.CrossEntropyLoss(),
+        "input_shape": SHAPE,
+        "nb_classes": CLASSES,
+        "clip_values": (0.0, 1.0),
+        "device_type": "cpu",
+    }
+    return PyTorchClassifier(model, **{**settings, **options})
+
+
+class Constant(nn.Module):
+    """Logits that are zero whatever the image, with a gradient that is zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0 * x.flatten(1)[:, :CLASSES]
+
+
+class NanGradient(nn.Module):
+    """Finite logits with a gradient that is NaN everywhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x).sqrt().flatten(1)[:, :CLASSES] + x.flatten(1)[:, :CLASSES]

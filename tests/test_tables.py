@@ -1,0 +1,190 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from guardians.tables import BENCHMARK_COLUMNS, PARITY_COLUMNS, Table, as_written, print_table, read_csv
+
+COLUMNS = ["model", "eps", "n", "value", "note"]
+KEY = ["model", "eps"]
+
+
+def row(model="a", eps=8 / 255, n=3, value=0.1, note=""):
+    return {"model": model, "eps": eps, "n": n, "value": value, "note": note}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "deep" / "table.csv"
+
+
+def test_rows_are_on_disk_when_append_returns(path):
+    table = Table(path, COLUMNS, KEY)
+    for i in range(3):
+        table.append(row(eps=i / 255))
+        assert len(path.read_text().splitlines()) == i + 2
+        assert len(table) == i + 1
+
+
+def test_numbers_and_text_come_back_exactly(path):
+    first = row(eps=0.1 + 0.2, n=np.int64(7), value=np.float32(0.1), note='a, "quoted"\nnote')
+    table = Table(path, COLUMNS, KEY)
+    table.append(first)
+    table.append(row(model="nan", value=None, note="NA"))
+    table.append(row(model="1", value=float("nan")))
+    table.append(row(model="2", value=float("inf")))
+    frame = table.frame()
+    assert list(frame.columns) == COLUMNS
+    assert frame["eps"][0] == 0.1 + 0.2
+    assert frame["n"][0] == 7
+    assert frame["value"][0] == float(np.float32(0.1))
+    assert frame["note"].tolist() == ['a, "quoted" note', "NA", "", ""]
+    assert frame["model"].tolist() == ["a", "nan", "1", "2"]
+    assert math.isnan(frame["value"][1])
+    assert math.isnan(frame["value"][2])
+    assert frame["value"][3] == math.inf
+
+
+@given(eps=st.floats(allow_nan=False), model=st.text(), value=st.floats(allow_nan=False))
+def test_a_key_is_found_again_after_the_file_is_read(tmp_path_factory, eps, model, value):
+    path = tmp_path_factory.mktemp("table") / "table.csv"
+    Table(path, COLUMNS, KEY).append(row(model=model, eps=eps, value=value))
+    table = Table(path, COLUMNS, KEY)
+    assert (model, eps) in table
+    assert row(model=model, eps=eps) in table
+    assert (model, np.float64(eps)) in table
+    assert (model + "x", eps) not in table
+    assert table.frame()["value"][0] == value
+
+
+def test_a_row_is_never_written_twice(path):
+    Table(path, COLUMNS, KEY).append(row())
+    table = Table(path, COLUMNS, KEY)
+    with pytest.raises(ValueError, match=r"model=a, eps=0\.0313.* already"):
+        table.append(row(n=99))
+    assert len(table) == len(table.frame()) == 1
+
+
+def test_a_cut_line_is_dropped_and_the_next_row_is_whole(path):
+    table = Table(path, COLUMNS, KEY)
+    table.append(row("a"))
+    table.append(row("b"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    table = Table(path, COLUMNS, KEY)
+    assert len(table) == 1
+    assert ("b", 8 / 255) not in table
+    table.append(row("b"))
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("cut", [0, 5, -1])
+def test_a_cut_header_is_written_anew(path, cut):
+    Table(path, COLUMNS, KEY)
+    header = path.read_bytes()
+    path.write_bytes(header[:cut])
+    Table(path, COLUMNS, KEY).append(row())
+    assert path.read_bytes().startswith(header)
+    assert len(read_csv(path)) == 1
+
+
+@pytest.mark.parametrize(
+    "content", ["model,eps,n,value,other\na,1,2,3,4\n", "model,eps,n,value\n", "not a table", "\n"]
+)
+def test_a_file_with_other_columns_is_refused_and_left_alone(path, content):
+    path.parent.mkdir()
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"table\.csv.*missing: .*note"):
+        Table(path, COLUMNS, KEY)
+    assert path.read_text() == content
+
+
+def test_other_mismatches_name_the_place(path):
+    Table(path, COLUMNS, KEY)
+    with pytest.raises(ValueError, match="another order"):
+        Table(path, COLUMNS[::-1], KEY)
+    path.write_text(path.read_text() + "a,1\n")
+    with pytest.raises(ValueError, match=r"line 2: 2 cells for 5 columns"):
+        Table(path, COLUMNS, KEY)
+
+
+def test_a_row_with_other_columns_is_refused(path):
+    table = Table(path, COLUMNS, KEY)
+    with pytest.raises(ValueError, match="missing: note, columns unexpected: notes"):
+        table.append({"notes" if name == "note" else name: value for name, value in row().items()})
+    assert len(table.frame()) == 0
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file/table\.csv' cannot be written"):
+        Table(tmp_path / "file" / "table.csv", COLUMNS, KEY)
+    with pytest.raises(ValueError, match="cannot be written"):
+        Table(tmp_path, COLUMNS, KEY)
+
+
+def test_keys_are_checked(path):
+    with pytest.raises(ValueError, match="key="):
+        Table(path, COLUMNS, ["models"])
+    with pytest.raises(ValueError, match="key="):
+        Table(path, COLUMNS, [])
+    with pytest.raises(ValueError, match="model, eps"):
+        ("a",) in Table(path, COLUMNS, KEY)  # noqa: B015
+
+
+def test_select(path):
+    table = Table(path, COLUMNS, KEY)
+    assert list(table.select([row()]).columns) == COLUMNS
+    for model in "abc":
+        table.append(row(model, eps=1))
+    assert table.select([row("c", eps=1), row("a", eps=1), row("d", eps=1)])["model"].tolist() == ["a", "c"]
+    assert len(table.select([])) == 0
+
+
+def test_documented_columns_fit_the_table(tmp_path):
+    for columns in (BENCHMARK_COLUMNS, PARITY_COLUMNS):
+        assert all(meaning and "\n" not in meaning for meaning in columns.values())
+        key = next(iter(columns))
+        table = Table(tmp_path / f"{key}.csv", columns, [key])
+        assert list(table.frame().columns) == list(columns)
+
+
+def test_what_is_written_is_the_same_from_python_numpy_and_pandas():
+    assert as_written(0.1) == as_written(np.float64(0.1)) == as_written(pd.Series([0.1])[0]) == "0.1"
+    assert as_written(3) == as_written(np.int64(3)) == "3"
+    assert as_written(float("inf")) == "inf"
+    assert as_written(True) == "True"
+
+
+def printed(frame, *arguments):
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_table(frame, *arguments, console=console)
+    return console.export_text()
+
+
+def test_print_shows_rates_as_percentages_and_leaves_the_data_alone():
+    frame = pd.DataFrame(
+        {"model": ["[bold]a"], "robust_accuracy": [0.4567], "eps": [8 / 255], "seconds": [1.23456], "n": [1000]}
+    )
+    text = printed(frame, ["model", "robust_accuracy", "eps", "n"], "A title")
+    assert "A title" in text
+    assert "45.7" in text
+    assert "%" in text
+    assert "8/255" in text
+    assert "1000" in text
+    assert "[bold]a" in text
+    assert "1.23" not in text
+    assert frame["robust_accuracy"][0] == 0.4567
+
+
+def test_print_empty_cells_and_unknown_columns():
+    frame = pd.DataFrame({"max_abs_diff_float64": [float("nan")], "eps": [0.5]})
+    text = printed(frame)
+    assert "nan" not in text
+    assert "0.5" in text
+    with pytest.raises(ValueError, match=r"columns=\['missing'\].*eps"):
+        print_table(frame, ["missing"])

@@ -1,0 +1,671 @@
+"""Training: it learns, it is a function of its seed, and no interruption leaves a trace."""
+
+import csv
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from guardians import training
+from guardians.data import Dataset
+from guardians.training import LOG_COLUMNS, Recipe, accuracy, bfloat16_is_native, train
+
+RECIPE = Recipe(epochs=3, batch_size=16, peak_lr=0.05, crop_padding=1, cutout=2)
+STEPS = 4  # an epoch of RECIPE on `colours(70)`
+
+
+def colours(n: int, seed: int = 0) -> Dataset:
+    """Noisy 6 x 6 images whose strongest channel is their label."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (n,), generator=generator)
+    images = torch.randint(0, 160, (n, 3, 6, 6), generator=generator)
+    images[torch.arange(n), labels] += 60
+    return Dataset(images.to(torch.uint8), labels, ("red", "green", "blue"), "synthetic")
+
+
+TRAIN, TEST = colours(70), colours(50, seed=1)
+
+
+def small_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    )
+
+
+def log_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "log.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def outcome(folder: Path, model: nn.Module, result: float) -> tuple[Any, ...]:
+    """All that a run determines: weights, result, and the log but for the seconds."""
+    weights = {key: value.tolist() for key, value in model.state_dict().items()}
+    return weights, result, [{k: v for k, v in row.items() if k != "seconds"} for row in log_of(folder)]
+
+
+def run(folder: Path, recipe: Recipe = RECIPE) -> tuple[Any, ...]:
+    model = small_model()
+    return outcome(folder, model, train(model, TRAIN, TEST, recipe, folder, verbose=False))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
+    return run(tmp_path_factory.mktemp("uninterrupted"))
+
+
+class TestOutcome:
+    def test_learns(self, tmp_path: Path) -> None:
+        recipe = Recipe(epochs=6, batch_size=16, peak_lr=0.2, crop_padding=1, cutout=2)
+        model, data = small_model(), colours(300, seed=2)
+        before = accuracy(model, TEST)
+        result = train(model, data, TEST, recipe, tmp_path, verbose=False)
+        assert before < 0.6
+        assert result > 0.95
+        assert float(log_of(tmp_path)[-1]["train_accuracy"]) > 0.85
+        assert float(log_of(tmp_path)[-1]["train_loss"]) < float(log_of(tmp_path)[0]["train_loss"])
+
+    def test_returns_the_accuracy_of_the_model_it_leaves(self, tmp_path: Path) -> None:
+        model = small_model()
+        result = train(model, TRAIN, TEST, RECIPE, tmp_path, verbose=False)
+        with torch.no_grad():
+            correct = (model.eval()(TEST.as_floats()).argmax(1) == TEST.labels).float().mean()
+        assert result == pytest.approx(float(correct))
+        assert float(log_of(tmp_path)[-1]["test_accuracy"]) == result
+
+    def test_model_comes_back_in_the_usual_memory_format(self, tmp_path: Path) -> None:
+        model = small_model()
+        train(model, TRAIN, TEST, RECIPE, tmp_path, verbose=False)
+        assert all(parameter.is_contiguous() for parameter in model.parameters())
+
+    def test_log(self, tmp_path: Path) -> None:
+        run(tmp_path)
+        header, *rows = (tmp_path / "log.csv").read_text().splitlines()
+        assert header == "epoch,learning_rate,train_loss,train_accuracy,test_accuracy,seconds" == ",".join(LOG_COLUMNS)
+        assert [row.split(",")[0] for row in rows] == ["1", "2", "3"]
+        for row in log_of(tmp_path):
+            # Fractions of 4 x 16 training and of 50 test images.
+            assert (float(row["train_accuracy"]) * 64).is_integer()
+            assert float(row["test_accuracy"]) * 50 == pytest.approx(round(float(row["test_accuracy"]) * 50))
+        seconds = [float(row["seconds"]) for row in log_of(tmp_path)]
+        assert seconds == sorted(seconds)
+
+    def test_partial_batch_is_dropped(self, tmp_path: Path) -> None:
+        model, seen = small_model(), []
+        model.register_forward_hook(lambda m, args, _: seen.append(len(args[0])) if m.training else None)
+        train(model, TRAIN, TEST, replace(RECIPE, epochs=1), tmp_path, verbose=False)
+        assert seen == [16] * STEPS
+
+    def test_steps_are_those_of_the_papers(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Label smoothing (Szegedy et al. 2016, section 7), Nesterov momentum and weight decay, written out."""
+        monkeypatch.setattr(training, "bfloat16_is_native", lambda device: False)
+        recipe = Recipe(epochs=4, batch_size=70, peak_lr=1.0, crop_padding=0, cutout=0, label_smoothing=0.3)
+        recipe = replace(recipe, weight_decay=0.1)
+        data = replace(TRAIN, images=TRAIN.images[..., :1].expand(-1, -1, -1, 6).contiguous())  # flips change nothing
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(108, 3))
+        weight, velocity = model[1].weight.detach().double().clone(), torch.zeros(3, 108, dtype=torch.float64)
+        bias, bias_velocity = model[1].bias.detach().double().clone(), torch.zeros(3, dtype=torch.float64)
+        train(model, data, TEST, recipe, tmp_path, verbose=False)
+        x = data.as_floats().double().flatten(1)
+        target = torch.full((70, 3), 0.1).index_put((torch.arange(70), data.labels), torch.tensor(0.8)).double()
+        for row in log_of(tmp_path):
+            log_probabilities = (x @ weight.T + bias).log_softmax(1)
+            assert float(row["train_loss"]) == pytest.approx(
+                -float((target * log_probabilities).sum(1).mean()), rel=1e-5
+            )
+            error = (log_probabilities.exp() - target) / 70
+            gradient, bias_gradient = error.T @ x + 0.1 * weight, error.sum(0)
+            velocity, bias_velocity = 0.9 * velocity + gradient, 0.9 * bias_velocity + bias_gradient
+            rate = float(row["learning_rate"])
+            weight = weight - rate * (gradient + 0.9 * velocity)
+            bias = bias - rate * (bias_gradient + 0.9 * bias_velocity)
+        torch.testing.assert_close(model[1].weight.double(), weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model[1].bias.double(), bias, rtol=1e-4, atol=1e-5)
+
+    def test_weights_decay_and_biases_do_not(self, tmp_path: Path) -> None:
+        """Where the gradient is zero, a step multiplies each weight by 1 - learning rate x decay."""
+
+        class Constant(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.norm(self.conv(x)).mean((2, 3)) * 0
+
+        model = Constant()
+        before = {key: value.clone() for key, value in model.named_parameters()}
+        recipe = replace(RECIPE, epochs=5, batch_size=70, momentum=0, weight_decay=0.5, warmup=0.4, peak_lr=0.5)
+        train(model, TRAIN, TEST, recipe, tmp_path, verbose=False)
+        factor = np.prod([1 - float(row["learning_rate"]) * 0.5 for row in log_of(tmp_path)])
+        assert factor < 0.8
+        torch.testing.assert_close(model.conv.weight, before["conv.weight"] * factor)
+        for key in ("conv.bias", "norm.weight", "norm.bias"):
+            assert torch.equal(model.get_parameter(key), before[key])
+
+    @pytest.mark.parametrize("warmup", [0, 0.2, 0.25, 1 / 3, 0.5, 0.9])
+    @pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5])
+    def test_learning_rate_is_one_cycle(self, tmp_path: Path, epochs: int, warmup: float) -> None:
+        """From a 25th of the peak linearly to the peak, which the last step of the warm-up has, then to next to 0."""
+        recipe = Recipe(epochs=epochs, batch_size=70, peak_lr=0.5, warmup=warmup, crop_padding=0)
+        train(nn.Sequential(nn.Flatten(), nn.Linear(108, 3)), TRAIN, TEST, recipe, tmp_path, verbose=False)
+        peak_step = warmup * epochs - 1
+        steps, rates = [peak_step, epochs - 1], [0.5, 0.5 / 25e4]
+        if peak_step > 0:
+            steps, rates = [0, *steps], [0.5 / 25, *rates]
+        expected = np.interp(range(epochs), steps, rates)
+        np.testing.assert_allclose([float(row["learning_rate"]) for row in log_of(tmp_path)], expected, rtol=1e-5)
+
+    def test_speaks_only_when_asked(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        run(tmp_path / "quiet")
+        assert capfd.readouterr() == ("", "")
+        train(small_model(), TRAIN, TEST, RECIPE, tmp_path / "loud")
+        output = "".join(capfd.readouterr())
+        assert output.count("test_accuracy") == 3
+        assert "epoch 2/3" in output
+
+
+class TestSeed:
+    def test_same_seed_same_run(self, tmp_path: Path, uninterrupted: tuple[Any, ...]) -> None:
+        assert run(tmp_path) == uninterrupted
+
+    def test_other_seed_other_run(self, tmp_path: Path, uninterrupted: tuple[Any, ...]) -> None:
+        assert run(tmp_path, replace(RECIPE, seed=1))[0] != uninterrupted[0]
+
+    def test_global_seed_does_not_matter(self, tmp_path: Path, uninterrupted: tuple[Any, ...]) -> None:
+        model = small_model()
+        torch.manual_seed(123)
+        result = train(model, TRAIN, TEST, RECIPE, tmp_path, verbose=False)
+        assert outcome(tmp_path, model, result) == uninterrupted
+
+    def test_global_random_stream_is_left_alone(self, tmp_path: Path) -> None:
+        model = small_model()
+        torch.manual_seed(7)
+        state = torch.get_rng_state()
+        train(model, TRAIN, TEST, RECIPE, tmp_path, verbose=False)
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+Prepare = Callable[[pytest.MonkeyPatch, nn.Module], None]
+
+
+def at_call(number: int, function: Callable[..., Any], action: Callable[[], None]) -> Callable[..., Any]:
+    """`function`, with `action` before its call of this number, from 1 on."""
+    calls = iter(range(1, 10**6))
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            action()
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def control_c() -> None:
+    """What the terminal does; Python turns it into a KeyboardInterrupt, if nobody holds it back."""
+    signal.raise_signal(signal.SIGINT)
+
+
+def while_loading(step: int, action: Callable[[], None]) -> Prepare:
+    return lambda patch, model: patch.setattr(training, "_augment", at_call(step, training._augment, action))
+
+
+def inside_the_model(forward: int, action: Callable[[], None]) -> Prepare:
+    """Batch norm has updated its running statistics by then. An epoch has 4 forward passes and 1 of the evaluation."""
+
+    def prepare(patch: pytest.MonkeyPatch, model: nn.Module) -> None:
+        patch.setattr(model[3], "forward", at_call(forward, model[3].forward, action))
+
+    return prepare
+
+
+def in_backward(step: int, action: Callable[[], None]) -> Prepare:
+    return lambda patch, model: patch.setattr(Tensor, "backward", at_call(step, Tensor.backward, action))
+
+
+def in_the_optimiser(step: int, action: Callable[[], None]) -> Prepare:
+    return lambda patch, model: patch.setattr(torch.optim.SGD, "step", at_call(step, torch.optim.SGD.step, action))
+
+
+def before_the_schedule(step: int, action: Callable[[], None]) -> Prepare:
+    """The constructor of the schedule takes a step too."""
+    cls = training.OneCycleLR
+    return lambda patch, model: patch.setattr(cls, "step", at_call(step + 1, cls.step, action))
+
+
+def evaluating(epoch: int, action: Callable[[], None]) -> Prepare:
+    return lambda patch, model: patch.setattr(training, "accuracy", at_call(epoch, training.accuracy, action))
+
+
+def writing_the_row(epoch: int, action: Callable[[], None]) -> Prepare:
+    return lambda patch, model: patch.setattr(training, "_append_row", at_call(epoch, training._append_row, action))
+
+
+def writing_the_checkpoint(epoch: int, action: Callable[[], None]) -> Prepare:
+    return lambda patch, model: patch.setattr(torch, "save", at_call(epoch, torch.save, action))
+
+
+INTERRUPTIONS: dict[str, Prepare] = {
+    f"{where.__name__} {number}, {action.__name__}": where(number, action)
+    for where, numbers in (
+        (while_loading, (1, 3, 4, 5, 12)),
+        (inside_the_model, (1, 3, 4, 5, 8, 15)),
+        (in_backward, (2, 6)),
+        (in_the_optimiser, (1, 4, 7)),
+        (before_the_schedule, (2, 12)),
+        (evaluating, (1, 2, 3)),
+        (writing_the_row, (1, 2, 3)),
+        (writing_the_checkpoint, (1, 3)),
+    )
+    for number in numbers
+    for action in (interrupt, control_c)
+}
+
+
+class TestInterruption:
+    @pytest.mark.parametrize("where", INTERRUPTIONS)
+    def test_resumed_run_is_the_uninterrupted_one(
+        self, tmp_path: Path, where: str, uninterrupted: tuple[Any, ...]
+    ) -> None:
+        model = small_model()
+        with pytest.MonkeyPatch.context() as patch:
+            INTERRUPTIONS[where](patch, model)
+            with pytest.raises(KeyboardInterrupt):
+                train(model, TRAIN, TEST, RECIPE, tmp_path, verbose=False)
+        assert run(tmp_path) == uninterrupted
+
+    def test_interrupted_at_every_step(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: tuple[Any, ...]
+    ) -> None:
+        """Each run makes a single step, and the evaluation of each epoch is interrupted once."""
+        batches, evaluate = training._batches, training.accuracy
+
+        def one_batch(*args: Any) -> Iterator[tuple[Tensor, Tensor]]:
+            for batch in batches(*args):
+                yield batch
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(training, "_batches", one_batch)
+        runs = 0
+        while True:
+            runs += 1
+            monkeypatch.setattr(training, "accuracy", evaluate if runs % 2 else at_call(1, evaluate, interrupt))
+            try:
+                result = run(tmp_path)
+                break
+            except KeyboardInterrupt:
+                assert runs < 100
+        assert runs > 3 * STEPS
+        assert result == uninterrupted
+
+    def test_control_c_loses_no_step(self, tmp_path: Path) -> None:
+        """The step that it falls into is finished and kept."""
+        model = small_model()
+        with pytest.MonkeyPatch.context() as patch:
+            inside_the_model(STEPS + 1 + 2, control_c)(patch, model)  # the second step of the second epoch
+            with pytest.raises(KeyboardInterrupt):
+                train(model, TRAIN, TEST, RECIPE, tmp_path, verbose=False)
+        steps = 0
+        model = small_model()
+
+        def count(module: nn.Module, *_: Any) -> None:
+            nonlocal steps
+            steps += module.training
+
+        model.register_forward_hook(count)
+        train(model, TRAIN, TEST, RECIPE, tmp_path, verbose=False)
+        assert steps == 3 * STEPS - (STEPS + 2)
+
+    def test_seconds_go_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A clock that advances by 1 at each reading: what passes between the two runs does not count."""
+        clock = iter(range(10**6))
+        monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(clock)))
+        with pytest.MonkeyPatch.context() as patch:
+            evaluating(2, interrupt)(patch, small_model())
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path)
+        for _ in range(1000):
+            next(clock)
+        run(tmp_path)
+        assert [float(row["seconds"]) for row in log_of(tmp_path)] == [1, 3, 4]
+
+    def test_kill_between_row_and_checkpoint(self, tmp_path: Path, uninterrupted: tuple[Any, ...]) -> None:
+        """A kill runs no handler: the row is there, the checkpoint is the one before."""
+
+        class Killed(BaseException):
+            pass
+
+        def kill() -> None:
+            raise Killed
+
+        with pytest.MonkeyPatch.context() as patch:
+            writing_the_checkpoint(2, kill)(patch, small_model())
+            with pytest.raises(Killed):
+                run(tmp_path)
+        assert [row["epoch"] for row in log_of(tmp_path)] == ["1", "2"]
+        assert run(tmp_path) == uninterrupted
+
+    @pytest.mark.parametrize("torn", ["2", "2,0.01", "1", "11,0.1", "3,1,1,1,1,1\r\n"])
+    def test_torn_row(self, tmp_path: Path, torn: str, uninterrupted: tuple[Any, ...]) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            while_loading(STEPS + 2, interrupt)(patch, small_model())
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path)
+        with (tmp_path / "log.csv").open("a", newline="") as stream:
+            stream.write(torn)
+        assert run(tmp_path) == uninterrupted
+
+    @pytest.mark.parametrize("left", ["", "epoch,lear", "epoch,learning_rate\r\n1,2\r\n"])
+    def test_log_without_checkpoint_is_started_over(
+        self, tmp_path: Path, left: str, uninterrupted: tuple[Any, ...]
+    ) -> None:
+        (tmp_path / "log.csv").write_text(left)
+        assert run(tmp_path) == uninterrupted
+
+    def test_finished_run_is_not_run_again(self, tmp_path: Path, uninterrupted: tuple[Any, ...]) -> None:
+        run(tmp_path)
+        log = (tmp_path / "log.csv").read_bytes()
+        with pytest.MonkeyPatch.context() as patch:
+            while_loading(1, interrupt)(patch, small_model())
+            assert run(tmp_path) == uninterrupted
+        assert (tmp_path / "log.csv").read_bytes() == log
+
+    def test_nothing_but_log_and_checkpoint_is_left(self, tmp_path: Path) -> None:
+        run(tmp_path / "new" / "folder")
+        assert sorted(file.name for file in (tmp_path / "new" / "folder").iterdir()) == ["checkpoint.pt", "log.csv"]
+
+    @pytest.mark.parametrize("interrupted", [False, True])
+    def test_signal_handler_of_the_caller_comes_back(self, tmp_path: Path, interrupted: bool) -> None:
+        """A handler that only takes note does not end the training."""
+        received: list[int] = []
+
+        def note(number: int, _: object) -> None:
+            received.append(number)
+
+        previous = signal.signal(signal.SIGINT, note)
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                if interrupted:
+                    in_backward(2, control_c)(patch, small_model())
+                run(tmp_path)
+            assert signal.getsignal(signal.SIGINT) is note
+        finally:
+            signal.signal(signal.SIGINT, previous)
+        assert received == [signal.SIGINT] * interrupted
+
+    def test_in_another_thread(self, tmp_path: Path, uninterrupted: tuple[Any, ...]) -> None:
+        """Where Python lets nobody set signal handlers."""
+        results: list[tuple[Any, ...]] = []
+        thread = threading.Thread(target=lambda: results.append(run(tmp_path)))
+        thread.start()
+        thread.join()
+        assert results == [uninterrupted]
+
+
+class TestBadCheckpoint:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        run(tmp_path / "run", replace(RECIPE, epochs=1))
+        return tmp_path / "run"
+
+    def refuses(self, folder: Path, match: str, recipe: Recipe, model: nn.Module, data: Dataset = TRAIN) -> None:
+        checkpoint, log = (folder / "checkpoint.pt").read_bytes(), (folder / "log.csv").read_bytes()
+        with pytest.raises(ValueError, match=rf"run/checkpoint\.pt' cannot be resumed(.|\n)*{match}(.|\n)*delete it"):
+            train(model, data, TEST, recipe, folder, verbose=False)
+        assert (folder / "checkpoint.pt").read_bytes() == checkpoint
+        assert (folder / "log.csv").read_bytes() == log
+
+    @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 half an archive"])
+    def test_corrupt(self, folder: Path, content: bytes) -> None:
+        (folder / "checkpoint.pt").write_bytes(content)
+        self.refuses(folder, "", replace(RECIPE, epochs=1), small_model())
+
+    def test_truncated(self, folder: Path) -> None:
+        whole = (folder / "checkpoint.pt").read_bytes()
+        (folder / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+        self.refuses(folder, "", replace(RECIPE, epochs=1), small_model())
+
+    @pytest.mark.parametrize("content", [{}, [1], {"recipe": 3}, {"model": {}}])
+    def test_something_else(self, folder: Path, content: object) -> None:
+        torch.save(content, folder / "checkpoint.pt")
+        self.refuses(folder, "", replace(RECIPE, epochs=1), small_model())
+
+    @pytest.mark.parametrize(("name", "value"), [("epochs", 2), ("peak_lr", 0.06), ("cutout", 0), ("seed", 1)])
+    def test_other_recipe(self, folder: Path, name: str, value: float) -> None:
+        there = getattr(replace(RECIPE, epochs=1), name)
+        match = rf"another recipe.*'{name}': \({there}, {value}\)"
+        self.refuses(folder, match, replace(RECIPE, **{"epochs": 1, name: value}), small_model())
+
+    def test_other_model(self, folder: Path) -> None:
+        other = nn.Sequential(nn.Flatten(), nn.Linear(108, 3))
+        self.refuses(folder, r"1\.weight", replace(RECIPE, epochs=1), other)
+
+    def test_other_number_of_images(self, folder: Path) -> None:
+        self.refuses(folder, "4 steps, this is one of 6", replace(RECIPE, epochs=1), small_model(), colours(100))
+
+    def test_weights_are_not_unpickled(self, folder: Path, tmp_path: Path) -> None:
+        trap = tmp_path / "trap"
+
+        class RunsOnLoading:
+            def __reduce__(self) -> tuple[object, ...]:
+                return Path.touch, (trap,)
+
+        torch.save({"recipe": RunsOnLoading()}, folder / "checkpoint.pt")
+        self.refuses(folder, "", replace(RECIPE, epochs=1), small_model())
+        assert not trap.exists()
+
+
+class TestBadArguments:
+    @pytest.mark.parametrize(
+        ("name", "values"),
+        [
+            ("epochs", (0, -1)),
+            ("batch_size", (0, -16)),
+            ("peak_lr", (0, -0.1, float("nan"), float("inf"))),
+            ("warmup", (-0.1, 1, 1.5, float("nan"))),
+            ("momentum", (-0.1, 1, 1.5, float("nan"))),
+            ("label_smoothing", (-0.1, 1, float("nan"))),
+            ("weight_decay", (-1e-4, float("nan"), float("inf"))),
+            ("crop_padding", (-1,)),
+            ("cutout", (-1,)),
+        ],
+    )
+    def test_recipe_out_of_range(self, name: str, values: tuple[float, ...]) -> None:
+        for value in values:
+            with pytest.raises(ValueError, match=rf"^{name}=.*must be (above|in|at least)"):
+                Recipe(**{name: value})
+
+    @pytest.mark.parametrize("name", ["epochs", "batch_size", "crop_padding", "cutout", "seed"])
+    @pytest.mark.parametrize("value", [1.5, 2.0, "3", None, True])
+    def test_recipe_counts_are_integers(self, name: str, value: object) -> None:
+        with pytest.raises(TypeError, match=f"^{name}={value!r}: must be an integer"):
+            Recipe(**{name: value})
+
+    @pytest.mark.parametrize("name", ["peak_lr", "warmup", "momentum", "weight_decay", "label_smoothing"])
+    @pytest.mark.parametrize("value", ["0.1", None, True, [0.1]])
+    def test_recipe_rates_are_numbers(self, name: str, value: object) -> None:
+        with pytest.raises(TypeError, match=f"^{name}=.*: must be a number"):
+            Recipe(**{name: value})
+
+    def test_numpy_numbers_in_a_recipe_can_be_resumed(self, tmp_path: Path) -> None:
+        recipe = replace(RECIPE, epochs=np.int64(1), peak_lr=np.float64(0.05), seed=np.int32(0))
+        first = run(tmp_path, recipe)
+        assert run(tmp_path, replace(RECIPE, epochs=1)) == first
+
+    def test_fewer_images_than_a_batch(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="batch_size=71: the training set has only 70 images"):
+            train(small_model(), TRAIN, TEST, replace(RECIPE, batch_size=71), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    def test_no_test_images(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="test_data has no images"):
+            train(small_model(), TRAIN, colours(0), RECIPE, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    def test_padding_as_wide_as_the_image(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="crop_padding=6: must be below 6"):
+            train(small_model(), TRAIN, TEST, replace(RECIPE, crop_padding=6), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+        train(small_model(), TRAIN, TEST, replace(RECIPE, crop_padding=5, epochs=1), tmp_path, verbose=False)
+
+    @pytest.mark.parametrize("name", ["file", "file/run", "file/run/deeper"])
+    def test_folder_that_cannot_be_made(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / "file").write_text("in the way")
+        with pytest.raises(ValueError, match=f"folder='{tmp_path / name}': cannot be made"):
+            train(small_model(), TRAIN, TEST, RECIPE, tmp_path / name)
+
+
+class TestAccuracy:
+    DATA = Dataset(
+        images=torch.tensor([10, 20, 30, 40, 50, 60, 70], dtype=torch.uint8).view(7, 1, 1, 1),
+        labels=torch.tensor([0, 0, 0, 1, 1, 0, 1]),
+        classes=("dark", "bright"),
+        source="steps of grey",
+    )
+
+    class Threshold(nn.Module):
+        """Says "bright" above 35/255."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = (
+                x.dtype,
+                float(x.max()),
+                torch.is_grad_enabled(),
+                torch.is_autocast_enabled("cpu"),
+                self.training,
+            )
+            return torch.cat([torch.full((len(x), 1), 35 / 255), x.flatten(1)], dim=1)
+
+    @pytest.mark.parametrize("batch_size", [1, 3, 7, 500])
+    def test_share_of_correct_images(self, batch_size: int) -> None:
+        assert accuracy(self.Threshold(), self.DATA, batch_size) == 6 / 7
+
+    def test_model_sees_float_images_in_evaluation_mode_without_gradients(self) -> None:
+        model = self.Threshold().train()
+        accuracy(model, self.DATA)
+        assert model.seen == (torch.float32, pytest.approx(70 / 255), False, False, False)
+
+    def test_no_images(self) -> None:
+        with pytest.raises(ValueError, match="no images"):
+            accuracy(small_model(), colours(0))
+
+
+def test_bfloat16_is_native() -> None:
+    on_cpu = bfloat16_is_native(torch.device("cpu"))
+    assert isinstance(on_cpu, bool)
+    cpuinfo = Path("/proc/cpuinfo")
+    if on_cpu and cpuinfo.exists():
+        assert "avx512_bf16" in cpuinfo.read_text()
+    assert bfloat16_is_native(torch.device("meta")) is False
+
+
+class TestAugmentation:
+    """Called through its private door: what a step trains on is not to be seen from outside."""
+
+    @staticmethod
+    def augment(images: Tensor, seed: int = 0, **recipe: int) -> Tensor:
+        return training._augment(images, Recipe(**recipe), torch.Generator().manual_seed(seed))
+
+    @given(st.integers(3, 9), st.integers(3, 9), st.integers(0, 2), st.integers(0, 2**32), st.sampled_from([1, 3]))
+    def test_crop_and_flip_only_move_pixels(self, height: int, width: int, padding: int, seed: int, c: int) -> None:
+        """Each image is a window, straight or mirrored, of its own reflection-padded self."""
+        images = np.random.default_rng(seed).integers(0, 256, (3, c, height, width), dtype=np.uint8)
+        out = self.augment(torch.from_numpy(images), seed, crop_padding=padding, cutout=0).numpy()
+        assert out.shape == images.shape
+        assert out.dtype == np.float32
+        padded = np.pad(images, [(0, 0), (0, 0), (padding, padding), (padding, padding)], mode="reflect")
+        padded = padded.astype(np.float32) / np.float32(255)
+        for image, source in zip(out, padded, strict=True):
+            windows = [
+                source[:, i : i + height, j : j + width] for i in range(2 * padding + 1) for j in range(2 * padding + 1)
+            ]
+            assert any(np.array_equal(image, w) or np.array_equal(image, w[:, :, ::-1]) for w in windows)
+
+    def test_every_crop_and_flip_occurs(self) -> None:
+        image = torch.arange(25, dtype=torch.uint8).view(1, 1, 5, 5)
+        out = self.augment(image.expand(2000, -1, -1, -1), crop_padding=1, cutout=0)
+        kinds, counts = torch.unique(out.flatten(1), dim=0, return_counts=True)
+        assert len(kinds) == 3 * 3 * 2
+        assert counts.min() > 2000 / 18 / 2
+        assert counts.max() < 2000 / 18 * 2
+
+    @given(st.integers(0, 12), st.integers(0, 2**32))
+    def test_cutout_greys_one_square(self, cutout: int, seed: int) -> None:
+        side = cutout - 1 + cutout % 2 if cutout else 0  # odd, with a central pixel
+        white = torch.full((8, 3, 9, 9), 255, dtype=torch.uint8)
+        out = self.augment(white, seed, crop_padding=2, cutout=cutout)
+        assert set(out.unique().tolist()) <= {0.5, 1.0}
+        for image in out:
+            grey = image == 0.5
+            assert torch.equal(grey[0], grey[1])
+            assert torch.equal(grey[0], grey[2])
+            rows, columns = grey[0].any(1).nonzero().flatten(), grey[0].any(0).nonzero().flatten()
+            assert int(grey[0].sum()) == len(rows) * len(columns)  # a rectangle, if both are without gaps
+            for lines in (rows.tolist(), columns.tolist()):
+                assert lines == list(range(lines[0], lines[-1] + 1)) if side else lines == []
+                cut_by_the_border = side and (lines[0] == 0 or lines[-1] == 8)
+                assert (side + 1) // 2 <= len(lines) <= side if cut_by_the_border else len(lines) == side
+
+    def test_values_stay_in_range(self) -> None:
+        images = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        out = self.augment(images, crop_padding=3, cutout=3)
+        assert out.min() >= 0
+        assert out.max() <= 1
+        assert out.max() > 0.9
+
+    def test_seed_determines_it(self) -> None:
+        images = colours(32).images
+        assert torch.equal(self.augment(images, seed=5), self.augment(images, seed=5))
+        assert not torch.equal(self.augment(images, seed=5), self.augment(images, seed=6))
+
+    def test_images_are_not_changed(self) -> None:
+        images = colours(8).images
+        before = images.clone()
+        self.augment(images)
+        assert torch.equal(images, before)
+
+
+class TestBatches:
+    RECIPE = Recipe(batch_size=8, crop_padding=0, cutout=0)
+
+    @staticmethod
+    def batches(epoch: int, first_step: int = 0, seed: int = 0) -> list[tuple[list[int], list[int]]]:
+        """The values of 35 plain images, image i of value and label i, batch by batch."""
+        images = torch.arange(35, dtype=torch.uint8).view(35, 1, 1, 1).expand(-1, 3, 4, 4)
+        recipe = replace(TestBatches.RECIPE, seed=seed)
+        batches = training._batches(images, torch.arange(35), recipe, epoch, first_step)
+        return [((x[:, 0, 0, 0] * 255).round().int().tolist(), y.tolist()) for x, y in batches]
+
+    def test_an_epoch_shows_each_image_at_most_once_with_its_label(self) -> None:
+        batches = self.batches(epoch=0)
+        assert [len(values) for values, _ in batches] == [8] * 4
+        values = [value for batch, _ in batches for value in batch]
+        assert len(set(values)) == 32
+        assert values == [label for _, labels in batches for label in labels]
+
+    def test_order_differs_between_epochs_and_seeds(self) -> None:
+        orders = [self.batches(epoch, seed=seed) for epoch in range(3) for seed in range(3)]
+        assert all(orders[i] != orders[j] for i in range(9) for j in range(i))
+
+    @pytest.mark.parametrize("first_step", [1, 3, 4])
+    def test_going_on_in_an_epoch(self, first_step: int) -> None:
+        assert self.batches(2, first_step) == self.batches(2)[first_step:]
