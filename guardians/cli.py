@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -9,16 +10,35 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
+from torch import nn
 
 from guardians import __version__
+from guardians.attacks.checks import check_integer
+from guardians.attacks.victim import Victim
 from guardians.data import ENVIRONMENT_VARIABLE, Dataset, load_data
-from guardians.models import ARCHITECTURES, build_model, bundled_models, load_model, model_card, save_model
+from guardians.models import (
+    ARCHITECTURES,
+    build_model,
+    bundled_models,
+    load_model,
+    load_weights,
+    model_card,
+    save_model,
+)
 from guardians.tables import print_table
 from guardians.training import Recipe, train
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-console = Console()
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def _number(value: str | float) -> float:
+    """A number, also as a fraction: papers write a radius as 8/255."""
+    numerator, _, denominator = str(value).partition("/")
+    try:
+        return float(numerator) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError):
+        raise typer.BadParameter(f"{value!r}; needed is a number such as 0.5 or 8/255") from None
+
 
 Data = Annotated[
     Path | None,
@@ -39,19 +59,26 @@ Out = Annotated[Path, typer.Option(help="Folder for tables; a run that was stopp
 
 
 @app.callback(invoke_without_command=True)
-def main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def main(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
     """Adversarial attacks for PyTorch: native, drop-in for ART, cross-checked against the toolkits."""
     if version:
-        console.print(__version__)
+        typer.echo(__version__)
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
 def models() -> None:
     """List the bundled models."""
-    for name in bundled_models():
+    names = bundled_models()
+    for name in names:
         card = model_card(name)
-        console.print(f"{name}: {card['accuracy']:.2%} on {card['test_data']}", highlight=False)
+        typer.echo(f"{name}: {card['accuracy']:.2%} on {card['test_data']}")
+    if not names:
+        typer.echo("no models are bundled; name your own as package.module:callable")
 
 
 @app.command()
@@ -74,23 +101,25 @@ def parity(
     """Compare the native attacks with the toolkits' own, case by case: parity.csv."""
     from guardians.parity import run_parity
 
+    _check_run(batch_size, device, seed)
+    classifier = load_model(model, weights, device)
     images = _announced_data(data, n, seed, download)
+    _check_fit(model, classifier, images, device)
     frame = run_parity(
-        load_model(model, weights, device),
+        classifier,
         images,
-        model_name=model,
+        model_name=_name_in_tables(model, weights),
         out=out,
         attacks=attack,
         references=reference,
         own_rules=own_rules,
         batch_size=batch_size,
-        device=device,
         seed=seed,
     )
     columns = ["case", "max_abs_diff", "pixel_mismatch", "unexplained", "max_abs_diff_float64", "label_agreement"]
     print_table(frame, [*columns, "native_success", "reference_success", "verdict", "note"], "Parity")
     counts = ", ".join(f"{count} {verdict}" for verdict, count in frame["verdict"].value_counts().items())
-    console.print(f"{len(frame)} cases: {counts}", highlight=False)
+    typer.echo(f"{len(frame)} cases: {counts or 'the toolkits have none of this kind'}")
     if (frame["verdict"] == "different").any():
         raise typer.Exit(1)
 
@@ -107,8 +136,16 @@ def bench(
         list[str], typer.Option(help="Only this one, repeatable: native, ART, torchattacks, foolbox.")
     ] = [],  # noqa: B006
     norm: Annotated[str, typer.Option(help="inf, 2 or 1.")] = "inf",
-    eps: Annotated[float, typer.Option(help="Radius, in the unit of images in [0, 1].")] = 8 / 255,
-    eps_step: Annotated[float | None, typer.Option(help="Step size of PGD.", show_default="eps / 4")] = None,
+    eps: Annotated[
+        float,
+        typer.Option(
+            parser=_number, metavar="NUMBER", help="Radius, in the unit of images in 0 to 1.", show_default="8/255"
+        ),
+    ] = 8 / 255,
+    eps_step: Annotated[
+        float | None,
+        typer.Option(parser=_number, metavar="NUMBER", help="Step size of PGD.", show_default="eps / 4"),
+    ] = None,
     random_start: Annotated[bool, typer.Option("--random-start", help="Start at random in the ball.")] = False,
     batch_size: BatchSize = 128,
     device: Device = "cpu",
@@ -118,16 +155,21 @@ def bench(
     """Run the same attacks through every implementation: benchmark.csv."""
     from guardians.benchmark.runner import run_benchmark
 
+    if norm not in ("inf", "2", "1"):
+        raise ValueError(f"norm={norm!r}: must be inf, 2 or 1")
+    _check_run(batch_size, device, seed)
+    classifier = load_model(model, weights, device)
     images = _announced_data(data, n, seed, download)
+    _check_fit(model, classifier, images, device)
     options: dict[str, Any] = {"attacks": attack} if attack else {}
     if implementation:
         options["implementations"] = implementation
     frame = run_benchmark(
-        load_model(model, weights, device),
+        classifier,
         images,
-        model_name=model,
+        model_name=_name_in_tables(model, weights),
         out=out,
-        norm="inf" if norm == "inf" else float(norm),
+        norm=float(norm),
         eps=eps,
         eps_step=eps_step,
         random_start=random_start,
@@ -137,27 +179,29 @@ def bench(
         **options,
     )
     columns = ["attack", "implementation", "n", "clean_accuracy", "robust_accuracy", "success_rate", "l2_mean"]
-    print_table(frame, [*columns, "linf_max", "backward_per_image", "seconds", "flags"], f"Benchmark: {model}")
+    columns += ["linf_max", "forward_per_image", "backward_per_image", "seconds", "flags"]
+    print_table(frame, columns, f"Benchmark: {model}, norm {norm}, eps {eps:.4g}")
 
 
 @app.command("train")
 def train_command(
     architecture: Annotated[str, typer.Option(help=f"{', '.join(ARCHITECTURES)}.")] = "resnet9",
-    width: Annotated[int, typer.Option(help="Base width of resnet9.")] = 16,
-    depth: Annotated[int, typer.Option(help="Depth of wide_resnet.")] = 28,
-    widen_factor: Annotated[int, typer.Option(help="Widen factor of wide_resnet.")] = 10,
+    width: Annotated[int | None, typer.Option(help="Base width of resnet9.", show_default="16")] = None,
+    depth: Annotated[int | None, typer.Option(help="Depth of wide_resnet.", show_default="28")] = None,
+    widen_factor: Annotated[int | None, typer.Option(help="Widen factor of wide_resnet.", show_default="10")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Start from these weights.", show_default="fresh ones")] = None,
     data: Data = None,
     download: Download = False,
-    epochs: int = Recipe.epochs,
-    batch_size: int = Recipe.batch_size,
-    peak_lr: float = Recipe.peak_lr,
-    warmup: float = Recipe.warmup,
-    momentum: float = Recipe.momentum,
-    weight_decay: float = Recipe.weight_decay,
-    label_smoothing: float = Recipe.label_smoothing,
-    crop_padding: int = Recipe.crop_padding,
-    cutout: int = Recipe.cutout,
-    seed: int = Recipe.seed,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = Recipe.epochs,
+    batch_size: Annotated[int, typer.Option(help="Images in a training step.")] = Recipe.batch_size,
+    peak_lr: Annotated[float, typer.Option(help="Highest rate of the one-cycle schedule.")] = Recipe.peak_lr,
+    warmup: Annotated[float, typer.Option(help="Fraction of the steps before that peak.")] = Recipe.warmup,
+    momentum: Annotated[float, typer.Option(help="Nesterov momentum of SGD.")] = Recipe.momentum,
+    weight_decay: Annotated[float, typer.Option(help="Of convolution and linear weights.")] = Recipe.weight_decay,
+    label_smoothing: Annotated[float, typer.Option(help="0 turns it off.")] = Recipe.label_smoothing,
+    crop_padding: Annotated[int, typer.Option(help="Pixels of padding before the random crop.")] = Recipe.crop_padding,
+    cutout: Annotated[int, typer.Option(help="Side of the square greyed out; 0 turns it off.")] = Recipe.cutout,
+    seed: Annotated[int, typer.Option(help="Of weights, data order and augmentation.")] = Recipe.seed,
     device: Device = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for weights, card, log and checkpoint.")] = Path("runs"),
 ) -> None:
@@ -174,41 +218,94 @@ def train_command(
         cutout=cutout,
         seed=seed,
     )
-    shapes = {"resnet9": {"width": width}, "wide_resnet": {"depth": depth, "widen_factor": widen_factor}}
-    shape = shapes.get(architecture, {})
+    _check_run(batch_size, device, seed)
+    defaults = {"resnet9": {"width": 16}, "wide_resnet": {"depth": 28, "widen_factor": 10}}
+    options = {"width": width, "depth": depth, "widen_factor": widen_factor}
+    # An option of another architecture is passed on as well, for build_model to refuse it.
+    shape = defaults.get(architecture, {}) | {key: value for key, value in options.items() if value is not None}
     name = "-".join([architecture, *map(str, shape.values()), "standard"])
     train_data, test_data = (_announced_data(data, None, seed, download, split) for split in ("train", "test"))
     torch.manual_seed(seed)
     model = build_model(architecture, **shape, num_classes=len(train_data.classes))
+    if weights is not None:
+        load_weights(model, weights)
+    _check_fit(architecture, model.eval(), train_data, "cpu")
     accuracy = train(model, train_data, test_data, recipe, out / name, device=device)
     card = {
         "name": name,
         "architecture": {"name": architecture, **shape, "num_classes": len(train_data.classes)},
-        "recipe": {"name": "standard", **asdict(recipe)},
+        "recipe": {"name": "standard", "initial_weights": weights and str(weights), **asdict(recipe)},
         "train_data": f"{len(train_data)} images of {train_data.source}",
         "test_data": f"{len(test_data)} images of {test_data.source}",
         "accuracy": accuracy,
-        "command": " ".join(["guardians", *sys.argv[1:]]),
+        "command": shlex.join(["guardians", *sys.argv[1:]]),
     }
-    console.print(f"accuracy {accuracy:.2%}; wrote {save_model(model, card, out)}", highlight=False)
+    typer.echo(f"accuracy {accuracy:.2%}; wrote {save_model(model, card, out)}")
 
 
 def _announced_data(data: Path | None, n: int | None, seed: int, download: bool, split: str = "test") -> Dataset:
     images = load_data(data, split, n, seed=seed, download=download)
-    console.print(f"data: {len(images)} images, {images.source}", highlight=False)
+    typer.echo(f"data: {len(images)} images, {images.source}" + (f", in {data}" if data else ""))
+    if data is None and split == "test":
+        note = f"note: without --data or {ENVIRONMENT_VARIABLE}, a sample stands in that is too small for conclusions"
+        typer.secho(note, fg="yellow")
     return images
+
+
+def _check_run(batch_size: int, device: str, seed: int) -> None:
+    """Raise before anything is read."""
+    check_integer("batch_size", batch_size, low=1)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed}: must be at least 0 and below 2**63")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device={device!r}: must be a device of this machine, as cpu; {_first_line(error)}"
+        ) from error
+
+
+def _check_fit(name: str, model: nn.Module, images: Dataset, device: str) -> None:
+    """Raise unless the model gives logits for images of this size, with a class for each label."""
+    shape = tuple(images.images.shape[1:])
+    try:
+        with torch.no_grad():
+            logits = Victim(model).logits((images.images[:1].float() / 255).to(device))
+    except Exception as error:  # the model is the user's, and may fail in any way
+        raise ValueError(f"model={name!r}: fails on an image of shape {shape}: {_first_line(error)}") from error
+    if logits.shape[1] < len(images.classes):
+        raise ValueError(f"model={name!r}: has {logits.shape[1]} classes, the data {len(images.classes)}")
+
+
+def _name_in_tables(model: str, weights: Path | None) -> str:
+    """Other weights are another model: a run does not go on from their rows."""
+    return model if weights is None else f"{model} ({weights})"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def run() -> None:
     """Entry point: user errors as one line, without a traceback."""
+    code: Any
     try:
-        app()
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; the same command goes on from here")
-        sys.exit(130)
+        code = app(prog_name="guardians", standalone_mode=False)
+    except typer.Abort:  # what older versions of typer make of Ctrl-C; newer ones return 130
+        code = 130
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a wrong option; typer has no public name for the base class
+            message = error.format_message()
+        elif isinstance(error, (ValueError, TypeError, OSError, ImportError)):
+            message = str(error)
+        else:
+            raise
+        typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
+        typer.echo(" ".join(message.split()), err=True)
+        code = 2
+    if code == 130:
+        typer.echo("stopped; the same command goes on from here", err=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ where no data set is named, the twenty original CIFAR-10 test images that the `f
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -44,6 +45,12 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def identity(self) -> str:
+        """The source, and the first digits of a SHA-256 digest of images and labels, by which tables know the data."""
+        digest = hashlib.sha256(self.images.cpu().numpy().tobytes() + self.labels.cpu().numpy().tobytes())
+        return f"{self.source}, {digest.hexdigest()[:8]}"
 
     def as_floats(self) -> Tensor:
         """The images as float32 in [0, 1]."""
@@ -132,7 +139,7 @@ def _torchvision_cifar10(path: Path, split: str, n: int | None, seed: int, downl
     labels = np.asarray(cifar10.targets, dtype=np.int64)
     chosen = _choose(labels, n, seed)
     images = torch.from_numpy(cifar10.data[chosen]).permute(0, 3, 1, 2).contiguous()
-    return Dataset(images, torch.from_numpy(labels[chosen]), CIFAR10_CLASSES, f"CIFAR-10 ({path}, {split})")
+    return Dataset(images, torch.from_numpy(labels[chosen]), CIFAR10_CLASSES, f"CIFAR-10 ({split})")
 
 
 def _image_folder(path: Path, split: str, n: int | None, seed: int) -> Dataset:
@@ -149,7 +156,7 @@ def _image_folder(path: Path, split: str, n: int | None, seed: int) -> Dataset:
     labels = np.asarray(folder.targets, dtype=np.int64)
     chosen = _choose(labels, n, seed)
     images = _read_images([Path(folder.samples[i][0]) for i in chosen])
-    return Dataset(images, torch.from_numpy(labels[chosen]), tuple(folder.classes), f"{path} ({split})")
+    return Dataset(images, torch.from_numpy(labels[chosen]), tuple(folder.classes), f"{path.resolve().name} ({split})")
 
 
 def _offline_sample(n: int | None, seed: int) -> Dataset:

@@ -21,7 +21,7 @@ __all__ = ["BENCHMARK_COLUMNS", "PARITY_COLUMNS", "Table", "as_written", "print_
 
 BENCHMARK_COLUMNS = {
     "model": "name of the model",
-    "data": "where the images came from",
+    "data": "where the images came from, and the first digits of a SHA-256 digest of images and labels",
     "defence": "name of the defence, or none",
     "attack": "clean, FGSM, or PGD-<steps>",
     "implementation": "whose code ran: native, ART, torchattacks or foolbox",
@@ -57,12 +57,13 @@ BENCHMARK_COLUMNS = {
 PARITY_COLUMNS = {
     "case": "the attack, its threat model, its goal, its start and the reference",
     "model": "name of the model",
-    "data": "where the images came from",
+    "data": "where the images came from, and the first digits of a SHA-256 digest of images and labels",
     "attack": "FGSM or PGD-<steps>",
     "reference": "toolkit that the native attack is held against",
     "kind": "of agreement asserted: exact, statistical or dominance",
     "n": "number of images",
     "seed": "seed of the random starts",
+    "batch_size": "images that the toolkit is given at a time",
     "max_abs_diff": "largest absolute difference of any pixel of the final float32 images, each attack run on its own",
     "pixel_mismatch": "pixels over all steps at which one native step from the reference's own iterate lands further "
     "from the reference's next iterate than rounding",
@@ -211,17 +212,19 @@ def print_table(
     unknown = [name for name in columns if name not in frame.columns]
     if unknown:
         raise ValueError(f"columns={unknown}: not in the table, which has {', '.join(map(str, frame.columns))}")
-    if console is None:
-        console = Console()
-        if not console.is_terminal:  # a log or a file has no width to keep to
-            console.width = 10_000
-    table = RichTable(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = RichTable(
+        title=None if title is None else Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
     for name in columns:
         numeric = pd.api.types.is_numeric_dtype(frame[name])
         heading = f"{name}_%" if name in _RATES else name
         table.add_column(heading.replace("_", "\n"), justify="right" if numeric else "left", overflow="fold")
     for row in frame[columns].itertuples(index=False, name=None):
         table.add_row(*(Text(_printed(name, value)) for name, value in zip(columns, row, strict=True)))
+    if console is None:
+        console = Console()
+        # Words stay whole: a log has no width to keep to, and a narrow terminal wraps lines itself.
+        console.width = max(console.width, console.measure(table, options=console.options.update(width=10_000)).maximum)
     console.print(table)
 
 

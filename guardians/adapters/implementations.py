@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
 from guardians.attacks import FGSM, PGD
 from guardians.attacks.victim import Victim
 
-__all__ = ["IMPLEMENTATIONS", "AttackSpec", "build_attack", "is_available"]
+__all__ = ["IMPLEMENTATIONS", "AttackSpec", "build_attack", "build_prediction", "is_available"]
 
 TensorAttack = Callable[[Tensor, Tensor], Tensor]
 
@@ -100,7 +101,7 @@ def build_attack(
         attack = _art(spec, model, nb_classes, input_shape, batch_size)
     else:
         attack = (_torchattacks if implementation == "torchattacks" else _foolbox)(spec, model, batch_size)
-    if seed is None or not spec.random_start:
+    if seed is None:
         return attack
 
     def seeded(images: Tensor, labels: Tensor) -> Tensor:
@@ -110,45 +111,56 @@ def build_attack(
     return seeded
 
 
+def build_prediction(
+    implementation: str, model: nn.Module, *, nb_classes: int, input_shape: tuple[int, ...], batch_size: int
+) -> Callable[[Tensor], Tensor]:
+    """Logits (N, classes) of images (N, C, H, W), as the attacks of an implementation get them.
+
+    Raises:
+        ValueError: the implementation is unknown.
+        ImportError: the toolkit is not installed.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: must be one of {', '.join(IMPLEMENTATIONS)}")
+    logits: Callable[[Tensor], Tensor] = model
+    if implementation == "ART":
+        classifier = _art_classifier(model, nb_classes, input_shape)
+        return lambda x: torch.from_numpy(classifier.predict(x.cpu().numpy(), batch_size=batch_size)).to(x)
+    if implementation == "torchattacks":
+        from guardians.adapters.torchattacks import torchattacks
+
+        logits = torchattacks.attack.Attack("clean", model).get_logits
+    elif implementation == "foolbox":
+        from guardians.adapters.foolbox import foolbox
+
+        logits = foolbox.PyTorchModel(model, bounds=(0, 1), device=Victim(model).device)
+
+    def predict(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([logits(batch) for batch in x.split(batch_size)])
+
+    return predict
+
+
 def _native(spec: AttackSpec, model: nn.Module, batch_size: int, seed: int | None) -> TensorAttack:
-    starts = int(spec.random_start)
-    if spec.attack == "FGSM":
-        return FGSM(
-            model,
-            spec.norm,
-            spec.eps,
-            targeted=spec.targeted,
-            num_random_init=starts,
-            batch_size=batch_size,
-            seed=seed,
-            verbose=False,
-        )
-    return PGD(
-        model,
-        spec.norm,
-        spec.eps,
-        spec.eps_step,
-        max_iter=spec.steps,
+    attack = FGSM(model) if spec.attack == "FGSM" else PGD(model, max_iter=spec.steps, eps_step=spec.eps_step)
+    attack.set_params(
+        norm=spec.norm,
+        eps=spec.eps,
         targeted=spec.targeted,
-        num_random_init=starts,
+        num_random_init=int(spec.random_start),
         batch_size=batch_size,
         seed=seed,
         verbose=False,
     )
+    return attack
 
 
-def _art(
-    spec: AttackSpec, model: nn.Module, nb_classes: int, input_shape: tuple[int, ...], batch_size: int
-) -> TensorAttack:
-    from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescent
-    from art.estimators.classification import PyTorchClassifier
-
-    from guardians.adapters.art import ArtAttack
-
+def _art_classifier(model: nn.Module, nb_classes: int, input_shape: tuple[int, ...]) -> PyTorchClassifier:
     device = Victim(model).device or torch.device("cpu")
     # ART moves the model to the current CUDA device.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        classifier = PyTorchClassifier(
+        return PyTorchClassifier(
             model,
             nn.CrossEntropyLoss(),
             input_shape,
@@ -156,29 +168,22 @@ def _art(
             clip_values=(0, 1),
             device_type="gpu" if device.type == "cuda" else "cpu",
         )
-    starts = int(spec.random_start)
+
+
+def _art(
+    spec: AttackSpec, model: nn.Module, nb_classes: int, input_shape: tuple[int, ...], batch_size: int
+) -> TensorAttack:
+    from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescent
+
+    from guardians.adapters.art import ArtAttack
+
+    classifier = _art_classifier(model, nb_classes, input_shape)
+    options = {"targeted": spec.targeted, "num_random_init": int(spec.random_start), "batch_size": batch_size}
     if spec.attack == "FGSM":
-        return ArtAttack(
-            FastGradientMethod(
-                classifier,
-                spec.norm,
-                spec.eps,
-                targeted=spec.targeted,
-                num_random_init=starts,
-                batch_size=batch_size,
-            )
-        )
+        return ArtAttack(FastGradientMethod(classifier, spec.norm, spec.eps, **options))
     return ArtAttack(
         ProjectedGradientDescent(
-            classifier,
-            spec.norm,
-            spec.eps,
-            spec.eps_step,
-            max_iter=spec.steps,
-            targeted=spec.targeted,
-            num_random_init=starts,
-            batch_size=batch_size,
-            verbose=False,
+            classifier, spec.norm, spec.eps, spec.eps_step, max_iter=spec.steps, verbose=False, **options
         )
     )
 

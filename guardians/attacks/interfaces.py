@@ -67,7 +67,7 @@ class ClassifierAttack(EvasionAttack):
 
         Args:
             x: images (N, C, H, W), or (N, ...) as the estimator's `input_shape` says, within `clip_values`. They are
-                computed on, and returned, in the model's dtype.
+                computed on, and returned, in float32, or in float64 for a float64 model.
             y: labels as indices (N,) or one-hot rows (N, classes); the targets of a targeted attack. None takes the
                 model's predictions, which avoids label leaking (Kurakin et al. 2017, section 4.1).
             kwargs: of native attacks: `mask`, broadcastable to `x`, where it is zero pixels are not perturbed; and
@@ -80,7 +80,7 @@ class ClassifierAttack(EvasionAttack):
             TypeError, ValueError: an argument is outside what is allowed; checked before any work.
         """
         images = self._from_array("x", x)
-        if isinstance(kwargs.get("x_adv_init"), np.ndarray):
+        if kwargs.get("x_adv_init") is not None:
             kwargs["x_adv_init"] = self._from_array("x_adv_init", kwargs["x_adv_init"])
         return self._checked_run(images, y, kwargs, self.victim.device or torch.device("cpu")).numpy()
 
@@ -100,7 +100,7 @@ class ClassifierAttack(EvasionAttack):
         if not np.issubdtype(array.dtype, np.floating):
             raise TypeError(f"{name} has dtype {array.dtype}: must be floating point, images within clip_values")
         dtype = self.victim.dtype if self.victim.dtype == torch.float64 else torch.float32
-        return torch.as_tensor(np.require(array, requirements="CW"), dtype=dtype)
+        return torch.as_tensor(np.require(array, requirements=["C", "W"]), dtype=dtype)
 
     def _checked_run(self, x: Tensor, y: Any, options: dict[str, Any], device: torch.device) -> Tensor:
         unknown = sorted(set(options) - set(self._options))

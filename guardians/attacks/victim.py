@@ -128,7 +128,7 @@ class _PerSampleLoss:
         self._loss = loss
         if hasattr(loss, "reduction"):
             self._loss = copy.copy(loss)
-            self._loss.reduction = "none"  # type: ignore[attr-defined]
+            self._loss.reduction = "none"
 
     def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
         loss = self._loss(logits, target)

@@ -13,7 +13,6 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -22,13 +21,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from guardians import __version__
-from guardians.adapters.implementations import IMPLEMENTATIONS, AttackSpec, build_attack, is_available
+from guardians.adapters.implementations import IMPLEMENTATIONS, AttackSpec, build_attack, build_prediction, is_available
 from guardians.attacks.checks import check_integer, check_number
 from guardians.attacks.norms import as_norm
 from guardians.attacks.victim import Victim, undisturbed
@@ -130,7 +128,7 @@ def run_benchmark(
 
     common = {
         "model": model_name,
-        "data": data.source,
+        "data": data.identity,
         "defence": "none",
         "norm": norm,
         "eot": 1,
@@ -223,19 +221,17 @@ class _Run:
     def measure(self, job: _Job) -> None:
         """Run one attack, and write the outcomes of its images and then its row."""
         counting = CountingModel(self.model)
+        options: dict[str, Any] = {
+            "nb_classes": self.nb_classes,
+            "input_shape": tuple(self.images.shape[1:]),
+            "batch_size": self.batch_size,
+        }
         run: Callable[[Tensor, Tensor], Tensor]
         if job.spec is None:
-            run = self._clean_path(job.implementation, counting)
+            predict = build_prediction(job.implementation, counting, **options)
+            run = lambda x, _: predict(x)  # noqa: E731
         else:
-            run = build_attack(
-                job.implementation,
-                job.spec,
-                counting,
-                nb_classes=self.nb_classes,
-                input_shape=tuple(self.images.shape[1:]),
-                batch_size=self.batch_size,
-                seed=self.seed,
-            )
+            run = build_attack(job.implementation, job.spec, counting, seed=self.seed, **options)
         run(self.images[: self.batch_size], self.labels[: self.batch_size])
         counting.reset()
         with peak_memory(self.device) as peak:
@@ -259,36 +255,6 @@ class _Run:
         row["flags"] = ";".join(flags)
         _write_atomically(outcomes, outcome_path(self.table.path.parent, row))
         self.table.append(row)
-
-    def _clean_path(self, implementation: str, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-        """Logits as the implementation gets them, as a function of images and (unused) labels."""
-        if implementation == "ART":
-            on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-            with on_device:  # ART moves the model to the current CUDA device
-                classifier = PyTorchClassifier(
-                    model,
-                    nn.CrossEntropyLoss(),
-                    tuple(self.images.shape[1:]),
-                    self.nb_classes,
-                    clip_values=(0, 1),
-                    device_type="gpu" if self.device.type == "cuda" else "cpu",
-                )
-            return lambda x, _: torch.from_numpy(classifier.predict(x.cpu().numpy(), batch_size=self.batch_size))
-        logits: Callable[[Tensor], Tensor] = model
-        if implementation == "torchattacks":
-            from torchattacks.attack import Attack
-
-            logits = Attack("clean", model).get_logits
-        elif implementation == "foolbox":
-            from foolbox import PyTorchModel
-
-            logits = PyTorchModel(model, bounds=(0, 1), device=self.device)
-
-        def predict(x: Tensor, _: Tensor) -> Tensor:
-            with torch.no_grad():
-                return torch.cat([logits(batch) for batch in x.split(self.batch_size)])
-
-        return predict
 
     def _predict(self, images: Tensor) -> Tensor:
         with torch.no_grad():

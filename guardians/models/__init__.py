@@ -1,7 +1,15 @@
 """Architectures and bundled weights: `load_model("resnet9-16-standard")`."""
 
 from guardians.models.architectures import CIFAR10_MEAN, CIFAR10_STD, Normalize, resnet9, resnet18, wide_resnet
-from guardians.models.registry import ARCHITECTURES, build_model, bundled_models, load_model, model_card, save_model
+from guardians.models.registry import (
+    ARCHITECTURES,
+    build_model,
+    bundled_models,
+    load_model,
+    load_weights,
+    model_card,
+    save_model,
+)
 
 __all__ = [
     "ARCHITECTURES",
@@ -11,6 +19,7 @@ __all__ = [
     "build_model",
     "bundled_models",
     "load_model",
+    "load_weights",
     "model_card",
     "resnet9",
     "resnet18",

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from guardians.models.architectures import resnet9, resnet18, wide_resnet
 
-__all__ = ["ARCHITECTURES", "build_model", "bundled_models", "load_model", "model_card", "save_model"]
+__all__ = [
+    "ARCHITECTURES",
+    "build_model",
+    "bundled_models",
+    "load_model",
+    "load_weights",
+    "model_card",
+    "save_model",
+]
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "resnet9": resnet9,
@@ -85,11 +93,11 @@ def load_model(
     if ":" in name:
         model = _import_model(name)
         if weights is not None:
-            _load_weights(model, Path(weights).expanduser())
+            load_weights(model, weights)
     else:
         architecture = dict(model_card(name)["architecture"])
         model = build_model(architecture.pop("name"), **architecture)
-        _load_weights(model, Path(weights).expanduser() if weights is not None else _WEIGHTS / f"{name}.safetensors")
+        load_weights(model, weights if weights is not None else _WEIGHTS / f"{name}.safetensors")
     return model.to(device).eval()
 
 
@@ -139,7 +147,14 @@ def _import_model(name: str) -> nn.Module:
     return model
 
 
-def _load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load a state dict from a `.safetensors` file, or from a file of `torch.save` with `weights_only=True`.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it cannot be read, or does not fit the model; the message then names the tensors.
+    """
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"weights file {str(path)!r} does not exist")
     try:
@@ -148,7 +163,8 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers raise a different type for each way a file can be broken
-        raise ValueError(f"weights file {str(path)!r} cannot be read as a state dict: {error}") from error
+        reason = str(error).partition(". ")[0]  # what torch adds is advice to trust the file
+        raise ValueError(f"weights file {str(path)!r} cannot be read as a state dict of tensors: {reason}") from error
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:

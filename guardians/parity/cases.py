@@ -12,8 +12,8 @@ __all__ = ["REFERENCES", "Case", "cases"]
 
 REFERENCES = ("ART", "torchattacks", "foolbox")
 
-# norm: (eps, eps_step)
-_THREAT_MODELS = {float("inf"): (8 / 255, 2 / 255), 2.0: (0.5, 0.1), 1.0: (12.0, 2.0)}
+# norm: (eps, eps_step). In norm 1 a step is shorter than a pixel's range, so that its length shows.
+_THREAT_MODELS = {float("inf"): (8 / 255, 2 / 255), 2.0: (0.5, 0.1), 1.0: (6.0, 0.9)}
 _ATTACKS = {"FGSM": 1, "PGD-10": 10, "PGD-40": 40}
 
 

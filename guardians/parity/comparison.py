@@ -5,7 +5,8 @@ images alone prove little. The comparison is therefore made twice:
 
 - *step by step*: from each iterate of the reference, the native attack takes one step of its own (its query, its
   gradient, its update), which must land where the reference landed. A pixel may differ only where the reference's
-  gradient is within rounding of zero (norm inf) or of the largest (norm 1).
+  gradient is within rounding of zero (norm inf) or of the largest (norm 1). The native attack's own run must be a chain
+  of the same steps, up to the images that it returns.
 - *freely in float64*, where the toolkit can compute in it: both run from the same start to the end, and the last images
   agree within 1e-10, with no exceptions.
 """
@@ -13,7 +14,7 @@ images alone prove little. The comparison is therefore made twice:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,16 @@ from guardians.attacks.victim import undisturbed
 from guardians.benchmark.counting import CountingModel
 from guardians.parity.rules import OneCoordinateStep, native_class
 
-__all__ = ["FLOAT64_TOLERANCE", "Steps", "Trajectory", "compare_steps", "free_run", "native_attack", "record"]
+__all__ = [
+    "FLOAT64_TOLERANCE",
+    "Steps",
+    "Trajectory",
+    "compare_steps",
+    "free_run",
+    "native_attack",
+    "record",
+    "replay",
+]
 
 FLOAT64_TOLERANCE = 1e-10
 _STEP_TOLERANCE = {float("inf"): 5e-7, 2.0: 1e-5, 1.0: 1e-5}
@@ -54,6 +64,10 @@ class Trajectory:
     x_adv: Tensor
     passes: int
     seconds: float
+
+    def steps(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """For each step the iterate, the gradient there, and where the step landed."""
+        return zip(self.iterates, self.gradients, [*self.iterates[1:], self.x_adv], strict=True)
 
 
 @dataclass(frozen=True)
@@ -88,26 +102,41 @@ class _Recorder(CountingModel):
         self.gradients: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
+        """The logits; a query is known by the gradient that it asks for."""
         if x.requires_grad:
             self.iterates.append(x.detach().clone())
             x.register_hook(lambda gradient: self.gradients.append(gradient.detach().clone()))
         return super().forward(x)
 
+    def trajectory(self, run: Callable[[], Tensor]) -> Trajectory:
+        """Run an attack on this model, and say what it did."""
+        self.iterates, self.gradients = [], []
+        self.reset()
+        start = time.perf_counter()
+        x_adv = run().detach()
+        if x_adv.is_cuda:
+            torch.cuda.synchronize(x_adv.device)
+        seconds = time.perf_counter() - start
+        return Trajectory(self.iterates, self.gradients, x_adv, self.forward_samples + self.backward_samples, seconds)
+
 
 def record(
     reference: str, spec: AttackSpec, model: nn.Module, x: Tensor, y: Tensor, nb_classes: int, seed: int
 ) -> Trajectory:
-    """Run a toolkit's attack on one batch and keep its trajectory."""
+    """The run of a toolkit's attack on one batch.
+
+    Raises:
+        RuntimeError: it took another number of gradients than the steps asked for.
+    """
     recorder = _Recorder(model)
     shape = tuple(x.shape[1:])
     attack = build_attack(
         reference, spec, recorder, nb_classes=nb_classes, input_shape=shape, batch_size=len(x), seed=seed
     )
-    x_adv, seconds = _timed(lambda: attack(x, y))
-    if not len(recorder.iterates) == len(recorder.gradients) == spec.steps:
-        raise RuntimeError(f"{reference} took {len(recorder.gradients)} gradients for {spec.steps} steps: {spec}")
-    passes = recorder.forward_samples + recorder.backward_samples
-    return Trajectory(recorder.iterates, recorder.gradients, x_adv.detach(), passes, seconds)
+    trajectory = recorder.trajectory(lambda: attack(x, y))
+    if not len(trajectory.iterates) == len(trajectory.gradients) == spec.steps:
+        raise RuntimeError(f"{reference} took {len(trajectory.gradients)} gradients for {spec.steps} steps: {spec}")
+    return trajectory
 
 
 def native_attack(
@@ -115,49 +144,63 @@ def native_attack(
 ) -> ProjectedGradientDescent:
     """Native FGSM or PGD that starts where it is told, with a toolkit's rules where a reference is named."""
     attack_class = native_class(spec, reference)
-    attack = attack_class(model, spec.norm, spec.eps, targeted=spec.targeted, batch_size=batch_size, verbose=False)
+    attack = attack_class(model, spec.norm, spec.eps, targeted=spec.targeted, batch_size=batch_size, seed=0)
     if spec.attack != "FGSM":
-        attack.set_params(eps_step=spec.eps_step, max_iter=spec.steps)
+        attack.set_params(eps_step=spec.eps_step, max_iter=spec.steps, verbose=False)
     return attack
 
 
 def compare_steps(attack: ProjectedGradientDescent, reference: Trajectory, x: Tensor, y: Tensor) -> Steps:
     """Let the native attack take each step of the reference from the reference's own iterate."""
     p = float(attack.norm)
-    mismatches = unexplained = 0
-    largest = 0.0
     with undisturbed(attack.victim.module), torch.no_grad():
-        rng = SampleRng(0, torch.arange(len(x)))
-        state = attack.start(x, y, rng, x_adv_init=reference.iterates[0])
-        largest = float((attack.query(state) - reference.iterates[0]).abs().max())
-        unexplained += int(((attack.query(state) - reference.iterates[0]).abs() > _STEP_TOLERANCE[p]).sum())
-        landings = [*reference.iterates[1:], reference.x_adv]
-        for iterate, gradient, landing in zip(reference.iterates, reference.gradients, landings, strict=True):
-            stepped = _step_from(attack, state, iterate, y)
-            difference = (stepped - landing).abs()
-            differs = difference > _STEP_TOLERANCE[p]
-            excused = differs & _within_rounding(gradient, p, one_coordinate=isinstance(attack, OneCoordinateStep))
-            mismatches += int(differs.sum())
-            unexplained += int((differs & ~excused).sum())
-            largest = max(largest, float(difference.masked_fill(excused, 0).max()))
-    return Steps(mismatches, unexplained, largest)
+        state = _start(attack, x, y, reference)
+        steps = _differences(attack.query(state), reference.iterates[0], p)
+        for iterate, gradient, landing in reference.steps():
+            state["x_adv"] = iterate
+            logits, native_gradient = value_and_gradient(attack, iterate, y, state)
+            attack.update(state, logits, native_gradient)
+            excused = _within_rounding(gradient, p, one_coordinate=isinstance(attack, OneCoordinateStep))
+            steps = steps + _differences(attack.query(state), landing, p, excused)
+    return steps
+
+
+def replay(attack: ProjectedGradientDescent, native: Trajectory, x: Tensor, y: Tensor, steps_asked: int) -> Steps:
+    """Whether a free native run is a chain of the native steps that were compared, up to the images returned."""
+    p = float(attack.norm)
+    if len(native.iterates) != steps_asked:
+        return Steps(0, x.numel(), float("inf"))
+    with torch.no_grad():
+        state = _start(attack, x, y, native)
+        steps = _differences(attack.query(state), native.iterates[0], p)
+        for iterate, gradient, landing in native.steps():
+            state["x_adv"] = iterate
+            attack.update(state, torch.empty(0), gradient)
+            steps = steps + _differences(attack.query(state), landing, p)
+    return steps
 
 
 def free_run(
     spec: AttackSpec, reference: str | None, model: nn.Module, x: Tensor, y: Tensor, start: Tensor
-) -> tuple[Tensor, int, float]:
-    """The native attack's own images from the same start, the passes that it made, and the seconds that it took."""
-    counting = CountingModel(model)
-    attack = native_attack(spec, counting, len(x), reference)
-    x_adv, seconds = _timed(lambda: attack(x, y, x_adv_init=start))
-    return x_adv, counting.forward_samples + counting.backward_samples, seconds
+) -> Trajectory:
+    """The native attack's own run from the same start, with a toolkit's rules where a reference is named."""
+    recorder = _Recorder(model)
+    attack = native_attack(spec, recorder, len(x), reference)
+    attack(x[:1], y[:1])  # one image tells it the number of classes, which is no part of the run
+    return recorder.trajectory(lambda: attack(x, y, x_adv_init=start))
 
 
-def _step_from(attack: ProjectedGradientDescent, state: State, iterate: Tensor, y: Tensor) -> Tensor:
-    state["x_adv"] = iterate
-    logits, gradient = value_and_gradient(attack, attack.query(state), y, state)
-    attack.update(state, logits, gradient)
-    return attack.query(state)
+def _start(attack: ProjectedGradientDescent, x: Tensor, y: Tensor, trajectory: Trajectory) -> State:
+    return attack.start(x, y, SampleRng(0, torch.arange(len(x))), x_adv_init=trajectory.iterates[0])
+
+
+def _differences(native: Tensor, reference: Tensor, p: float, excused: Tensor | None = None) -> Steps:
+    """Compare one iterate; NaN differs from everything."""
+    difference = (native - reference).abs().nan_to_num(nan=torch.inf)
+    differs = difference > _STEP_TOLERANCE[p]
+    unexcused = differs if excused is None else differs & ~excused
+    largest = difference if excused is None else difference.masked_fill(excused, 0)
+    return Steps(int(differs.sum()), int(unexcused.sum()), float(largest.max()))
 
 
 def _within_rounding(gradient: Tensor, p: float, *, one_coordinate: bool) -> Tensor:
@@ -169,11 +212,3 @@ def _within_rounding(gradient: Tensor, p: float, *, one_coordinate: bool) -> Ten
     if one_coordinate:
         return size >= (1 - _GRADIENT_ROUNDING) * largest
     return torch.zeros_like(size, dtype=torch.bool)
-
-
-def _timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    start = time.perf_counter()
-    result = run()
-    if result.is_cuda:
-        torch.cuda.synchronize(result.device)
-    return result, time.perf_counter() - start

@@ -16,11 +16,20 @@ from tqdm.auto import tqdm
 
 from guardians.attacks.checks import check_integer
 from guardians.attacks.norms import lp_norm
-from guardians.attacks.victim import undisturbed
+from guardians.attacks.victim import Victim, undisturbed
 from guardians.benchmark.statistics import paired_difference
 from guardians.data import Dataset
 from guardians.parity.cases import Case, cases
-from guardians.parity.comparison import FLOAT64_TOLERANCE, Steps, compare_steps, free_run, native_attack, record
+from guardians.parity.comparison import (
+    FLOAT64_TOLERANCE,
+    Steps,
+    Trajectory,
+    compare_steps,
+    free_run,
+    native_attack,
+    record,
+    replay,
+)
 from guardians.parity.rules import rules_for
 from guardians.tables import PARITY_COLUMNS, Table
 
@@ -58,7 +67,8 @@ class Comparison:
         """ "exact", "different", or "own rule" where no agreement was asked for."""
         if self.steps is None:
             return "own rule"
-        agrees = self.steps.unexplained == 0 and (self.max_abs_diff_float64 or 0.0) <= FLOAT64_TOLERANCE
+        in_float64 = self.max_abs_diff_float64 is None or self.max_abs_diff_float64 <= FLOAT64_TOLERANCE
+        agrees = self.steps.unexplained == 0 and in_float64  # NaN is no agreement
         return "exact" if agrees else "different"
 
 
@@ -92,32 +102,32 @@ def compare(
     """
     y = target_labels(labels, nb_classes) if case.spec.targeted else labels
     rules_of = None if own_rules else case.reference
-    parts: list[tuple[Tensor, Tensor]] = []
     steps = None if own_rules else Steps(0, 0, 0.0)
-    passes, seconds = [0, 0], [0.0, 0.0]
+    runs: list[tuple[Trajectory, Trajectory]] = []
     for x_batch, y_batch in zip(x.split(batch_size), y.split(batch_size), strict=True):
         reference = record(case.reference, case.spec, model, x_batch, y_batch, nb_classes, seed)
-        native, native_passes, native_seconds = free_run(
-            case.spec, rules_of, model, x_batch, y_batch, reference.iterates[0]
-        )
-        parts.append((native, reference.x_adv))
+        native = free_run(case.spec, rules_of, model, x_batch, y_batch, reference.iterates[0])
         if steps is not None:
             attack = native_attack(case.spec, model, len(x_batch), case.reference)
             steps = steps + compare_steps(attack, reference, x_batch, y_batch)
-        passes = [passes[0] + native_passes, passes[1] + reference.passes]
-        seconds = [seconds[0] + native_seconds, seconds[1] + reference.seconds]
-    native, reference_x_adv = (torch.cat(images) for images in zip(*parts, strict=True))
-    native_labels, reference_labels = _predict(model, native, batch_size), _predict(model, reference_x_adv, batch_size)
+            steps = steps + replay(attack, native, x_batch, y_batch, case.spec.steps)
+        runs.append((native, reference))
+    native_x_adv, reference_x_adv = (torch.cat([run.x_adv for run in side]) for side in zip(*runs, strict=True))
+    native_passes, reference_passes = (sum(run.passes for run in side) for side in zip(*runs, strict=True))
+    native_seconds, reference_seconds = (sum(run.seconds for run in side) for side in zip(*runs, strict=True))
+    native_labels, reference_labels = (
+        _predict(model, images, batch_size) for images in (native_x_adv, reference_x_adv)
+    )
     return Comparison(
-        native=native,
+        native=native_x_adv,
         reference=reference_x_adv,
         native_success=(native_labels == y) == case.spec.targeted,
         reference_success=(reference_labels == y) == case.spec.targeted,
         same_label=native_labels == reference_labels,
         steps=steps,
         max_abs_diff_float64=None if own_rules else _float64_difference(case, model, x, y, nb_classes, seed),
-        query_ratio=passes[0] / passes[1],
-        time_ratio=seconds[0] / seconds[1],
+        query_ratio=native_passes / reference_passes,
+        time_ratio=native_seconds / reference_seconds,
     )
 
 
@@ -131,7 +141,6 @@ def run_parity(
     references: Sequence[str] = (),
     own_rules: bool = False,
     batch_size: int = 100,
-    device: str | torch.device = "cpu",
     seed: int = 0,
     verbose: bool = True,
 ) -> pd.DataFrame:
@@ -140,14 +149,13 @@ def run_parity(
     A run that was stopped goes on with the first case that has no row yet.
 
     Args:
-        model: logits for images in [0, 1].
+        model: logits for images in [0, 1], which go to its device; it comes back as it was.
         data: images and labels.
         model_name: for the table.
         out: folder of the table.
         attacks, references: only these; empty for all, see `guardians.parity.cases`.
         own_rules: only the cases in which a toolkit's rule differs from the native one, and native with its own.
         batch_size: images that a toolkit is given at a time.
-        device: where the model and the images go.
         seed: of the toolkits' random starts, which native takes over from them.
         verbose: show a progress bar.
 
@@ -155,20 +163,21 @@ def run_parity(
         The rows of this run.
 
     Raises:
-        ValueError: an attack or a reference is unknown, or the table is another one's.
-        OSError: the folder cannot be written.
+        ValueError: an attack or a reference is unknown, or the table cannot be written.
     """
     check_integer("batch_size", batch_size, low=1)
+    check_integer("seed", seed, low=0)
     todo = cases(attacks, references)
     if own_rules:
         todo = [case for case in todo if rules_for(case.reference, case.spec.norm)]
-    key = ("case", "model", "data", "n", "seed")
+    key = ("case", "model", "data", "n", "batch_size", "seed")
     table = Table(Path(out) / ("deviations.csv" if own_rules else "parity.csv"), PARITY_COLUMNS, key)
-    model = model.to(device)
+    device = Victim(model).device or torch.device("cpu")
     x, labels = data.as_floats().to(device), data.labels.to(device)
     rows = []
     for case in tqdm(todo, desc="parity", unit="case", disable=not verbose):
-        identity = {"case": case.name, "model": model_name, "data": data.source, "n": len(data), "seed": seed}
+        identity = {"case": case.name, "model": model_name, "data": data.identity, "n": len(data)}
+        identity |= {"batch_size": batch_size, "seed": seed}
         if tuple(identity.values()) not in table:
             found = compare(
                 case,
@@ -225,5 +234,5 @@ def _float64_difference(case: Case, model: nn.Module, x: Tensor, y: Tensor, nb_c
     x, y = x[:FLOAT64_IMAGES].double(), y[:FLOAT64_IMAGES]
     model = copy.deepcopy(model).double()
     reference = record(case.reference, case.spec, model, x, y, nb_classes, seed)
-    native, _, _ = free_run(case.spec, case.reference, model, x, y, reference.iterates[0])
-    return (native - reference.x_adv).abs().max().item()
+    native = free_run(case.spec, case.reference, model, x, y, reference.iterates[0])
+    return (native.x_adv - reference.x_adv).abs().max().item()

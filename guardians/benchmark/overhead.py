@@ -1,0 +1,108 @@
+"""What an attack costs beyond the model's own passes: paired ratios against a bare loop, in one run."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+
+from guardians.adapters.implementations import IMPLEMENTATIONS, AttackSpec, build_attack
+from guardians.attacks.checks import check_integer
+from guardians.attacks.victim import undisturbed
+
+__all__ = ["OVERHEAD_COLUMNS", "measure_overhead"]
+
+OVERHEAD_COLUMNS = {
+    "implementation": "bare loop, native, ART, torchattacks or foolbox",
+    "steps": "forward and backward passes of the bare loop, and steps of PGD",
+    "batch_size": "images, all in one batch",
+    "rounds": "runs of each; within a round all run once, in random order",
+    "seconds": "median over the rounds",
+    "ratio": "time over that of the bare loop in the same round, median",
+    "ratio_low": "lower quartile of that ratio",
+    "ratio_high": "upper quartile of that ratio",
+    "native_ratio": "native time over this implementation's in the same round, median",
+}
+
+
+def measure_overhead(
+    model: nn.Module, images: Tensor, labels: Tensor, *, steps: int = 10, rounds: int = 15, seed: int = 0
+) -> pd.DataFrame:
+    """PGD (inf, 8/255) in every implementation against forward and backward passes alone, columns `OVERHEAD_COLUMNS`.
+
+    The bare loop computes logits, the sum of the cross-entropy and its gradient with respect to the images, `steps`
+    times, with frozen parameters as the attacks have them.
+
+    Args:
+        model: returns logits for images in [0, 1].
+        images: (N, C, H, W), attacked as one batch, on the model's device.
+        labels: (N,).
+        steps: of PGD.
+        rounds: runs of each implementation, after one for warm-up.
+        seed: of the order within the rounds.
+
+    Raises:
+        TypeError, ValueError: `steps` or `rounds` is not an integer of at least 1.
+    """
+    check_integer("steps", steps, low=1)
+    check_integer("rounds", rounds, low=1)
+    spec = AttackSpec("PGD", np.inf, 8 / 255, 2 / 255, steps)
+    with torch.no_grad():
+        nb_classes = model(images[:1]).shape[1]
+    runs: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"bare loop": lambda x, y: _bare_loop(model, x, y, steps)}
+    for implementation in IMPLEMENTATIONS:
+        shape = tuple(images.shape[1:])
+        runs[implementation] = build_attack(
+            implementation, spec, model, nb_classes=nb_classes, input_shape=shape, batch_size=len(images)
+        )
+    for run in runs.values():
+        run(images, labels)
+    order, shuffle = list(runs), random.Random(seed).shuffle
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in tqdm(range(rounds), desc="overhead", unit="round"):
+        shuffle(order)
+        for name in order:
+            seconds[name].append(_seconds(runs[name], images, labels))
+    times = pd.DataFrame(seconds)
+    ratios = times.div(times["bare loop"], axis=0)
+    return pd.DataFrame(
+        [
+            {
+                "implementation": name,
+                "steps": steps,
+                "batch_size": len(images),
+                "rounds": rounds,
+                "seconds": times[name].median(),
+                "ratio": ratios[name].median(),
+                "ratio_low": ratios[name].quantile(0.25),
+                "ratio_high": ratios[name].quantile(0.75),
+                "native_ratio": (times["native"] / times[name]).median(),
+            }
+            for name in runs
+        ],
+        columns=list(OVERHEAD_COLUMNS),
+    )
+
+
+def _bare_loop(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
+    gradient = torch.empty(0)
+    with undisturbed(model):
+        for _ in range(steps):
+            inputs = x.detach().requires_grad_(True)
+            (gradient,) = torch.autograd.grad(cross_entropy(model(inputs), y, reduction="sum"), inputs)
+    return gradient
+
+
+def _seconds(run: Callable[[Tensor, Tensor], Tensor], images: Tensor, labels: Tensor) -> float:
+    start = time.perf_counter()
+    result = run(images, labels)
+    if result.is_cuda:
+        torch.cuda.synchronize(result.device)
+    return time.perf_counter() - start

@@ -1,0 +1,66 @@
+from collections import Counter
+
+import pytest
+from models_for_tests import CLASSES, small_net, some_images, some_labels
+
+from guardians.adapters.implementations import is_available
+from guardians.parity import REFERENCES, cases, compare
+from guardians.parity.comparison import FLOAT64_TOLERANCE
+
+for toolkit in ("torchattacks", "foolbox"):
+    pytest.importorskip(toolkit)
+
+
+def test_every_form_that_a_toolkit_has_is_a_case():
+    assert Counter(case.reference for case in cases()) == {"ART": 36, "torchattacks": 20, "foolbox": 30}
+    assert Counter(case.attack for case in cases(references=["ART"])) == {"FGSM": 12, "PGD-10": 12, "PGD-40": 12}
+    assert Counter(case.attack for case in cases(references=["torchattacks"])) == {"FGSM": 4, "PGD-10": 8, "PGD-40": 8}
+    assert Counter(case.attack for case in cases(references=["foolbox"])) == {"FGSM": 6, "PGD-10": 12, "PGD-40": 12}
+    assert all(is_available(case.reference, case.spec) for case in cases())
+    assert {case.kind for case in cases()} == {"exact"}
+
+
+def test_names_say_all_and_are_unique():
+    names = [case.name for case in cases()]
+    assert len(set(names)) == len(names) == 86
+    assert "PGD-40 L2 targeted random-start vs ART" in names
+    assert "FGSM Linf untargeted from-image vs foolbox" in names
+
+
+def test_filters_keep_the_cases_of_the_whole():
+    every = cases()
+    for attacks, references in ((["PGD-40"], []), ([], ["foolbox"]), (["FGSM", "PGD-10"], ["ART", "torchattacks"])):
+        kept = [
+            case
+            for case in every
+            if case.attack in (attacks or ("FGSM", "PGD-10", "PGD-40")) and case.reference in (references or REFERENCES)
+        ]
+        assert cases(attacks, references) == kept
+        assert kept
+
+
+@pytest.mark.parametrize(
+    ("attacks", "references", "message"),
+    [
+        (["PGD"], [], r"attacks=\['PGD'\]: unknown; known are FGSM, PGD-10, PGD-40"),
+        ([], ["ART", "cleverhans"], r"references=\['cleverhans'\]: unknown; known are ART, torchattacks, foolbox"),
+        ([], ["native"], r"references=\['native'\]: unknown"),
+    ],
+)
+def test_unknown_names_are_errors(attacks, references, message):
+    with pytest.raises(ValueError, match=message):
+        cases(attacks, references)
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_native_agrees_exactly(case):
+    found = compare(case, small_net(), some_images(8), some_labels(8), nb_classes=CLASSES, batch_size=5)
+    assert found.verdict == "exact"
+    assert found.steps.unexplained == 0
+    if case.reference == "ART":  # it casts to float32
+        assert found.max_abs_diff_float64 is None
+    else:
+        assert found.max_abs_diff_float64 <= FLOAT64_TOLERANCE <= 1e-10
+    assert found.native.shape == found.reference.shape == (8, 3, 8, 8)
+    assert found.same_label.all()
+    assert (found.native_success == found.reference_success).all()

@@ -1,0 +1,511 @@
+"""The `guardians` command, in process: what it prints, what it writes, and how it fails."""
+
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from models_for_tests import small_net
+from PIL import Image
+from safetensors.torch import save_file
+
+import guardians
+from guardians.cli import run
+from guardians.models import build_model, load_model, save_model
+from guardians.tables import BENCHMARK_COLUMNS, PARITY_COLUMNS, read_csv
+from guardians.training import LOG_COLUMNS
+
+SMALL = ("--model", "models_for_tests:small_net")
+TINY = ("--width", "2", "--epochs", "1", "--batch-size", "8", "--crop-padding", "1")
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self):
+        return self.out.splitlines()
+
+    @property
+    def error(self):
+        """The one line of an error."""
+        assert self.code == 2, self
+        assert "Traceback" not in self.err
+        (line,) = [line for line in self.err.splitlines() if line]
+        assert line.startswith("error: ")
+        return line.removeprefix("error: ")
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.delenv("GUARDIANS_DATA", raising=False)
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "40")  # what is piped is not to be wrapped, whatever the terminal
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["guardians", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            run()
+        return Result(exit_.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """An ImageFolder tree: 3 classes of 4 images for training and 2 for testing, 8 x 8."""
+    return image_folder(tmp_path / "tree")
+
+
+@pytest.fixture
+def bundled(tmp_path, monkeypatch):
+    """A folder of bundled weights with one model in it, of 10 classes."""
+    folder = tmp_path / "weights"
+    monkeypatch.setattr("guardians.models.registry._WEIGHTS", folder)
+    torch.manual_seed(0)
+    model = build_model("resnet9", width=2)
+    card = {
+        "name": "resnet9-2-standard",
+        "architecture": {"name": "resnet9", "width": 2},
+        "accuracy": 0.875,
+        "test_data": "10 images",
+    }
+    save_model(model, card, folder)
+    return folder
+
+
+def image_folder(folder, seed=0):
+    rng = np.random.default_rng(seed)
+    for split, count in (("train", 4), ("test", 2)):
+        for name in ("ant", "bee", "cow"):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(256, size=(8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+# Listing
+
+
+def test_version(command):
+    assert command("--version") == Result(0, f"{guardians.__version__}\n", "")
+
+
+def test_module_is_runnable():
+    done = subprocess.run([sys.executable, "-m", "guardians.cli", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{guardians.__version__}\n")
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",)])
+def test_help_lists_the_commands(command, arguments):
+    result = command(*arguments)
+    assert result.code == 0
+    for name in ("train", "parity", "bench", "models", "--version"):
+        assert name in result.out
+
+
+@pytest.mark.parametrize("name", ["train", "parity", "bench", "models"])
+def test_help_of_a_command(command, name):
+    result = command(name, "--help")
+    assert result.code == 0
+    assert f"guardians {name}" in result.out
+
+
+def test_models_with_their_accuracy(command, bundled):
+    assert command("models").lines == ["resnet9-2-standard: 87.50% on 10 images"]
+
+
+def test_models_says_when_there_are_none(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("guardians.models.registry._WEIGHTS", tmp_path / "nothing")
+    assert "package.module:callable" in command("models").out
+
+
+# Data
+
+
+def test_the_sample_is_announced(command):
+    result = command("bench", *SMALL, "--attack", "clean")  # the model is for smaller images: the run ends there
+    assert result.lines[0] == "data: 20 images, offline sample: 20 CIFAR-10 test images from the foolbox package"
+    assert result.lines[1].startswith("note: without --data or GUARDIANS_DATA, a sample stands in")
+
+
+def test_data_from_the_environment_and_the_option_that_beats_it(command, tree, tmp_path, monkeypatch):
+    other = image_folder(tmp_path / "other", seed=1)
+    monkeypatch.setenv("GUARDIANS_DATA", str(other))
+    arguments = ("bench", *SMALL, "--attack", "clean", "--implementation", "native")
+    assert command(*arguments).lines[0] == f"data: 6 images, other (test), in {other}"
+    result = command(*arguments, "--data", tree)
+    assert result.lines[0] == f"data: 6 images, tree (test), in {tree}"
+    assert "note:" not in result.out
+
+
+def test_n_images(command, tree):
+    result = command("bench", *SMALL, "--attack", "clean", "--implementation", "native", "--data", tree, "--n", 3)
+    assert result.lines[0].startswith("data: 3 images, ")
+    assert read_csv("runs/benchmark.csv")["n"].tolist() == [3]
+
+
+# parity
+
+
+def test_parity(command, tree, tmp_path):
+    result = command("parity", *SMALL, "--data", tree, "--attack", "FGSM", "--out", tmp_path / "out")
+    frame = read_csv(tmp_path / "out" / "parity.csv")
+    assert result.code == 0
+    assert list(frame.columns) == list(PARITY_COLUMNS)
+    assert (frame["verdict"] == "exact").all()
+    for case in frame["case"]:
+        (line,) = [line for line in result.lines if case in line]
+        assert "exact" in line
+    assert result.lines[-1] == f"{len(frame)} cases: {len(frame)} exact"
+
+
+def test_parity_on_a_bundled_model_and_the_sample(command, bundled):
+    result = command("parity", "--model", "resnet9-2-standard", "--n", 2, "--attack", "FGSM", "--reference", "foolbox")
+    assert result.code == 0
+    assert result.lines[-1] == "6 cases: 6 exact"
+
+
+def test_parity_of_several_attacks_and_references(command, tree):
+    arguments = ("--attack", "PGD-10", "--attack", "FGSM", "--reference", "torchattacks", "--reference", "foolbox")
+    result = command("parity", *SMALL, "--data", tree, "--n", 2, *arguments)
+    frame = read_csv("runs/parity.csv")
+    assert result.code == 0
+    assert set(frame["attack"]) == {"PGD-10", "FGSM"}
+    assert set(frame["reference"]) == {"torchattacks", "foolbox"}
+
+
+def test_parity_goes_on_from_the_table(command, tree, monkeypatch):
+    arguments = ("parity", *SMALL, "--data", tree, "--n", 2, "--attack", "FGSM", "--reference", "foolbox")
+    first = command(*arguments)
+
+    def never(*_, **__):
+        raise AssertionError("compared again")
+
+    monkeypatch.setattr("guardians.parity.harness.compare", never)
+    assert command(*arguments).out == first.out
+
+
+def test_parity_with_native_rules(command, tree):
+    result = command(
+        "parity", *SMALL, "--data", tree, "--n", 2, "--attack", "FGSM", "--reference", "ART", "--own-rules"
+    )
+    frame = read_csv("runs/deviations.csv")
+    assert result.code == 0
+    assert result.lines[-1] == f"{len(frame)} cases: {len(frame)} own rule"
+
+
+def test_parity_without_cases(command, tree):
+    chosen = ("--attack", "FGSM", "--reference", "torchattacks", "--own-rules")
+    result = command("parity", *SMALL, "--data", tree, *chosen)
+    assert result.code == 0
+    assert result.lines[-1].startswith("0 cases: ")
+
+
+def test_parity_fails_when_a_case_is_different(command, tree, monkeypatch):
+    row = dict.fromkeys(PARITY_COLUMNS, 0.5)
+    rows = [row | {"case": f"case {verdict}", "verdict": verdict} for verdict in ("exact", "different", "exact")]
+    monkeypatch.setattr("guardians.parity.run_parity", lambda *_, **__: pd.DataFrame(rows))
+    result = command("parity", *SMALL, "--data", tree)
+    assert result.code == 1
+    assert result.lines[-1] == "3 cases: 2 exact, 1 different"
+
+
+# bench
+
+
+def test_bench(command, tree, tmp_path):
+    attacks = ("--attack", "PGD-3", "--attack", "FGSM", "--attack", "clean")
+    result = command("bench", *SMALL, "--data", tree, *attacks, "--out", tmp_path / "out")
+    frame = read_csv(tmp_path / "out" / "benchmark.csv")
+    assert result.code == 0
+    assert list(frame.columns) == list(BENCHMARK_COLUMNS)
+    assert len(frame) == 3 * 4
+    printed = [tuple(line.split()[:2]) for line in result.lines]
+    for pair in zip(frame["attack"], frame["implementation"], strict=True):
+        assert printed.count(pair) == 1
+
+
+def test_bench_goes_on_from_the_table(command, tree, monkeypatch):
+    arguments = ("bench", *SMALL, "--data", tree, "--implementation", "native", "--implementation", "ART")
+    command(*arguments, "--attack", "FGSM")
+    before = read_csv("runs/benchmark.csv")
+    command(*arguments, "--attack", "FGSM", "--attack", "PGD-2")
+    after = read_csv("runs/benchmark.csv")
+    pd.testing.assert_frame_equal(after.head(2), before)
+    assert after["attack"].tolist() == ["FGSM", "FGSM", "PGD-2", "PGD-2"]
+
+
+def test_bench_of_one_attack_in_the_l2_ball(command, tree):
+    threat = ("--norm", 2, "--eps", 0.5, "--eps-step", 0.1, "--random-start", "--seed", 3, "--batch-size", 4)
+    result = command("bench", *SMALL, "--data", tree, "--attack", "PGD-3", "--implementation", "native", *threat)
+    (row,) = read_csv("runs/benchmark.csv").to_dict("records")
+    assert result.code == 0
+    assert (row["attack"], row["implementation"]) == ("PGD-3", "native")
+    assert (row["norm"], row["eps"], row["seed"]) == (2, 0.5, 3)
+    assert json.loads(row["params"]) == {"batch_size": 4, "eps_step": 0.1, "random_start": True}
+    assert row["l2_mean"] <= 0.5
+
+
+@pytest.mark.parametrize(("options", "eps"), [((), 8 / 255), (("--eps", "4/255"), 4 / 255), (("--eps", "0"), 0.0)])
+def test_bench_takes_a_radius_as_a_fraction(command, tree, options, eps):
+    command("bench", *SMALL, "--data", tree, "--attack", "FGSM", "--implementation", "native", *options)
+    assert read_csv("runs/benchmark.csv")["eps"].tolist() == [eps]
+
+
+def test_bench_with_other_weights_is_another_model(command, tree, tmp_path):
+    torch.save(small_net(seed=1).state_dict(), tmp_path / "other.pt")
+    arguments = ("bench", *SMALL, "--data", tree, "--attack", "FGSM", "--implementation", "native")
+    command(*arguments)
+    result = command(*arguments, "--weights", tmp_path / "other.pt")
+    first, second = read_csv("runs/benchmark.csv").to_dict("records")
+    assert result.code == 0
+    assert second["model"] == f"models_for_tests:small_net ({tmp_path / 'other.pt'})"
+    assert first["l2_mean"] != second["l2_mean"] or first["robust_accuracy"] != second["robust_accuracy"]
+
+
+# train
+
+
+def test_train(command, tree, tmp_path, monkeypatch):
+    out = tmp_path / "a b"
+    arguments = ("train", "--data", tree, "--architecture", "resnet9", *TINY, "--seed", 1, "--out", out)
+    result = command(*arguments)
+    assert result.code == 0
+    assert f"data: 12 images, tree (train), in {tree}" in result.lines
+    assert f"data: 6 images, tree (test), in {tree}" in result.lines
+
+    card = json.loads((out / "resnet9-2-standard.json").read_text())
+    assert card["architecture"] == {"name": "resnet9", "width": 2, "num_classes": 3}
+    assert card["recipe"]["name"] == "standard"
+    assert (card["recipe"]["epochs"], card["recipe"]["batch_size"], card["recipe"]["seed"]) == (1, 8, 1)
+    assert card["train_data"] == "12 images of tree (train)"
+    assert card["test_data"] == "6 images of tree (test)"
+    assert shlex.split(card["command"]) == ["guardians", *map(str, arguments)]
+    weights = out / "resnet9-2-standard.safetensors"
+    assert result.lines[-1] == f"accuracy {card['accuracy']:.2%}; wrote {weights}"
+
+    log = pd.read_csv(out / "resnet9-2-standard" / "log.csv")
+    assert list(log.columns) == list(LOG_COLUMNS)
+    assert log["test_accuracy"].tolist() == pytest.approx([card["accuracy"]])
+
+    monkeypatch.setattr("guardians.models.registry._WEIGHTS", out)
+    model = load_model("resnet9-2-standard")
+    assert model(torch.rand(2, 3, 8, 8)).shape == (2, 3)
+    assert command("models").lines == [f"resnet9-2-standard: {card['accuracy']:.2%} on {card['test_data']}"]
+    arguments = ("--model", "resnet9-2-standard", "--attack", "clean", "--implementation", "native")
+    assert command("bench", *arguments, "--data", tree).code == 0
+    assert read_csv("runs/benchmark.csv")["clean_accuracy"].tolist() == pytest.approx([card["accuracy"]])
+
+
+def test_train_again_does_not_train_again(command, tree, monkeypatch):
+    arguments = ("train", "--data", tree, *TINY)
+    first = command(*arguments)
+    files = (Path("runs/resnet9-2-standard/log.csv"), Path("runs/resnet9-2-standard.safetensors"))
+    before = [file.read_bytes() for file in files]
+
+    def never(*_, **__):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("guardians.training.cross_entropy", never)
+    assert command(*arguments).lines[-1] == first.lines[-1]
+    assert [file.read_bytes() for file in files] == before
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "architecture"),
+    [
+        (("resnet18",), "resnet18-standard", {"name": "resnet18"}),
+        (
+            ("wide_resnet", "--depth", "10", "--widen-factor", "1"),
+            "wide_resnet-10-1-standard",
+            {"name": "wide_resnet", "depth": 10, "widen_factor": 1},
+        ),
+    ],
+)
+def test_train_another_architecture(command, tree, monkeypatch, options, name, architecture):
+    result = command("train", "--data", tree, "--architecture", *options, *TINY[2:])
+    assert result.code == 0
+    card = json.loads(Path(f"runs/{name}.json").read_text())
+    assert card["architecture"] == architecture | {"num_classes": 3}
+    monkeypatch.setattr("guardians.models.registry._WEIGHTS", Path("runs"))
+    assert load_model(name)(torch.rand(2, 3, 8, 8)).shape == (2, 3)
+
+
+def test_train_another_recipe_in_the_same_folder(command, tree):
+    command("train", "--data", tree, *TINY)
+    error = command("train", "--data", tree, *TINY, "--peak-lr", "0.1").error
+    assert "peak_lr" in error
+    assert "delete it to start over" in error
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--n", "0"), ["n=0", "at least 1"]),
+        (("--n", "many"), ["--n", "integer"]),
+        (("--n", "7"), ["n=7", "6 images"]),
+        (("--batch-size", "0"), ["batch_size=0", "at least 1"]),
+        (("--seed", "-1"), ["seed=-1", "at least 0"]),
+        (("--seed", str(2**63)), [f"seed={2**63}", "2**63"]),
+        (("--device", "nonsense"), ["device='nonsense'", "cpu"]),
+        (("--device", "cuda:99"), ["device='cuda:99'", "cpu"]),
+        (("--model", "resnet99"), ["model='resnet99'", "resnet9-2-standard", "package.module:callable"]),
+        (("--model", "models_for_tests:missing"), ["model='models_for_tests:missing'", "'missing'"]),
+        (("--model", "no_module:missing"), ["model='no_module:missing'", "no_module"]),
+        (("--model", "models_for_tests:some_images"), ["model='models_for_tests:some_images'", "without arguments"]),
+        (("--model", "models_for_tests:linear_model"), ["model='models_for_tests:linear_model'", "(3, 8, 8)"]),
+        (("--weights", "missing.pt"), ["weights", "'missing.pt'", "does not exist"]),
+        (("--attack", "PGD"), ["'PGD'", "FGSM", "PGD-"]),
+        (("--data", "missing"), ["'missing'", "does not exist"]),
+        (("--data", ""), ["neither", "'test'"]),
+        (("--colour", "red"), ["--colour"]),
+    ],
+)
+@pytest.mark.parametrize("name", ["parity", "bench"])
+def test_error(command, tree, bundled, name, arguments, named):
+    error = command(name, *SMALL, "--data", tree, *arguments).error
+    for part in named:
+        assert part in error
+    assert not list(Path().iterdir())  # nothing was begun
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("parity", "--reference", "cleverhans"), ["'cleverhans'", "ART, torchattacks, foolbox"]),
+        (("parity", "--attack", "PGD-3"), ["'PGD-3'", "FGSM, PGD-10, PGD-40"]),
+        (("bench", "--implementation", "cleverhans"), ["'cleverhans'", "native, ART, torchattacks, foolbox"]),
+        (("bench", "--norm", "l2"), ["norm='l2'", "inf, 2 or 1"]),
+        (("bench", "--norm", "3"), ["norm='3'", "inf, 2 or 1"]),
+        (("bench", "--eps", "-1"), ["eps=-1", "at least 0"]),
+        (("bench", "--eps", "nan"), ["eps=nan", "finite"]),
+        (("bench", "--eps", "8/0"), ["--eps", "'8/0'", "8/255"]),
+        (("bench", "--eps", "small"), ["--eps", "'small'", "8/255"]),
+        (("bench", "--eps-step", "0"), ["eps_step=0", "above 0"]),
+    ],
+)
+def test_error_of_one_command(command, tree, arguments, named):
+    error = command(*arguments, *SMALL, "--data", tree).error
+    for part in named:
+        assert part in error
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--architecture", "vgg"), ["architecture='vgg'", "resnet9, resnet18, wide_resnet"]),
+        (("--architecture", "resnet18", "--width", "4"), ["architecture='resnet18'", "width"]),
+        (("--architecture", "wide_resnet", "--depth", "11"), ["depth=11", "10, 16"]),
+        (("--width", "0"), ["width=0", "at least 1"]),
+        (("--epochs", "0"), ["epochs=0", "above 0"]),
+        (("--batch-size", "13"), ["batch_size=13", "12 images"]),
+        (("--batch-size", "0"), ["batch_size=0", "above 0"]),
+        (("--warmup", "1"), ["warmup=1", "[0, 1)"]),
+        (("--seed", "-1"), ["seed=-1", "at least 0"]),
+        (("--device", "nonsense"), ["device='nonsense'"]),
+        (("--data", "missing"), ["'missing'", "does not exist"]),
+    ],
+)
+def test_error_of_train(command, tree, options, named):
+    error = command("train", "--data", tree, *TINY[2:], *options).error
+    for part in named:
+        assert part in error
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("arguments", [("parity", *SMALL), ("bench", *SMALL), ("train", *TINY)])
+def test_out_that_cannot_be_written(command, tree, tmp_path, arguments):
+    (tmp_path / "file").write_text("")
+    error = command(*arguments, "--data", tree, "--out", tmp_path / "file" / "out").error
+    assert str(tmp_path / "file" / "out") in error
+    assert "cannot be" in error
+
+
+def test_data_without_images(command, tmp_path):
+    (tmp_path / "empty" / "test" / "ant").mkdir(parents=True)
+    error = command("bench", *SMALL, "--data", tmp_path / "empty").error
+    assert f"{str(tmp_path / 'empty' / 'test')!r} has no images" in error
+
+
+@pytest.mark.parametrize("name", ["parity", "bench"])
+def test_weights_of_another_model(command, tree, tmp_path, name):
+    save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
+    error = command(name, *SMALL, "--data", tree, "--weights", tmp_path / "other.safetensors").error
+    assert "other.safetensors' does not fit the model" in error
+    assert "head.weight" in error
+
+
+def test_weights_that_are_none(command, tree, tmp_path):
+    (tmp_path / "text.pt").write_text("text")
+    assert (
+        "text.pt' cannot be read" in command("bench", *SMALL, "--data", tree, "--weights", tmp_path / "text.pt").error
+    )
+
+
+@pytest.mark.parametrize("name", ["parity", "bench"])
+def test_model_with_too_few_classes(command, tree, tmp_path, name):
+    for split in ("train", "test"):
+        for extra in ("dog", "eel", "fox"):
+            (tree / split / extra).mkdir()
+            Image.new("RGB", (8, 8)).save(tree / split / extra / "0.png")
+    error = command(name, *SMALL, "--data", tree).error
+    assert "has 5 classes, the data 6" in error
+
+
+@pytest.mark.parametrize("name", ["[bold]name[/bold]", "x[/]", "a" * 200, ":smile:"])
+def test_error_is_printed_as_it_is(command, name):
+    assert f"data path {name!r} does not exist" in command("bench", *SMALL, "--data", name).error
+
+
+def test_toolkit_that_is_not_installed(command, tree, monkeypatch):
+    def absent(*_, **__):
+        raise ImportError("foolbox is not installed: pip install guardians[parity]")
+
+    monkeypatch.setattr("guardians.parity.run_parity", absent)
+    error = command("parity", *SMALL, "--data", tree).error
+    assert error == "foolbox is not installed: pip install guardians[parity]"
+
+
+def test_errors_of_ours_keep_their_traceback(command, tree, monkeypatch):
+    monkeypatch.setattr("guardians.parity.run_parity", lambda *_, **__: {}["nothing"])
+    with pytest.raises(KeyError):
+        command("parity", *SMALL, "--data", tree)
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        (("parity", *SMALL), "guardians.parity.run_parity"),
+        (("bench", *SMALL), "guardians.benchmark.runner.run_benchmark"),
+        (("train", *TINY), "guardians.cli.train"),
+    ],
+)
+def test_control_c(command, tree, monkeypatch, name, function):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(function, interrupted)
+    result = command(*name, "--data", tree)
+    assert result.code == 130
+    assert result.err.strip() == "stopped; the same command goes on from here"
