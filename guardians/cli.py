@@ -26,7 +26,7 @@ from guardians.models import (
     save_model,
 )
 from guardians.tables import print_table
-from guardians.training import Recipe, train
+from guardians.training import SCHEDULES, Recipe, train
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -194,7 +194,8 @@ def train_command(
     download: Download = False,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = Recipe.epochs,
     batch_size: Annotated[int, typer.Option(help="Images in a training step.")] = Recipe.batch_size,
-    peak_lr: Annotated[float, typer.Option(help="Highest rate of the one-cycle schedule.")] = Recipe.peak_lr,
+    schedule: Annotated[str, typer.Option(help=f"{' or '.join(SCHEDULES)}; swa with --weights.")] = Recipe.schedule,
+    peak_lr: Annotated[float, typer.Option(help="Highest rate of one-cycle, the rate of swa.")] = Recipe.peak_lr,
     warmup: Annotated[float, typer.Option(help="Fraction of the steps before that peak.")] = Recipe.warmup,
     momentum: Annotated[float, typer.Option(help="Nesterov momentum of SGD.")] = Recipe.momentum,
     weight_decay: Annotated[float, typer.Option(help="Of convolution and linear weights.")] = Recipe.weight_decay,
@@ -209,6 +210,7 @@ def train_command(
     recipe = Recipe(
         epochs=epochs,
         batch_size=batch_size,
+        schedule=schedule,
         peak_lr=peak_lr,
         warmup=warmup,
         momentum=momentum,

@@ -60,7 +60,7 @@ PARITY_COLUMNS = {
     "data": "where the images came from, and the first digits of a SHA-256 digest of images and labels",
     "attack": "FGSM or PGD-<steps>",
     "reference": "toolkit that the native attack is held against",
-    "kind": "of agreement asserted: exact, statistical or dominance",
+    "kind": "of agreement asserted: exact, statistical or dominance; deviation where none is",
     "n": "number of images",
     "seed": "seed of the random starts",
     "batch_size": "images that the toolkit is given at a time",

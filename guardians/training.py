@@ -1,4 +1,4 @@
-"""Standard training: one-cycle SGD with label smoothing on seeded augmentations, resumable to the step.
+"""Standard training: SGD with label smoothing on seeded augmentations, resumable to the step.
 
 Data order and augmentation of a step are functions of (seed, epoch, step), so a run that was interrupted and resumed
 gives the same weights as one that was not (up to the arithmetic of the machine, and unless the model draws random
@@ -23,13 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm.auto import tqdm
 
 from guardians.data import Dataset
 
-__all__ = ["LOG_COLUMNS", "Recipe", "accuracy", "bfloat16_is_native", "train"]
+__all__ = ["LOG_COLUMNS", "SCHEDULES", "Recipe", "accuracy", "bfloat16_is_native", "train"]
 
+SCHEDULES = ("one-cycle", "swa")
 LOG_COLUMNS = ("epoch", "learning_rate", "train_loss", "train_accuracy", "test_accuracy", "seconds")
 
 
@@ -40,9 +42,12 @@ class Recipe:
     Attributes:
         epochs: passes over the training images.
         batch_size: images a step; a last partial batch is dropped.
-        peak_lr: highest learning rate of the one-cycle schedule (Smith and Topin, "Super-Convergence", 2018), reached
-            after `warmup` of all steps.
-        warmup: fraction of the steps before the peak.
+        schedule: "one-cycle" (Smith and Topin, "Super-Convergence", 2018), or "swa": a constant learning rate, and in
+            the end the average of the weights after each epoch, with batch norm statistics of the training images.
+            It wants weights that are trained already (Izmailov et al., "Averaging weights leads to wider optima and
+            better generalization", 2018, algorithm 1).
+        peak_lr: highest learning rate; of one-cycle, reached after `warmup` of all steps.
+        warmup: fraction of the steps before the peak of one-cycle.
         momentum: Nesterov momentum of SGD.
         weight_decay: L2 penalty, on convolution and linear weights only.
         label_smoothing: Szegedy et al. 2016, section 7.
@@ -58,6 +63,7 @@ class Recipe:
 
     epochs: int = 24
     batch_size: int = 512
+    schedule: str = "one-cycle"
     peak_lr: float = 0.4
     warmup: float = 0.2
     momentum: float = 0.9
@@ -68,7 +74,11 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule={self.schedule!r}: must be one of {', '.join(SCHEDULES)}")
         for field in fields(self):
+            if field.name == "schedule":
+                continue
             value = getattr(self, field.name)
             convert, kind = (operator.index, "an integer") if isinstance(field.default, int) else (float, "a number")
             if isinstance(value, (str, bool)):
@@ -139,20 +149,19 @@ def train(
         momentum=recipe.momentum,
         nesterov=recipe.momentum > 0,
     )
-    schedule = _one_cycle(optimizer, recipe, recipe.epochs * steps_per_epoch)
+    schedule = _schedule(optimizer, recipe, recipe.epochs * steps_per_epoch)
+    average = AveragedModel(model) if recipe.schedule == "swa" else None
+    stateful: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    if average is not None:
+        stateful["average"] = average
     progress, between_steps = _Progress(), True
     if checkpoint_file.exists():
-        progress = _restore(checkpoint_file, recipe, model, optimizer, schedule)
+        progress = _restore(checkpoint_file, recipe, recipe.epochs * steps_per_epoch, stateful)
     _start_log(log_file, progress.epoch)
 
     def save() -> None:
-        state = {
-            "recipe": asdict(recipe),
-            "progress": asdict(progress),
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-        }
+        state = {"recipe": asdict(recipe), "progress": asdict(progress), "steps": recipe.epochs * steps_per_epoch}
+        state |= {name: part.state_dict() for name, part in stateful.items()}
         partial = checkpoint_file.with_suffix(".partial")
         torch.save(state, partial)
         partial.replace(checkpoint_file)  # a kill while writing leaves the previous checkpoint whole
@@ -198,6 +207,8 @@ def train(
             if verbose:
                 tqdm.write("  ".join(f"{key} {value:.4g}" for key, value in row.items()))
             with _uninterrupted():
+                if average is not None:
+                    average.update_parameters(model)
                 _append_row(log_file, row)
                 progress = _Progress(epoch=progress.epoch + 1, seconds=row["seconds"])
                 save()
@@ -207,6 +218,10 @@ def train(
                 progress.seconds = time.perf_counter() - start
                 save()
         raise
+    if average is not None:
+        model.load_state_dict(average.module.state_dict())
+        with autocast:
+            update_bn(_float_batches(images, recipe.batch_size), model)
     model.to(memory_format=torch.contiguous_format)
     return accuracy(model, test_data)
 
@@ -261,7 +276,9 @@ def _uninterrupted() -> Iterator[None]:
         signal.raise_signal(signal.SIGINT)
 
 
-def _one_cycle(optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int) -> OneCycleLR:
+def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int) -> LRScheduler:
+    if recipe.schedule == "swa":
+        return LambdaLR(optimizer, lambda step: 1.0)
     warmup = recipe.warmup
     if warmup * total_steps == 1:  # OneCycleLR divides by the length of its first phase, which is one step shorter
         warmup *= 1 - 1e-9
@@ -275,20 +292,22 @@ def _one_cycle(optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: in
     )
 
 
-def _restore(
-    file: Path, recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: OneCycleLR
-) -> _Progress:
+def _float_batches(images: Tensor, batch_size: int) -> Iterator[Tensor]:
+    for batch in images.split(batch_size):
+        yield (batch.float() / 255).contiguous(memory_format=torch.channels_last)
+
+
+def _restore(file: Path, recipe: Recipe, steps: int, stateful: dict[str, Any]) -> _Progress:
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         if state["recipe"] != asdict(recipe):
             there, here = state["recipe"], asdict(recipe)
             changed = {key: (there.get(key), here.get(key)) for key in here | there if there.get(key) != here.get(key)}
             raise ValueError(f"it was written with another recipe (there, here): {changed}")
-        if (steps := state["schedule"]["total_steps"]) != schedule.total_steps:
-            raise ValueError(f"it is of a run of {steps} steps, this is one of {schedule.total_steps}: other data")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
+        if state["steps"] != steps:
+            raise ValueError(f"it is of a run of {state['steps']} steps, this is one of {steps}: other data")
+        for name, part in stateful.items():
+            part.load_state_dict(state[name])
         return _Progress(**state["progress"])
     except Exception as error:  # torch.load raises a different type for each way a file can be broken
         raise ValueError(

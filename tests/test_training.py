@@ -180,6 +180,40 @@ class TestOutcome:
         assert "epoch 2/3" in output
 
 
+class TestWeightAveraging:
+    RECIPE = replace(RECIPE, schedule="swa", peak_lr=0.1)
+
+    def test_weights_are_the_mean_over_the_ends_of_the_epochs(self, tmp_path: Path) -> None:
+        after_epoch = []
+        for epochs in (1, 2, 3):  # at a constant rate the shorter runs are the beginning of the longer ones
+            model = small_model()
+            train(model, TRAIN, TEST, replace(self.RECIPE, epochs=epochs), tmp_path / str(epochs), verbose=False)
+            after_epoch.append(torch.load(tmp_path / str(epochs) / "checkpoint.pt", weights_only=True)["model"])
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter, torch.stack([state[name] for state in after_epoch]).mean(0))
+        assert not torch.equal(parameter, after_epoch[-1][name])
+
+    def test_batch_norm_knows_the_training_images(self, tmp_path: Path) -> None:
+        model = small_model()
+        train(model, TRAIN, TEST, self.RECIPE, tmp_path, verbose=False)
+        features = [model[0](batch) for batch in TRAIN.as_floats().split(self.RECIPE.batch_size)]
+        mean = torch.stack([batch.mean((0, 2, 3)) for batch in features]).mean(0)
+        torch.testing.assert_close(model[1].running_mean, mean, rtol=0.02, atol=0.02)  # in bfloat16 where there is one
+
+    def test_learning_rate_is_constant(self, tmp_path: Path) -> None:
+        run(tmp_path, self.RECIPE)
+        assert {float(row["learning_rate"]) for row in log_of(tmp_path)} == {0.1}
+
+    @pytest.mark.parametrize("where", ["in the middle of an epoch", "after an epoch"])
+    def test_resumed_run_is_the_uninterrupted_one(self, tmp_path: Path, where: str) -> None:
+        model = small_model()
+        with pytest.MonkeyPatch.context() as patch:
+            (while_loading(STEPS + 2, interrupt) if where.startswith("in") else evaluating(2, interrupt))(patch, model)
+            with pytest.raises(KeyboardInterrupt):
+                train(model, TRAIN, TEST, self.RECIPE, tmp_path / "stopped", verbose=False)
+        assert run(tmp_path / "stopped", self.RECIPE) == run(tmp_path / "whole", self.RECIPE)
+
+
 class TestSeed:
     def test_same_seed_same_run(self, tmp_path: Path, uninterrupted: tuple[Any, ...]) -> None:
         assert run(tmp_path) == uninterrupted
@@ -510,6 +544,10 @@ class TestBadArguments:
         recipe = replace(RECIPE, epochs=np.int64(1), peak_lr=np.float64(0.05), seed=np.int32(0))
         first = run(tmp_path, recipe)
         assert run(tmp_path, replace(RECIPE, epochs=1)) == first
+
+    def test_unknown_schedule(self) -> None:
+        with pytest.raises(ValueError, match="schedule='cosine': must be one of one-cycle, swa"):
+            Recipe(schedule="cosine")
 
     def test_fewer_images_than_a_batch(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="batch_size=71: the training set has only 70 images"):

@@ -27,6 +27,9 @@ class Victim:
         input_shape: the shape of one image, or None where it is not known.
         nb_classes: number of classes, or None until the first forward pass.
         device, dtype: of the model's first floating-point parameter or buffer; None where it has none.
+
+    Raises:
+        ValueError: the estimator has a `loss_gradient` of its own, such as ART's for randomised smoothing.
     """
 
     def __init__(self, estimator: PyTorchClassifier | nn.Module) -> None:
@@ -40,6 +43,11 @@ class Victim:
             self.module, self.input_shape, self.nb_classes = estimator, None, None
             self.clip_values = (torch.tensor(0.0), torch.tensor(1.0))
         else:
+            if type(estimator).loss_gradient is not PyTorchClassifier.loss_gradient:
+                raise ValueError(
+                    f"estimator of type {type(estimator).__name__}: has a loss_gradient of its own, which would be "
+                    "bypassed; allowed are estimators with that of PyTorchClassifier, and nn.Modules"
+                )
             self._estimator = estimator
             self._loss = _PerSampleLoss(estimator.loss)
             self.module, self.nb_classes = estimator.model, estimator.nb_classes

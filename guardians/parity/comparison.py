@@ -186,7 +186,8 @@ def free_run(
     """The native attack's own run from the same start, with a toolkit's rules where a reference is named."""
     recorder = _Recorder(model)
     attack = native_attack(spec, recorder, len(x), reference)
-    attack(x[:1], y[:1])  # one image tells it the number of classes, which is no part of the run
+    with undisturbed(model):
+        attack.victim.predict(x[:1])  # tells it the number of classes, which is no part of the run
     return recorder.trajectory(lambda: attack(x, y, x_adv_init=start))
 
 

@@ -203,7 +203,7 @@ def _row(case: Case, found: Comparison, x: Tensor) -> dict[str, Any]:
     return {
         "attack": case.attack,
         "reference": case.reference,
-        "kind": case.kind,
+        "kind": "deviation" if steps is None else case.kind,
         "max_abs_diff": (found.native - found.reference).abs().max().item(),
         "pixel_mismatch": None if steps is None else steps.mismatches,
         "unexplained": None if steps is None else steps.unexplained,

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing
 from art.estimators.classification import BlackBoxClassifier, SklearnClassifier
 from art.exceptions import EstimatorError
 from models_for_tests import CLASSES, SHAPE, art_classifier, linear_model, small_net, some_images, some_labels
@@ -253,3 +254,11 @@ def test_models_that_return_no_logits(transform, wrap):
 def test_models_without_a_gradient(transform, wrap):
     with pytest.raises(ValueError, match="no gradient"):
         PGD(wrap(Returns(transform)))(some_images(N), some_labels(N))
+
+
+def test_an_estimator_with_gradients_of_its_own_is_refused(net):
+    smoothed = PyTorchRandomizedSmoothing(
+        net, nn.CrossEntropyLoss(), input_shape=SHAPE, nb_classes=CLASSES, clip_values=(0, 1), device_type="cpu"
+    )
+    with pytest.raises(ValueError, match="PyTorchRandomizedSmoothing"):
+        PGD(smoothed)
