@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -87,13 +88,18 @@ def check_images(name: str, x: Tensor, victim: Victim) -> None:
         raise ValueError(f"{name} has shape {shape}: the estimator's input_shape is {victim.input_shape}")
     if len(x) == 0:
         raise ValueError(f"{name} has shape {shape}: the batch is empty")
-    if not x.isfinite().all():
+    lowest, highest = (bound.item() for bound in x.aminmax())
+    if not (math.isfinite(lowest) and math.isfinite(highest)):  # aminmax passes NaN on
         raise ValueError(f"{name} has NaN or infinite entries: all must be finite")
     if victim.clip_values is not None:
         low, high = (bound.to(x) for bound in victim.clip_values)
-        if (x < low).any() or (x > high).any():
+        if low.numel() == high.numel() == 1:
+            outside = lowest < low or highest > high
+        else:
+            outside = (x < low).any() or (x > high).any()
+        if outside:
             raise ValueError(
-                f"{name} has entries from {x.min().item():g} to {x.max().item():g}: "
+                f"{name} has entries from {lowest:g} to {highest:g}: "
                 f"must be within clip_values, {low.min().item():g} to {high.max().item():g}"
             )
 

@@ -12,6 +12,7 @@ from guardians.attacks.rng import SampleRng
 
 __all__ = [
     "as_norm",
+    "ball_bounds",
     "lp_norm",
     "project",
     "pull_into_ball",
@@ -106,14 +107,29 @@ def random_in_ball(like: Tensor, eps: Tensor, p: float, rng: SampleRng) -> Tenso
     return (unit.to(like.device) * eps).to(like.dtype)
 
 
+def ball_bounds(x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest images of the inf-norm ball about `x`, in the dtype of `x`; inside in exact arithmetic.
+
+    A bound that rounding has put outside gives way to its neighbour on the side of `x`. `eps` is float64.
+    """
+    centre = x.double()
+    low, high = (centre - eps).to(x.dtype), (centre + eps).to(x.dtype)
+    low = torch.where(centre - low.double() > eps, low.nextafter(x), low)
+    high = torch.where(high.double() - centre > eps, high.nextafter(x), high)
+    return low, high
+
+
 def pull_into_ball(x_adv: Tensor, x: Tensor, eps: Tensor, p: float) -> Tensor:
     """`x_adv`, moved towards `x` by as little as puts it inside the ball in exact arithmetic, rounding included.
 
-    Images that rounding has left outside by some last bits are scaled in float64 and each pixel is rounded towards
-    `x`, so they stay inside any box that holds both; the others come back bit for bit. `eps` is float64.
+    For finite p, images that rounding has left outside by some last bits are scaled in float64, and each pixel is
+    rounded towards `x`, so that they stay inside any box that holds both; the others come back bit for bit. `eps` is
+    float64.
     """
+    if p == float("inf"):
+        return x_adv.clamp(*ball_bounds(x, eps))
     delta = x_adv.double() - x.double()
-    excess = delta.abs() > eps if p == float("inf") else lp_norm(delta, p) > eps
+    excess = lp_norm(delta, p) > eps
     inside = x + project(delta, eps * (1 - 1e-12), p)  # the margin covers float64's own rounding of a norm
     rounded = inside.to(x.dtype)
     # The rounding may have gone outwards: then the neighbour on the side of x is the one inside.

@@ -14,6 +14,7 @@ from guardians.attacks.base import Attack, State
 from guardians.attacks.checks import check_flag, check_integer, check_number
 from guardians.attacks.norms import (
     as_norm,
+    ball_bounds,
     lp_norm,
     project,
     pull_into_ball,
@@ -111,7 +112,7 @@ class ProjectedGradientDescent(Attack):
         p = as_norm(self.norm)
         eps, eps_step = self._radii(x, rng)
         if p == np.inf:
-            low, high = (pull_into_ball(self.victim.clip(x + s * eps).to(x.dtype), x, eps, p) for s in (-1, 1))
+            low, high = (self.victim.clip(bound) for bound in ball_bounds(x, eps))
         else:
             low, high = (self.victim.clip(torch.full_like(x, bound)) for bound in (-np.inf, np.inf))
         state = {"x": x, "eps": eps, "eps_step": eps_step.to(x.dtype), "low": low, "high": high}
@@ -147,8 +148,10 @@ class ProjectedGradientDescent(Attack):
 
     def result(self, state: State) -> Tensor:
         """The last iterate, free of the rounding with which a projection leaves the box or a ball of finite p."""
-        x_adv = state["x_adv"].clamp(state["low"], state["high"])
-        return pull_into_ball(x_adv, state["x"], state["eps"], as_norm(self.norm))
+        p = as_norm(self.norm)
+        if p == np.inf:
+            return state["x_adv"]
+        return pull_into_ball(state["x_adv"].clamp(state["low"], state["high"]), state["x"], state["eps"], p)
 
     @property
     def starts_at_random(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -25,9 +26,12 @@ class SampleRng:
 
     def __init__(self, seed: int, index: Tensor, restart: int = 0) -> None:
         self.index = index
-        self._streams = [
-            Generator(Philox(key=(seed << 64) + position, counter=restart << 192)) for position in index.tolist()
-        ]
+        self._seed, self._restart = seed, restart
+
+    @cached_property
+    def _streams(self) -> list[Generator]:
+        key, counter = self._seed << 64, self._restart << 192
+        return [Generator(Philox(key=key + position, counter=counter)) for position in self.index.tolist()]
 
     def uniform(self, shape: tuple[int, ...]) -> Tensor:
         """Float64 tensor (N, *shape), uniform in [0, 1)."""
