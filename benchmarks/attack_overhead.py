@@ -20,7 +20,7 @@ def main(
     model: str = "resnet9-16-standard",
     data: Annotated[Path | None, typer.Option(envvar=ENVIRONMENT_VARIABLE)] = None,
     batch_size: int = 128,
-    steps: int = 10,
+    steps: int = 40,
     rounds: int = 15,
     device: str = "cpu",
     out: Path = Path("results"),

@@ -100,6 +100,8 @@ def _search_once(attack: Attack, batch: dict[str, Tensor], rng: SampleRng) -> Te
         else:
             logits = attack.victim.logits(query)
         done = attack.update(state, logits, gradient).cpu()
+        if done.all() and len(active) == len(results):
+            return attack.result(state)
         if done.any():
             results[active[done].to(results.device)] = _rows({"x_adv": attack.result(state)}, done)["x_adv"]
             state, y, active = _rows(state, ~done), y[~done.to(y.device)], active[~done]

@@ -114,7 +114,7 @@ def ball_bounds(x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
     """
     centre = x.double()
     low, high = (centre - eps).to(x.dtype), (centre + eps).to(x.dtype)
-    low = torch.where(centre - low.double() > eps, low.nextafter(x), low)
+    low = torch.where(low.double() - centre < -eps, low.nextafter(x), low)
     high = torch.where(high.double() - centre > eps, high.nextafter(x), high)
     return low, high
 

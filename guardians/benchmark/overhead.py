@@ -33,7 +33,7 @@ OVERHEAD_COLUMNS = {
 
 
 def measure_overhead(
-    model: nn.Module, images: Tensor, labels: Tensor, *, steps: int = 10, rounds: int = 15, seed: int = 0
+    model: nn.Module, images: Tensor, labels: Tensor, *, steps: int = 40, rounds: int = 15, seed: int = 0
 ) -> pd.DataFrame:
     """PGD (inf, 8/255) in every implementation against forward and backward passes alone, columns `OVERHEAD_COLUMNS`.
 
