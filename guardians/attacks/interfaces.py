@@ -86,9 +86,9 @@ class ClassifierAttack(EvasionAttack):
 
     def __call__(self, x: Tensor, y: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Adversarial images (N, C, H, W) for images of the model's dtype on the model's device; see `generate`."""
-        for name, value in (("x", x), *kwargs.items()):
-            if name == "x" or (name == "x_adv_init" and value is not None):
-                check_device(name, value, self.victim)
+        check_device("x", x, self.victim)
+        if kwargs.get("x_adv_init") is not None:
+            check_device("x_adv_init", kwargs["x_adv_init"], self.victim)
         return self._checked_run(x, y, kwargs, x.device)
 
     @abstractmethod

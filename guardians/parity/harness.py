@@ -174,11 +174,11 @@ def run_parity(
     table = Table(Path(out) / ("deviations.csv" if own_rules else "parity.csv"), PARITY_COLUMNS, key)
     device = Victim(model).device or torch.device("cpu")
     x, labels = data.as_floats().to(device), data.labels.to(device)
+    run = {"model": model_name, "data": data.identity, "n": len(data), "batch_size": batch_size, "seed": seed}
     rows = []
     for case in tqdm(todo, desc="parity", unit="case", disable=not verbose):
-        identity = {"case": case.name, "model": model_name, "data": data.identity, "n": len(data)}
-        identity |= {"batch_size": batch_size, "seed": seed}
-        if tuple(identity.values()) not in table:
+        identity = {"case": case.name, **run}
+        if identity not in table:
             found = compare(
                 case,
                 model,
