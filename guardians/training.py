@@ -27,9 +27,10 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm.auto import tqdm
 
+from guardians.attacks.search import bfloat16_is_native
 from guardians.data import Dataset
 
-__all__ = ["LOG_COLUMNS", "SCHEDULES", "Recipe", "accuracy", "bfloat16_is_native", "train"]
+__all__ = ["LOG_COLUMNS", "SCHEDULES", "Recipe", "accuracy", "train"]
 
 SCHEDULES = ("one-cycle", "swa")
 LOG_COLUMNS = ("epoch", "learning_rate", "train_loss", "train_accuracy", "test_accuracy", "seconds")
@@ -96,14 +97,6 @@ class Recipe:
         for name in ("weight_decay", "crop_padding", "cutout"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 0 and finite")
-
-
-def bfloat16_is_native(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu_check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch has no public name for it
-    return device.type == "cpu" and cpu_check is not None and bool(cpu_check())
 
 
 def train(

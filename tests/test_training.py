@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from guardians import training
+from guardians.attacks.search import bfloat16_is_native
 from guardians.data import Dataset
-from guardians.training import LOG_COLUMNS, Recipe, accuracy, bfloat16_is_native, train
+from guardians.training import LOG_COLUMNS, Recipe, accuracy, train
 
 RECIPE = Recipe(epochs=3, batch_size=16, peak_lr=0.05, crop_padding=1, cutout=2)
 STEPS = 4  # an epoch of RECIPE on `colours(70)`

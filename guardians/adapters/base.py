@@ -66,7 +66,8 @@ class ToolkitAttack(ClassifierAttack):
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
         """What the toolkit makes of one batch (N, ...) with labels or targets (N,), on the device of the model."""
 
-    def _run(self, x: Tensor, y: Tensor | None, device: torch.device, **options: Tensor) -> Tensor:
+    def _run(self, inputs: dict[str, Tensor], device: torch.device) -> Tensor:
+        x, y = inputs["x"], inputs.get("y")
         found = torch.empty_like(x)
         progress = tqdm(total=len(x), desc=type(self).__name__, unit="image", disable=not self.verbose, leave=False)
         with torch.enable_grad(), progress:

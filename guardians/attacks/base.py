@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from guardians.attacks import engine
-from guardians.attacks.checks import check_integer
+from guardians.attacks.checks import check_flag, check_integer
+from guardians.attacks.engine import Finished, Report
 from guardians.attacks.interfaces import ClassifierAttack
 from guardians.attacks.rng import SampleRng
+from guardians.attacks.search import PRECISIONS
+from guardians.attacks.victim import undisturbed
 
 __all__ = ["Attack", "State"]
 
-State = dict[str, Tensor]
-"""All that an attack knows of its samples: tensors whose first dimension is the sample, so that the engine may drop and
-reorder samples. What only steers the loop (step counts) is kept on the host, so that reading it waits for no device."""
+State = dict[str, Any]
+"""All that an attack knows of its samples, a row each: tensors on the device, and numpy arrays for what steers the loop
+(step counts), which are read without waiting for the device. The engine drops, overwrites and reorders rows, so no two
+tensors share memory. It keeps what it knows there too: "x", "y" and "mask" as `start` was given them, "x_adv_init",
+"index", "restart", "doubted" and "at_fixed_point"."""
 
 
 class Attack(ClassifierAttack):
@@ -30,16 +38,37 @@ class Attack(ClassifierAttack):
         targeted: whether the labels are targets to reach rather than labels to leave.
         batch_size: images in one forward pass. It does not change the result beyond rounding.
         summary_writer: only False; ART's argument for TensorBoard.
+        verbose: show a progress bar of finished images, and the share of them that stands.
         seed: of all randomness. The numbers of a sample depend on (seed, index of the sample) alone. None draws a new
             seed from torch's global generator at every call, so `torch.manual_seed` makes a program repeatable.
-        verbose: show a progress bar of finished images.
+        early_stop: let an image go as soon as the model is fooled by it, at which it is often in the middle of the
+            ball, rather than after the last step. Robust accuracy is what an attacker who keeps the best iterate gets,
+            so never higher, and most of the work is saved. False is the classical algorithm bit for bit.
+        precision: what the search computes in: "float32", "bfloat16", "float16", or "auto", the fastest that the
+            device has. The search may ask a copy of the model with batch norm folded into the convolutions, in
+            channels_last, under autocast; the model itself judges. With `early_stop=False`, where nothing is judged,
+            "auto" and "float32" ask the model itself. For models in other dtypes than float32 there is only their own.
+        judge_samples: draws of a random model that judge an image: it is fooled when most of them are. They are none
+            of those that the search has seen. None is 1, or 9 for a model whose logits differ between two passes.
+        eot_samples: evaluations whose mean gradient is the gradient of a random model (expectation over
+            transformation, Athalye et al. 2018). They share batches.
+
+    Attributes:
+        report: what the last call did, see `Report`; None before the first.
 
     Raises:
         EstimatorError: the estimator is neither.
         TypeError, ValueError: an argument is outside what is allowed; checked before any work.
     """
 
-    attack_params: ClassVar[list[str]] = [*ClassifierAttack.attack_params, "seed"]
+    attack_params: ClassVar[list[str]] = [
+        *ClassifierAttack.attack_params,
+        "seed",
+        "early_stop",
+        "precision",
+        "judge_samples",
+        "eot_samples",
+    ]
     _options: ClassVar[tuple[str, ...]] = ("mask", "x_adv_init")
 
     def __init__(
@@ -49,13 +78,22 @@ class Attack(ClassifierAttack):
         targeted: bool = False,
         batch_size: int = 32,
         summary_writer: Any = False,
-        seed: int | None = None,
         verbose: bool = False,
+        seed: int | None = None,
+        early_stop: bool = False,
+        precision: str = "auto",
+        judge_samples: int | None = None,
+        eot_samples: int = 1,
     ) -> None:
         super().__init__(estimator, targeted=targeted, batch_size=batch_size, verbose=verbose)
         if summary_writer:
             raise ValueError(f"summary_writer={summary_writer!r}: only False; native attacks write no TensorBoard logs")
         self.seed = seed
+        self.early_stop = early_stop
+        self.precision = precision
+        self.judge_samples = judge_samples
+        self.eot_samples = eot_samples
+        self.report: Report | None = None
 
     @abstractmethod
     def start(self, x: Tensor, y: Tensor, rng: SampleRng, **options: Tensor) -> State:
@@ -70,8 +108,11 @@ class Attack(ClassifierAttack):
         """What `update` ascends, per sample (N,), differentiable with respect to `logits`."""
 
     @abstractmethod
-    def update(self, state: State, logits: Tensor, gradient: Tensor | None) -> Tensor:
-        """Take the model's answer at the query, advance `state`, and say which samples are done: bool (N,)."""
+    def update(self, state: State, logits: Tensor, gradient: Tensor | None) -> np.ndarray | Tensor:
+        """Take the model's answer at the query, advance `state`, and say which samples are done: bool (N,).
+
+        `logits` are the mean over the draws of EOT.
+        """
 
     @abstractmethod
     def result(self, state: State) -> Tensor:
@@ -82,13 +123,70 @@ class Attack(ClassifierAttack):
         return True
 
     @property
+    def is_memoryless(self) -> bool:
+        """Whether the next query follows from the last one alone, so that one that does not move never will."""
+        return False
+
+    @property
     def restarts(self) -> int:
         """How often the search is started for an image that still stands."""
         return 1
 
-    def _run(self, x: Tensor, y: Tensor | None, device: torch.device, **options: Tensor) -> Tensor:
+    def stream(self, batches: Iterable[tuple[Tensor, Tensor] | Tensor]) -> Iterator[Finished]:
+        """Adversarial images of a data set of any size, in the order in which they are finished.
+
+        Batches are read when the search has room, so memory is bounded by `batch_size` and theirs. Between two results
+        the model is as it was. `report` counts along.
+
+        Args:
+            batches: such as a `DataLoader`'s: pairs of images (N, C, H, W) and labels (N,), or images alone, whose
+                labels are then the model's predictions. Images are of the model's dtype, on any device.
+
+        Raises:
+            TypeError, ValueError: a batch is outside what is allowed.
+        """
+        yield from self._search(map(self._checked, batches))
+
+    def _checked(self, batch: tuple[Tensor, Tensor] | Tensor) -> dict[str, Tensor]:
+        x, y = (batch, None) if isinstance(batch, Tensor) else batch
+        return self._checked_inputs(x, y, {})
+
+    def _run(self, inputs: dict[str, Tensor], device: torch.device) -> Tensor:
+        x = inputs["x"]
+        x_adv, fooled, judged = torch.empty_like(x), np.zeros(len(x), dtype=bool), True
+        for finished in self._search([inputs], device, len(x)):
+            x_adv[torch.from_numpy(finished.index).to(x.device)] = finished.x_adv.to(x.device)
+            if finished.fooled is None:
+                judged = False
+            else:
+                fooled[finished.index] = finished.fooled
+        assert self.report is not None
+        self.report.fooled = fooled if judged else None
+        return x_adv
+
+    def _search(
+        self,
+        batches: Iterable[dict[str, Tensor]],
+        device: torch.device | None = None,
+        total: int | None = None,
+    ) -> Iterator[Finished]:
+        """Run the engine with the model `undisturbed` while it searches, but not between two results."""
         seed = int(torch.randint(2**62, ())) if self.seed is None else int(self.seed)
-        return engine.run(self, x, y, seed=seed, device=device, **options)
+        device = device or self.victim.device or torch.device("cpu")
+        self.report = Report()
+        search = engine.stream(self, batches, seed=seed, device=device, report=self.report)
+        done = fooled = 0
+        with tqdm(total=total, desc=type(self).__name__, unit="image", disable=not self.verbose, leave=False) as bar:
+            while True:
+                with undisturbed(self.victim.module), torch.inference_mode(False), torch.no_grad():
+                    finished = next(search, None)
+                if finished is None:
+                    return
+                bar.update(len(finished.index))
+                if finished.fooled is not None and self.verbose:
+                    done, fooled = done + len(finished.fooled), fooled + int(finished.fooled.sum())
+                    bar.set_postfix_str(f"robust accuracy {1 - fooled / done:.1%}")
+                yield finished
 
     def _check_params(self) -> None:
         super()._check_params()
@@ -96,3 +194,9 @@ class Attack(ClassifierAttack):
             check_integer("seed", self.seed, low=0)
             if self.seed >= 2**64:
                 raise ValueError(f"seed={self.seed}: must be below 2**64")
+        check_flag("early_stop", self.early_stop)
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r}: must be one of {', '.join(PRECISIONS)}")
+        if self.judge_samples is not None:
+            check_integer("judge_samples", self.judge_samples, low=1)
+        check_integer("eot_samples", self.eot_samples, low=1)

@@ -1,113 +1,416 @@
-"""The loop that runs any attack: batches, gradients, restarts, progress.
+"""The loop that runs any attack: batches that stay full of samples that still stand, cheap search, strict judgement.
 
-This engine runs plain fixed batches in the precision of the images. An attack never sees it; `run` is the whole seam.
+Each sample under search has a row in the state of a `_Pool`. A sample that is finished leaves at once and the next one
+takes its row, so that the model always sees full batches; a restart keeps the row.
+
+The search may ask a cheaper copy of the user's model, see `guardians.attacks.search`. Whether a sample is fooled is
+decided by the user's model on the image that is returned. A sample that the cheap search takes for fooled and the
+user's model does not goes on; when its search ends in vain, the user's own model searches it again from the start.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from guardians.attacks.rng import SampleRng
+from guardians.attacks.search import Search, choose_search, is_random, judge_logits
 
 if TYPE_CHECKING:
     from guardians.attacks.base import Attack, State
 
-__all__ = ["run", "value_and_gradient"]
+__all__ = ["Finished", "Report", "stream", "value_and_gradient"]
+
+_PROBE = 8
+"""Images on which it is seen whether the model is random, and whether a cheaper copy agrees with it."""
+_DRAWS = 9
+"""Of a random model for one judgement, unless the attack says how many."""
 
 
-def run(
-    attack: Attack,
-    x: Tensor,
-    y: Tensor | None,
-    *,
-    seed: int,
-    device: torch.device,
-    mask: Tensor | None = None,
-    x_adv_init: Tensor | None = None,
-) -> Tensor:
-    """Adversarial images for `x`, where `x` is.
+@dataclass(frozen=True)
+class Finished:
+    """Samples whose search is over.
 
-    The search is started up to `attack.restarts` times, each time only for the images that none has fooled so far.
+    Attributes:
+        index: int64 array (M,), their positions in the data.
+        x_adv: adversarial images (M, ...), on the device of the search.
+        fooled: bool array (M,), whether the user's model is wrong on `x_adv`, or for a targeted attack gives the
+            target; None where nothing was judged (`early_stop=False`, a single start, the user's own model).
+    """
+
+    index: np.ndarray
+    x_adv: Tensor
+    fooled: np.ndarray | None
+
+
+@dataclass
+class Report:
+    """What a run has done so far.
+
+    Attributes:
+        fooled: bool array (N,), whether the user's model was fooled by the image returned, or gave the target of a
+            targeted attack; None where nothing was judged, and for a `stream`, whose results tell.
+        search: the model that the search asked: "model" for the user's own, or a cheaper copy such as "folded,
+            channels_last, bfloat16".
+        search_forward: samples that went forward in the search, through the user's model or its copy.
+        search_backward: samples that went backward.
+        judgement_forward: samples that went forward through the user's model for another end: judgement, predictions
+            that stand in for labels, and the check of a copy.
+    """
+
+    fooled: np.ndarray | None = None
+    search: str = "model"
+    search_forward: int = 0
+    search_backward: int = 0
+    judgement_forward: int = 0
+
+
+def stream(
+    attack: Attack, batches: Iterable[dict[str, Tensor]], *, seed: int, device: torch.device, report: Report
+) -> Iterator[Finished]:
+    """Adversarial images, as they are finished; memory does not grow with their number.
+
+    The caller keeps the victim `undisturbed` and autograd off while this runs.
 
     Args:
-        attack: the attack, with its victim, batch size and progress bar.
-        x: images (N, ...). Every argument is checked by then, and the victim `undisturbed`.
-        y: labels (N,), or targets of a targeted attack; None takes the victim's predictions.
-        seed: of all random numbers; those of a sample also depend on its index in `x`, not on the batch.
+        attack: the attack, with its victim and options.
+        batches: dicts of "x" and, where there are any, "y", "mask" and "x_adv_init", each (N, ...), read when rows are
+            free. All is checked by then. Without "y" the victim's predictions are the labels.
+        seed: of all random numbers; those of a sample also depend on its position in the data, not on the batch.
         device: where batches go.
-        mask, x_adv_init: (N, ...) or None, for `attack.start`.
+        report: which is kept up to date.
     """
-    x_adv = torch.empty_like(x)
-    given = {name: value for name, value in (("y", y), ("mask", mask), ("x_adv_init", x_adv_init)) if value is not None}
-    progress = tqdm(total=len(x), desc=type(attack).__name__, unit="image", disable=not attack.verbose, leave=False)
-    with torch.no_grad(), progress:
-        for index in torch.arange(len(x)).split(int(attack.batch_size)):
-            rows = slice(int(index[0]), int(index[-1]) + 1)
-            batch = {name: value[rows].to(device, copy=True) for name, value in {"x": x, **given}.items()}
-            if y is None:
-                batch["y"] = attack.victim.predict(batch["x"])
-            x_adv[rows] = _search(attack, batch, seed, index)
-            progress.update(len(index))
-    return x_adv
+    new, failed = _Queue(batches, device), _Queue((), device)
+    if not new:
+        return
+    run = _Run(attack, new.peek(_PROBE), seed, report)
+    pools = [_Pool(run, attack.victim.logits, new)]
+    if run.search.is_cheap:
+        pools = [_Pool(run, run.search.logits, new, failed), _Pool(run, attack.victim.logits, failed)]
+    while True:
+        # What the cheap search has failed waits for a full batch, or until there is nothing else to do.
+        order = pools[::-1] if len(failed) >= run.capacity else pools
+        pool = next((pool for pool in order if pool.fill()), None)
+        if pool is None:
+            return
+        yield from pool.step()
 
 
-def value_and_gradient(attack: Attack, query: Tensor, y: Tensor, state: State) -> tuple[Tensor, Tensor]:
-    """Logits at `query`, and the gradient of the attack's objective with respect to it.
+def value_and_gradient(
+    attack: Attack, logits_of: Callable[[Tensor], Tensor], query: Tensor, y: Tensor, state: State
+) -> tuple[Tensor, Tensor]:
+    """Logits at `query`, one for each draw of EOT (draws, N, classes), and the gradient of the objective.
+
+    The gradient is the mean over the draws (Athalye et al., "Synthesizing robust adversarial examples", 2018,
+    section 2), which share batches of at most `attack.batch_size`.
 
     Raises:
         ValueError: the logits do not depend differentiably on the images.
     """
-    with torch.enable_grad():
-        inputs = query.detach().requires_grad_(True)
-        logits = attack.victim.logits(inputs)
-        gradient = None
-        if logits.requires_grad:
-            (gradient,) = torch.autograd.grad(attack.objective(logits, y, state).sum(), inputs, allow_unused=True)
-    if gradient is None:
-        raise ValueError("the model's logits have no gradient with respect to its input")
-    return logits.detach(), gradient
+    draws: list[Tensor] = []
+    total = None
+    at_once = max(1, int(attack.batch_size) // len(query))
+    for first in range(0, attack.eot_samples, at_once):
+        count = min(at_once, attack.eot_samples - first)
+        with torch.enable_grad():
+            inputs = query.detach().requires_grad_(True)
+            logits = logits_of(inputs if count == 1 else inputs.repeat(count, *(1,) * (inputs.ndim - 1)))
+            gradient = None
+            if logits.requires_grad:
+                objective = torch.stack([attack.objective(draw, y, state).sum() for draw in logits.chunk(count)]).sum()
+                (gradient,) = torch.autograd.grad(objective, inputs, allow_unused=True)
+        if gradient is None:
+            raise ValueError("the model's logits have no gradient with respect to its input")
+        draws += logits.detach().chunk(count)
+        total = gradient if total is None else total.add_(gradient)
+    assert total is not None
+    return torch.stack(draws), total if attack.eot_samples == 1 else total.div_(attack.eot_samples)
 
 
-def _search(attack: Attack, batch: dict[str, Tensor], seed: int, index: Tensor) -> Tensor:
-    """The adversarial images of one batch, over all restarts."""
-    found = best = _search_once(attack, batch, SampleRng(seed, index))
-    standing = torch.arange(len(index))
-    for restart in range(1, attack.restarts):
-        still = (attack.victim.predict(found) == batch["y"]) != attack.targeted
-        standing = standing[still.cpu()]
-        if len(standing) == 0:
-            break
-        batch = _rows({name: value for name, value in batch.items() if name != "x_adv_init"}, still)
-        found = _search_once(attack, batch, SampleRng(seed, index[standing], restart))
-        best[standing.to(best.device)] = found
-    return best
+class _Run:
+    """What the pools of one run share: how it searches and judges."""
+
+    def __init__(self, attack: Attack, probe: Tensor, seed: int, report: Report) -> None:
+        self.attack, self.victim, self.seed, self.report = attack, attack.victim, seed, report
+        self.capacity = max(1, int(attack.batch_size) // attack.eot_samples)
+        self.search = Search(self.victim.logits)
+        self.judge_logits: Callable[[Tensor], Tensor] = self.victim.logits
+        self.is_random = False
+        if attack.early_stop or attack.precision not in ("auto", "float32"):
+            self._probe(probe)
+        self.judges = attack.early_stop or attack.restarts > 1 or self.search.is_cheap
+        self.judge_samples = attack.judge_samples or (_DRAWS if self.is_random else 1)
+        self.sees_fixed_points = attack.early_stop and attack.is_memoryless and not self.is_random
+
+    def _probe(self, x: Tensor) -> None:
+        """Ask the model about some images: whether it is random, what may search for it, and how it judges fastest."""
+        expected = self.victim.logits(x)
+        self.is_random = is_random(expected, self.victim.logits(x))
+        self.report.judgement_forward += 2 * len(x)
+        known = None if self.is_random else expected
+        if known is not None:
+            self.judge_logits, tried = judge_logits(self.victim, x, known)
+            self.report.judgement_forward += tried * len(x)
+        self.search = choose_search(self.victim, self.attack.precision, x, known)
+        self.report.search = self.search.description
+        self.report.search_forward += self.search.tried * len(x)
+        self.report.search_backward += self.search.tried * len(x)
+
+    def start(self, batch: State) -> State:
+        """State of samples at the start of a search or of a restart, with what the engine knows of them."""
+        x, attack = batch["x"], self.attack
+        if "y" not in batch:
+            batch["y"] = self.victim.predict(x)
+            self.report.judgement_forward += len(x)
+        given = {"mask", "x_adv_init"} if not batch["restart"].any() else {"mask"}
+        rng = SampleRng(self.seed, batch["index"], batch["restart"])
+        state = attack.start(x, batch["y"], rng, **{name: batch[name] for name in given & batch.keys()})
+        own = {
+            "doubted": np.zeros(len(x), dtype=bool),
+            "at_fixed_point": torch.zeros_like(batch["y"], dtype=torch.bool),
+        }
+        return {**batch, **own, **state}
+
+    def reached(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Whether labels are left, or targets reached, by most of the draws (draws, N, classes): bool (N,)."""
+        return _majority((logits.argmax(-1) == y) == self.attack.targeted)
+
+    def judge(self, images: Tensor, y: Tensor) -> np.ndarray:
+        """Whether the user's model is fooled in most of fresh draws."""
+        self.report.judgement_forward += self.judge_samples * len(images)
+        return _on_host(self.reached(torch.stack([self.judge_logits(images) for _ in range(self.judge_samples)]), y))
 
 
-def _search_once(attack: Attack, batch: dict[str, Tensor], rng: SampleRng) -> Tensor:
-    """Start the attack and step until every sample is done; one that is done leaves the batch."""
-    state, y = attack.start(rng=rng, **batch), batch["y"]
-    results = torch.empty_like(batch["x"])
-    active = torch.arange(len(y))
-    while len(active):
-        query = attack.query(state)
-        gradient = None
-        if attack.needs_gradient(state):
-            logits, gradient = value_and_gradient(attack, query, y, state)
-        else:
-            logits = attack.victim.logits(query)
-        done = attack.update(state, logits, gradient).cpu()
-        if done.all() and len(active) == len(results):
-            return attack.result(state)
+class _Pool:
+    """Samples under search by one model, a row of the state each.
+
+    Args:
+        run: what the pools share.
+        logits_of: the model that the search asks.
+        queue: where the next samples come from.
+        failed: where samples go on whose search ended in vain, though the model that was asked took them for fooled;
+            None for the user's own model, which is never wrong about itself.
+    """
+
+    def __init__(
+        self, run: _Run, logits_of: Callable[[Tensor], Tensor], queue: _Queue, failed: _Queue | None = None
+    ) -> None:
+        self.run, self.logits_of, self.queue = run, logits_of, queue
+        self.failed = failed
+        self.state: State = {}
+        self.vacant = np.empty(0, dtype=np.int64)
+
+    def fill(self) -> bool:
+        """Give vacant rows to samples that wait, or drop the rows; whether there is anything to search.
+
+        The classical algorithm has fixed batches: the next one starts when all of the last is done.
+        """
+        rows = _length(self.state)
+        if len(self.vacant) == rows:
+            self.state, self.vacant, rows = {}, self.vacant[:0], 0
+        if self.run.attack.early_stop or not self.state:
+            batch = self.queue.take(self.run.capacity - rows + len(self.vacant))
+            if batch is not None:
+                self._place(self.run.start(batch))
+        if len(self.vacant):
+            self.state = _rows(self.state, np.delete(np.arange(rows), self.vacant))
+            self.vacant = self.vacant[:0]
+        return bool(self.state)
+
+    def step(self) -> Iterator[Finished]:
+        """Ask the model once about every sample, and let the attack take its step."""
+        run, attack, state = self.run, self.run.attack, self.state
+        query, y = attack.query(state), state["y"]
+        logits, gradient = self._ask(query, y)
+        over = np.zeros(len(query), dtype=bool)
+        at_fixed_point = over
+        if attack.early_stop or self.failed is not None:
+            flags = torch.stack([run.reached(logits, y), state["at_fixed_point"], ~logits.isfinite().all(-1).all(0)])
+            reached, at_fixed_point, broken = _on_host(flags)
+            if attack.early_stop and reached.any():
+                rows = reached.nonzero()[0]
+                images = attack.result(_rows(state, rows))
+                fooled = self._confirm(images, query, rows)
+                over[rows[fooled]] = True
+                if fooled.any():
+                    yield Finished(state["index"][over], _select(images, fooled), fooled[fooled])
+            state["doubted"] |= (reached & ~over) | at_fixed_point | broken
+        done = (_on_host(attack.update(state, logits.mean(0), gradient)) | at_fixed_point) & ~over
+        if run.sees_fixed_points:
+            state["at_fixed_point"] = (attack.query(state) == query).flatten(1).all(1)
         if done.any():
-            results[active[done].to(results.device)] = _rows({"x_adv": attack.result(state)}, done)["x_adv"]
-            state, y, active = _rows(state, ~done), y[~done.to(y.device)], active[~done]
-    return results
+            yield from self._end(done.nonzero()[0], over)
+        self.vacant = over.nonzero()[0]
+
+    def _ask(self, query: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The logits (draws, N, classes), and the gradient where the attack wants it."""
+        attack, report = self.run.attack, self.run.report
+        if not attack.needs_gradient(self.state):
+            report.search_forward += len(query)
+            return self.logits_of(query)[None], None
+        report.search_forward += len(query) * attack.eot_samples
+        report.search_backward += len(query) * attack.eot_samples
+        return value_and_gradient(attack, self.logits_of, query, y, self.state)
+
+    def _confirm(self, images: Tensor, query: Tensor, rows: np.ndarray) -> np.ndarray:
+        """Whether the user's model is fooled by images that the search takes for fooled."""
+        asked_itself = self.failed is None and not self.run.is_random
+        if asked_itself and torch.equal(images, _select(query, rows)):
+            return np.ones(len(rows), dtype=bool)
+        return self.run.judge(images, _select(self.state["y"], rows))
+
+    def _end(self, rows: np.ndarray, over: np.ndarray) -> Iterator[Finished]:
+        """Let samples that are out of steps go, or start again; `over` learns which rows are free."""
+        run, attack = self.run, self.run.attack
+        ended = _rows(self.state, rows)
+        images = attack.result(ended)
+        fooled = run.judge(images, ended["y"]) if run.judges else None
+        stands = np.zeros(len(rows), dtype=bool) if fooled is None else ~fooled
+        restarts = stands & (ended["restart"] + 1 < attack.restarts)
+        failed = stands & ~restarts & ended["doubted"] if self.failed is not None else np.zeros_like(stands)
+        leaves = ~(restarts | failed)
+        over[rows[~restarts]] = True
+        if leaves.any():
+            yield Finished(ended["index"][leaves], _select(images, leaves), None if fooled is None else fooled[leaves])
+        if failed.any():
+            assert self.failed is not None
+            self.failed.push(_inputs(_rows(ended, failed), restart=0))
+        if restarts.any():
+            again = _rows(ended, restarts)
+            state = run.start(_inputs(again, restart=again["restart"] + 1)) | {"doubted": again["doubted"]}
+            if restarts.all() and len(rows) == len(over):
+                self.state = state
+            else:
+                _put(self.state, rows[restarts], state)
+
+    def _place(self, state: State) -> None:
+        """Into vacant rows as long as there are any, and after the last row what is left."""
+        if not self.state:
+            self.state = state
+            return
+        into, n = self.vacant[: _length(state)], _length(state)
+        _put(self.state, into, state if len(into) == n else _rows(state, np.arange(len(into))))
+        if len(into) < n:
+            self.state = _joined([self.state, _rows(state, np.arange(len(into), n))])
+        self.vacant = self.vacant[len(into) :]
 
 
-def _rows(tensors: dict[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
-    """The rows to keep, of tensors that may be on the host or on the device."""
-    return {name: value[keep.to(value.device)] for name, value in tensors.items()}
+class _Queue:
+    """Samples that wait, read from `batches` when they are asked for."""
+
+    def __init__(self, batches: Iterable[dict[str, Tensor]], device: torch.device) -> None:
+        self._batches, self._device = iter(batches), device
+        self._pieces: deque[State] = deque()
+        self._read = 0
+
+    def __len__(self) -> int:
+        """Samples that are already read."""
+        return sum(map(_length, self._pieces))
+
+    def __bool__(self) -> bool:
+        return bool(self._pieces) or self._read_on()
+
+    def push(self, samples: State) -> None:
+        """Let samples wait."""
+        self._pieces.append(samples)
+
+    def peek(self, n: int) -> Tensor:
+        """The images of up to `n` samples that stay where they are; there must be one."""
+        return self._staged(_slice(self._pieces[0], 0, n))["x"]
+
+    def take(self, n: int) -> State | None:
+        """Up to `n` samples, on the device; None where none waits."""
+        taken: list[State] = []
+        while n > 0 and self:
+            piece = self._pieces.popleft()
+            if _length(piece) > n:
+                self._pieces.appendleft(_slice(piece, n, None))
+                piece = _slice(piece, 0, n)
+            n -= _length(piece)
+            taken.append(self._staged(piece))
+        return _joined(taken) if taken else None
+
+    def _read_on(self) -> bool:
+        batch = next(self._batches, None)
+        if batch is None:
+            return False
+        index = np.arange(self._read, self._read + len(batch["x"]))
+        self._read += len(index)
+        self._pieces.append({**batch, "index": index, "restart": np.zeros_like(index)})
+        return True
+
+    def _staged(self, samples: State) -> State:
+        """On the device, in memory of their own; through pinned memory where the device is another one."""
+        return {name: self._moved(value) if isinstance(value, Tensor) else value for name, value in samples.items()}
+
+    def _moved(self, value: Tensor) -> Tensor:
+        if value.device.type == "cpu" and self._device.type == "cuda":
+            return value.pin_memory().to(self._device, non_blocking=True)
+        return value.to(self._device, copy=True)
+
+
+def _majority(votes: Tensor) -> Tensor:
+    """Whether more than half of the votes (draws, N) are true: (N,)."""
+    return votes[0] if len(votes) == 1 else 2 * votes.sum(0) > len(votes)
+
+
+def _on_host(values: Tensor | np.ndarray) -> np.ndarray:
+    """The one place where the loop waits for the device."""
+    return values if isinstance(values, np.ndarray) else values.cpu().numpy()
+
+
+def _length(state: State) -> int:
+    return len(state["index"]) if state else 0
+
+
+def _inputs(state: State, restart: np.ndarray | int) -> State:
+    """What a search starts from."""
+    inputs: State = {name: state[name] for name in ("x", "y", "mask", "x_adv_init", "index") if name in state}
+    return {**inputs, "restart": np.zeros(_length(state), dtype=np.int64) + restart}
+
+
+def _select(values: Any, rows: np.ndarray) -> Any:
+    """The rows with these numbers, or where a mask is true."""
+    if isinstance(values, np.ndarray):
+        return values[rows]
+    if rows.dtype == bool:
+        if rows.all():
+            return values
+        rows = rows.nonzero()[0]
+    return values.index_select(0, torch.from_numpy(rows).to(values.device, non_blocking=True))
+
+
+def _slice(state: State, start: int, stop: int | None) -> State:
+    return {name: value[start:stop] for name, value in state.items()}
+
+
+def _rows(state: State, rows: np.ndarray) -> State:
+    if rows.dtype != bool and len(rows) == _length(state):
+        return dict(state)
+    return {name: _select(value, rows) for name, value in state.items()}
+
+
+def _joined(states: list[State]) -> State:
+    if len(states) == 1:
+        return states[0]
+    return {
+        name: np.concatenate([state[name] for state in states])
+        if isinstance(states[0][name], np.ndarray)
+        else torch.cat([state[name] for state in states])
+        for name in states[0]
+    }
+
+
+def _put(state: State, rows: np.ndarray, new: State) -> None:
+    """Overwrite rows of `state`."""
+    for name, value in state.items():
+        if isinstance(value, np.ndarray):
+            value[rows] = new[name]
+        else:
+            value.index_copy_(0, torch.from_numpy(rows).to(value.device, non_blocking=True), new[name])

@@ -39,8 +39,9 @@ class FastGradientMethod(ProjectedGradientDescent):
         minimal: try the sizes eps_step, 2 eps_step, ... up to eps along the gradient at the image, and keep the first
             that fools the model, or the last. Random starts do not apply.
         summary_writer: only False.
-        seed: of the random starts, see `Attack`.
         verbose: show a progress bar.
+        seed: of the random starts.
+        early_stop, precision, judge_samples, eot_samples: see `Attack`.
 
     Raises:
         EstimatorError, TypeError, ValueError: see `Attack`.
@@ -63,8 +64,12 @@ class FastGradientMethod(ProjectedGradientDescent):
         minimal: bool = False,
         summary_writer: Any = False,
         *,
-        seed: int | None = None,
         verbose: bool = False,
+        seed: int | None = None,
+        early_stop: bool = False,
+        precision: str = "auto",
+        judge_samples: int | None = None,
+        eot_samples: int = 1,
     ) -> None:
         self.minimal = minimal
         super().__init__(
@@ -79,6 +84,10 @@ class FastGradientMethod(ProjectedGradientDescent):
             summary_writer=summary_writer,
             verbose=verbose,
             seed=seed,
+            early_stop=early_stop,
+            precision=precision,
+            judge_samples=judge_samples,
+            eot_samples=eot_samples,
         )
 
     def start(self, x: Tensor, y: Tensor, rng: SampleRng, **options: Tensor) -> State:
@@ -87,36 +96,41 @@ class FastGradientMethod(ProjectedGradientDescent):
         if self.minimal:
             state["y"] = y
             state["gradient"] = torch.zeros_like(x)
-            ratio = state["eps"].cpu() / super()._radii(x, rng)[1].cpu()
+            ratio = (state["eps"].cpu() / super()._radii(x, rng)[1].cpu()).flatten(1).amin(1).numpy()
             # 0.3 / 0.1 is 2.9999999999999996: a whole number of steps must not be lost to rounding.
-            state["sizes"] = (ratio.flatten(1).amin(1) * (1 + 1e-9)).floor().long()
+            state["sizes"] = np.floor(ratio * (1 + 1e-9)).astype(np.int64)
         return state
 
     def needs_gradient(self, state: State) -> bool:
         """With `minimal` only at the image itself."""
         return not self.minimal or bool((state["steps"] == 0).any())
 
-    def update(self, state: State, logits: Tensor, gradient: Tensor | None) -> Tensor:
+    def update(self, state: State, logits: Tensor, gradient: Tensor | None) -> np.ndarray:
         """The step; with `minimal` the next larger one, done when the last one fooled the model or was the largest."""
         if not self.minimal:
             return super().update(state, logits, gradient)
         x, steps = state["x"], state["steps"]
-        at_image = (steps == 0).to(x.device)
+        at_image = torch.from_numpy(steps == 0).to(x.device)
         fooled = ~at_image & ((logits.argmax(1) == state["y"]) == self.targeted)
         if gradient is not None:
             ascended = self._ascended(gradient, state)
             state["gradient"] = torch.where(_per_image(at_image, x), ascended, state["gradient"])
-        done = fooled.cpu() | (steps >= state["sizes"])
+        done: np.ndarray = fooled.cpu().numpy() | (steps >= state["sizes"])
         steps += 1
-        radius = _per_image(steps.to(x), x) * state["eps_step"]
+        radius = _per_image(torch.from_numpy(steps).to(x), x) * state["eps_step"]
         x_adv = self.inside(x + self.step(state["gradient"], x, radius, state), state)
-        state["x_adv"] = torch.where(_per_image(done.to(x.device), x), state["x_adv"], x_adv)
+        state["x_adv"] = torch.where(_per_image(torch.from_numpy(done).to(x.device), x), state["x_adv"], x_adv)
         return done
 
     @property
     def starts_at_random(self) -> bool:
         """Not with `minimal`."""
         return not self.minimal and super().starts_at_random
+
+    @property
+    def is_memoryless(self) -> bool:
+        """Not with `minimal`, which counts sizes."""
+        return not self.minimal
 
     @property
     def restarts(self) -> int:

@@ -92,8 +92,11 @@ class ClassifierAttack(EvasionAttack):
         return self._checked_run(x, y, kwargs, x.device)
 
     @abstractmethod
-    def _run(self, x: Tensor, y: Tensor | None, device: torch.device, **options: Tensor) -> Tensor:
-        """Adversarial images where `x` is, computed on `device`, for labels (N,) or, if None, the predictions."""
+    def _run(self, inputs: dict[str, Tensor], device: torch.device) -> Tensor:
+        """Adversarial images where `inputs["x"]` is, computed on `device`.
+
+        `inputs` may have labels "y" (N,), without which the predictions are taken, and what `_options` names.
+        """
 
     def _from_array(self, name: str, x: Any) -> Tensor:
         array = np.asarray(x)
@@ -106,24 +109,32 @@ class ClassifierAttack(EvasionAttack):
         unknown = sorted(set(options) - set(self._options))
         if unknown:
             raise TypeError(f"unknown arguments {unknown}; known are {', '.join(('x', 'y', *self._options))}")
+        inputs = self._checked_inputs(x, y, options)
+        # What is made outside inference mode can be differentiated, wherever the caller stands.
+        with undisturbed(self.victim.module), torch.inference_mode(False):
+            return self._run(inputs, device)
+
+    def _checked_inputs(self, x: Tensor, y: Any, options: dict[str, Any]) -> dict[str, Tensor]:
+        """The images "x" and, where they are given, "y" as labels (N,), "mask" and "x_adv_init"."""
         check_images("x", x, self.victim)
         if y is None and self.targeted:
             raise ValueError("y=None: a targeted attack needs the target labels")
-        given = {name: value for name, value in options.items() if value is not None}
-        if "mask" in given:
-            given["mask"] = mask_from(given["mask"], x)
-        if "x_adv_init" in given:
-            check_images("x_adv_init", given["x_adv_init"], self.victim)
-            if given["x_adv_init"].shape != x.shape:
-                raise ValueError(f"x_adv_init has shape {tuple(given['x_adv_init'].shape)}: x has {tuple(x.shape)}")
-            given["x_adv_init"] = given["x_adv_init"].detach()
+        inputs = {"x": x.detach()}
+        if options.get("mask") is not None:
+            inputs["mask"] = mask_from(options["mask"], x)
+        if options.get("x_adv_init") is not None:
+            start = options["x_adv_init"]
+            check_images("x_adv_init", start, self.victim)
+            if start.shape != x.shape:
+                raise ValueError(f"x_adv_init has shape {tuple(start.shape)}: x has {tuple(x.shape)}")
+            inputs["x_adv_init"] = start.detach()
         self._check_call(x)
-        # What is made outside inference mode can be differentiated, wherever the caller stands.
         with undisturbed(self.victim.module), torch.inference_mode(False):
             if self.victim.nb_classes is None:  # a bare module: one image tells
-                self.victim.predict(x[:1].to(device, copy=True))
-            labels = None if y is None else labels_from(y, len(x), self.victim.nb_classes)
-            return self._run(x.detach(), labels, device, **given)
+                self.victim.predict(x[:1].detach().to(self.victim.device or x.device, copy=True))
+            if y is not None:
+                inputs["y"] = labels_from(y, len(x), self.victim.nb_classes)
+        return inputs
 
     def _check_params(self) -> None:
         """Raise on constructor arguments that are not allowed; `set_params` calls it too."""

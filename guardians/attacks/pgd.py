@@ -56,7 +56,8 @@ class ProjectedGradientDescent(Attack):
             [0, eps], with eps_step in proportion (Kurakin et al. 2017, section 3).
         summary_writer: only False.
         verbose: show a progress bar.
-        seed: of the random starts and `random_eps`, see `Attack`.
+        seed: of the random starts and `random_eps`.
+        early_stop, precision, judge_samples, eot_samples: see `Attack`.
 
     Raises:
         EstimatorError, TypeError, ValueError: see `Attack`.
@@ -89,14 +90,22 @@ class ProjectedGradientDescent(Attack):
         verbose: bool = True,
         *,
         seed: int | None = None,
+        early_stop: bool = False,
+        precision: str = "auto",
+        judge_samples: int | None = None,
+        eot_samples: int = 1,
     ) -> None:
         super().__init__(
             estimator,
             targeted=targeted,
             batch_size=batch_size,
             summary_writer=summary_writer,
-            seed=seed,
             verbose=verbose,
+            seed=seed,
+            early_stop=early_stop,
+            precision=precision,
+            judge_samples=judge_samples,
+            eot_samples=eot_samples,
         )
         self.norm = norm
         self.eps = eps
@@ -115,8 +124,8 @@ class ProjectedGradientDescent(Attack):
             low, high = (self.victim.clip(bound) for bound in ball_bounds(x, eps))
         else:
             low, high = (self.victim.clip(torch.full_like(x, bound)) for bound in (-np.inf, np.inf))
-        state = {"x": x, "eps": eps, "eps_step": eps_step.to(x.dtype), "low": low, "high": high}
-        state["steps"] = torch.zeros(len(x), dtype=torch.int64)  # on the host, as all that steers the loop
+        state: State = {"x": x, "eps": eps, "eps_step": eps_step.to(x.dtype), "low": low, "high": high}
+        state["steps"] = np.zeros(len(x), dtype=np.int64)
         if self.decay is not None:
             state["momentum"] = torch.zeros_like(x)
 
@@ -138,13 +147,14 @@ class ProjectedGradientDescent(Attack):
         loss = self.victim.loss(logits, y)
         return -loss if self.targeted else loss
 
-    def update(self, state: State, logits: Tensor, gradient: Tensor | None) -> Tensor:
+    def update(self, state: State, logits: Tensor, gradient: Tensor | None) -> np.ndarray:
         """One step; done after `max_iter`."""
         assert gradient is not None
         step = self.step(self._ascended(gradient, state), state["x_adv"], state["eps_step"], state)
         state["x_adv"] = self.inside(state["x_adv"] + step, state)
         state["steps"] += 1
-        return state["steps"] >= self.max_iter
+        done: np.ndarray = state["steps"] >= self.max_iter
+        return done
 
     def result(self, state: State) -> Tensor:
         """The last iterate, free of the rounding with which a projection leaves the box or a ball of finite p."""
@@ -157,6 +167,11 @@ class ProjectedGradientDescent(Attack):
     def starts_at_random(self) -> bool:
         """Whether the search begins at a random point of the ball."""
         return self.num_random_init > 0
+
+    @property
+    def is_memoryless(self) -> bool:
+        """Without momentum."""
+        return self.decay is None
 
     @property
     def restarts(self) -> int:
@@ -229,7 +244,7 @@ def _rows(radius: float | np.ndarray | Tensor, x: Tensor, rng: SampleRng) -> Ten
     """The rows of `radius`, which broadcasts to the data set, that belong to the batch `x`: (N, ...) in float64."""
     rows = torch.as_tensor(radius, dtype=torch.float64)
     rows = rows.reshape((1,) * (x.ndim - rows.ndim) + rows.shape)
-    rows = rows[rng.index] if len(rows) > 1 else rows.expand(len(x), *rows.shape[1:])
+    rows = rows[rng.index] if len(rows) > 1 else rows.repeat(len(x), *(1,) * (rows.ndim - 1))
     return rows.to(x.device)
 
 

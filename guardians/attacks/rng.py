@@ -21,17 +21,17 @@ class SampleRng:
     host, so they are the same on every device.
 
     Attributes:
-        index: int64 tensor of shape (N,) on the host, the position of each sample in the data set.
+        index: int64 array (N,), the position of each sample in the data set.
     """
 
-    def __init__(self, seed: int, index: Tensor, restart: int = 0) -> None:
+    def __init__(self, seed: int, index: np.ndarray, restart: np.ndarray | int = 0) -> None:
         self.index = index
-        self._seed, self._restart = seed, restart
+        self._seed, self._restart = seed, np.broadcast_to(restart, index.shape)
 
     @cached_property
     def _streams(self) -> list[Generator]:
-        key, counter = self._seed << 64, self._restart << 192
-        return [Generator(Philox(key=key + position, counter=counter)) for position in self.index.tolist()]
+        keys = zip(self.index.tolist(), self._restart.tolist(), strict=True)
+        return [Generator(Philox(key=(self._seed << 64) + i, counter=restart << 192)) for i, restart in keys]
 
     def uniform(self, shape: tuple[int, ...]) -> Tensor:
         """Float64 tensor (N, *shape), uniform in [0, 1)."""

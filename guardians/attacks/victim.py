@@ -71,13 +71,17 @@ class Victim:
         tensors = itertools.chain(self.module.parameters(), self.module.buffers())
         return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
 
-    def logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor, module: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Logits (N, classes) of images (N, ...), differentiable with respect to `x`.
+
+        Args:
+            x: images.
+            module: what to ask in the place of the user's model, after the same preprocessing.
 
         Raises:
             ValueError: the model does not return one row of logits for each image.
         """
-        logits: Tensor = self.module(x if self._estimator is None else self._preprocess(x))
+        logits = (module or self.module)(x if self._estimator is None else self._preprocess(x))
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"the model returned {got} for {len(x)} images; needed are logits (N, classes)")

@@ -158,8 +158,8 @@ def compare_steps(attack: ProjectedGradientDescent, reference: Trajectory, x: Te
         steps = _differences(attack.query(state), reference.iterates[0], p)
         for iterate, gradient, landing in reference.steps():
             state["x_adv"] = iterate
-            logits, native_gradient = value_and_gradient(attack, iterate, y, state)
-            attack.update(state, logits, native_gradient)
+            logits, native_gradient = value_and_gradient(attack, attack.victim.logits, iterate, y, state)
+            attack.update(state, logits.mean(0), native_gradient)
             excused = _within_rounding(gradient, p, one_coordinate=isinstance(attack, OneCoordinateStep))
             steps = steps + _differences(attack.query(state), landing, p, excused)
     return steps
@@ -192,7 +192,7 @@ def free_run(
 
 
 def _start(attack: ProjectedGradientDescent, x: Tensor, y: Tensor, trajectory: Trajectory) -> State:
-    return attack.start(x, y, SampleRng(0, torch.arange(len(x))), x_adv_init=trajectory.iterates[0])
+    return attack.start(x, y, SampleRng(0, np.arange(len(x))), x_adv_init=trajectory.iterates[0])
 
 
 def _differences(native: Tensor, reference: Tensor, p: float, excused: Tensor | None = None) -> Steps:

@@ -1,0 +1,228 @@
+"""A cheaper copy of the model under attack, to search with but never to judge by."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from guardians.attacks.victim import Victim
+
+__all__ = ["PRECISIONS", "Search", "bfloat16_is_native", "choose_search", "is_random", "judge_logits"]
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+
+_BATCH_NORMS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: nn.Conv1d,
+    nn.BatchNorm2d: nn.Conv2d,
+    nn.BatchNorm3d: nn.Conv3d,
+}
+_ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+"""Of logits, relative to the largest: a copy that differs by more is another model."""
+_LOSS_SCALE = 2.0**12
+"""Keeps gradients of images that the model is sure of out of float16's underflow."""
+
+Logits = Callable[[Tensor], Tensor]
+
+
+def bfloat16_is_native(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu_check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch has no public name for it
+    return device.type == "cpu" and cpu_check is not None and bool(cpu_check())
+
+
+def is_random(first: Tensor, second: Tensor) -> bool:
+    """Whether two logits of the same images differ by more than rounding."""
+    return not torch.allclose(first, second, rtol=1e-4, atol=1e-5 * float(first.abs().max()), equal_nan=True)
+
+
+def judge_logits(victim: Victim, x: Tensor, expected: Tensor) -> tuple[Logits, int]:
+    """The victim's logits, asked in the memory format in which it is fastest, and how often it was tried on `x`.
+
+    On a CPU convolutions are nearly twice as fast in channels_last. It is used where it changes logits by no more than
+    rounding, as another batch size does too.
+    """
+    if x.device.type != "cpu" or x.ndim != 4:
+        return victim.logits, 0
+
+    def in_channels_last(images: Tensor) -> Tensor:
+        return victim.logits(images.contiguous(memory_format=torch.channels_last))
+
+    try:
+        return (victim.logits if is_random(expected, in_channels_last(x)) else in_channels_last), 1
+    except RuntimeError as error:  # Tensor.view has none of it
+        logger.debug("not judged in channels_last: %s", error)
+        return victim.logits, 1
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search asks for logits.
+
+    Attributes:
+        logits: of images (N, ...), as `Victim.logits`.
+        description: of the model behind them, such as "folded, channels_last, bfloat16".
+        is_cheap: whether it is another model than the victim's.
+        tried: how many cheaper ones were tried on the images of the probe.
+    """
+
+    logits: Logits
+    description: str = "model"
+    is_cheap: bool = False
+    tried: int = 0
+
+
+def choose_search(victim: Victim, precision: str, x: Tensor, expected: Tensor | None) -> Search:
+    """The cheapest model to search with that has the victim's logits.
+
+    The first that agrees with the victim of: a copy with batch norm folded into the convolutions, in channels_last
+    where that is fast and then in the usual memory format, and the user's model itself; under autocast where the
+    precision is lower than float32. A model with hooks is not copied, as they would see the copy; neither is a random
+    one, whose draws a copy might repeat.
+
+    Args:
+        victim: `undisturbed`.
+        precision: of `PRECISIONS`; "auto" is bfloat16 or float16 where the device computes in it, else float32.
+        x: images to try.
+        expected: the victim's logits of `x`; None for a random model.
+        expected: the victim's logits of `x`; None for a random model.
+
+    Returns:
+        The victim itself where nothing cheaper agrees with it, which the log says.
+    """
+    if victim.dtype not in (None, torch.float32):
+        return Search(victim.logits)
+    if any(_hooks(part) for part in victim.module.modules()):
+        logger.info("the model has hooks: the search asks the model itself")
+        return Search(victim.logits)
+    tried = 0
+    for candidate in _candidates(victim, precision, x.device, is_random=expected is None):
+        tried += 1
+        if _agrees(victim, candidate, x, expected):
+            return Search(partial(victim.logits, module=candidate), str(candidate), is_cheap=True, tried=tried)
+    logger.info("nothing cheaper gives the model's logits: the search asks the model itself")
+    return Search(victim.logits, tried=tried)
+
+
+@dataclass(frozen=True)
+class _Cheap:
+    """A module in a memory format and a precision."""
+
+    module: nn.Module
+    dtype: torch.dtype
+    is_folded: bool = True
+    channels_last: bool = False
+
+    def __str__(self) -> str:
+        parts = ["folded" if self.is_folded else "model"]
+        return ", ".join([*parts, *["channels_last"] * self.channels_last, str(self.dtype).removeprefix("torch.")])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        if self.dtype == torch.float32:
+            output: Tensor = self.module(x)
+            return output
+        scale = _LOSS_SCALE if self.dtype == torch.float16 else 1.0
+        with torch.autocast(x.device.type, self.dtype):
+            output = self.module(_scale_gradient(x, 1 / scale))
+        return _scale_gradient(output.float(), scale)
+
+
+def _candidates(victim: Victim, precision: str, device: torch.device, *, is_random: bool) -> Iterator[_Cheap]:
+    """The cheapest first."""
+    low = _low_precision(precision, device)
+    folded = None if is_random else _folded(victim.module)
+    for dtype in (torch.float32,) if low is None else (low, torch.float32):
+        if folded is not None and (device.type == "cpu" or dtype != torch.float32):  # GPUs: with tensor cores alone
+            yield _Cheap(folded.to(memory_format=torch.channels_last), dtype, channels_last=True)
+        if folded is not None:
+            yield _Cheap(folded.to(memory_format=torch.contiguous_format), dtype)
+        if dtype != torch.float32:
+            yield _Cheap(victim.module, dtype, is_folded=False)
+
+
+def _low_precision(precision: str, device: torch.device) -> torch.dtype | None:
+    if precision == "auto":
+        if bfloat16_is_native(device):
+            return torch.bfloat16
+        return torch.float16 if device.type == "cuda" else None
+    return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+
+
+def _folded(module: nn.Module) -> nn.Module | None:
+    """A traced copy with every batch norm that follows a convolution folded into it; None where it cannot be traced."""
+    try:
+        traced = fx.symbolic_trace(copy.deepcopy(module))
+        _fold(traced)
+    except Exception as error:  # a model may fail to be copied or traced in any way it likes
+        logger.debug("not traced: %s", error)
+        return None
+    return traced
+
+
+def _fold(traced: fx.GraphModule) -> None:
+    modules = dict(traced.named_modules())
+    uses = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    for node in list(traced.graph.nodes):
+        before = node.args[0] if node.args else None
+        if not (isinstance(before, fx.Node) and node.op == before.op == "call_module" and len(before.users) == 1):
+            continue
+        norm, conv = modules[node.target], modules[before.target]
+        pair = type(conv) is _BATCH_NORMS.get(type(norm)) and uses[node.target] == uses[before.target] == 1
+        if pair and norm.running_mean is not None:
+            traced.set_submodule(str(before.target), fuse_conv_bn_eval(conv, norm))
+            node.replace_all_uses_with(before)
+            traced.graph.erase_node(node)
+    traced.recompile()
+
+
+def _hooks(part: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(part, kind, None) for kind in kinds)
+
+
+def _agrees(victim: Victim, cheap: _Cheap, x: Tensor, expected: Tensor | None) -> bool:
+    """Whether the cheap model has the victim's logits up to rounding, or for a random victim any, and a gradient."""
+    try:
+        with torch.enable_grad():
+            inputs = x.detach().requires_grad_(True)
+            logits = victim.logits(inputs, cheap)
+            torch.autograd.grad(logits.sum(), inputs)
+    except Exception as error:  # an operation may lack this dtype or memory format, each says so in its own way
+        logger.debug("not usable: %s", error)
+        return False
+    if expected is None:
+        return True
+    return bool((logits.detach() - expected).abs().max() <= _ROUNDING[cheap.dtype] * expected.abs().max())
+
+
+class _GradientScale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.factor, None
+
+
+def _scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """`x`, whose gradient is multiplied on its way back."""
+    if factor == 1:
+        return x
+    scaled: Tensor = _GradientScale.apply(x, factor)
+    return scaled
