@@ -183,7 +183,8 @@ def _fold(traced: fx.GraphModule) -> None:
         norm, conv = modules[node.target], modules[before.target]
         pair = type(conv) is _BATCH_NORMS.get(type(norm)) and uses[node.target] == uses[before.target] == 1
         if pair and norm.running_mean is not None:
-            traced.set_submodule(str(before.target), fuse_conv_bn_eval(conv, norm))
+            parent, _, name = str(before.target).rpartition(".")
+            setattr(traced.get_submodule(parent), name, fuse_conv_bn_eval(conv, norm))
             node.replace_all_uses_with(before)
             traced.graph.erase_node(node)
     traced.recompile()
