@@ -1,4 +1,4 @@
-"""Standard training: SGD with label smoothing on seeded augmentations, resumable to the step.
+"""Standard and adversarial training: SGD on seeded augmentations, resumable to the step.
 
 Data order and augmentation of a step are functions of (seed, epoch, step), so a run that was interrupted and resumed
 gives the same weights as one that was not (up to the arithmetic of the machine, and unless the model draws random
@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,16 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm.auto import tqdm
 
+from guardians.attacks.pgd import ProjectedGradientDescent
 from guardians.attacks.search import bfloat16_is_native
-from guardians.data import Dataset
+from guardians.data import Dataset, class_balanced_subset
 
-__all__ = ["LOG_COLUMNS", "SCHEDULES", "Recipe", "accuracy", "train"]
+__all__ = ["LOG_COLUMNS", "SCHEDULES", "Recipe", "accuracy", "robust_accuracy", "train"]
 
 SCHEDULES = ("one-cycle", "swa")
-LOG_COLUMNS = ("epoch", "learning_rate", "train_loss", "train_accuracy", "test_accuracy", "seconds")
+LOG_COLUMNS = ("epoch", "learning_rate", "train_loss", "train_accuracy", "test_accuracy", "robust_accuracy", "seconds")
+_ROBUST_IMAGES = 500
+"""Test images on which an epoch of adversarial training is measured."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,13 @@ class Recipe:
         crop_padding: pixels of reflection padding before the random crop; less than the side of the images.
         cutout: side of the square that is greyed out in each image (DeVries and Taylor 2017); 0 turns it off. The
             square has a central pixel, which may lie on the border: an even value gives a side of one pixel less.
-        seed: of the data order and the augmentation; the command line seeds the initial weights with it too.
+        attack_steps: steps of PGD (inf, random start) that perturb each training image, in evaluation mode; 0 for
+            standard training, 1 is "fast" training (Wong et al., "Fast is better than free", 2020, algorithm 3), more
+            is that of Madry et al. 2018.
+        eps: radius of its ball, in the unit of the images.
+        eps_step: its step size.
+        seed: of the data order, the augmentation and the random starts; the command line seeds the initial weights
+            with it too.
 
     Raises:
         TypeError: a value is not a number, or a count not an integer.
@@ -72,6 +81,9 @@ class Recipe:
     label_smoothing: float = 0.1
     crop_padding: int = 4
     cutout: int = 8
+    attack_steps: int = 0
+    eps: float = 8 / 255
+    eps_step: float = 10 / 255
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,13 +100,13 @@ class Recipe:
                 object.__setattr__(self, field.name, convert(value))
             except TypeError as error:
                 raise TypeError(f"{field.name}={value!r}: must be {kind}") from error
-        for name in ("epochs", "batch_size", "peak_lr"):
+        for name in ("epochs", "batch_size", "peak_lr", "eps_step"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: must be above 0 and finite")
         for name in ("warmup", "momentum", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be in [0, 1)")
-        for name in ("weight_decay", "crop_padding", "cutout"):
+        for name in ("weight_decay", "crop_padding", "cutout", "attack_steps", "eps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 0 and finite")
 
@@ -111,7 +123,8 @@ def train(
 ) -> float:
     """Train `model` in place and return its accuracy on `test_data` (float32, evaluation mode).
 
-    `folder` receives `log.csv`, a row an epoch (`LOG_COLUMNS`), and `checkpoint.pt`, written after every epoch and on
+    `folder` receives `log.csv`, a row an epoch (`LOG_COLUMNS`; the robust accuracy, under PGD-10 on 500 test images, of
+    adversarial training only), and `checkpoint.pt`, written after every epoch and on
     Ctrl-C, which waits for the end of the step; where it exists, training goes on from it.
 
     Raises:
@@ -161,6 +174,7 @@ def train(
 
     images, labels = train_data.images.to(device), train_data.labels.to(device)
     autocast = torch.autocast(device.type, torch.bfloat16) if bfloat16_is_native(device) else nullcontext()
+    adversary = _adversary(_Autocast(model, autocast), recipe) if recipe.attack_steps else None
     start = time.perf_counter() - progress.seconds
     try:
         while progress.epoch < recipe.epochs:
@@ -176,6 +190,9 @@ def train(
             for x, y in batches:
                 with _uninterrupted():
                     between_steps = False
+                    if adversary is not None:
+                        adversary.seed = _seed(recipe.seed, progress.epoch, progress.step)
+                        x = adversary(x, y)
                     with autocast:
                         logits = model(x.contiguous(memory_format=torch.channels_last))
                         loss = cross_entropy(logits.float(), y, label_smoothing=recipe.label_smoothing)
@@ -195,6 +212,9 @@ def train(
                 "train_loss": progress.loss_sum / seen,
                 "train_accuracy": progress.correct / seen,
                 "test_accuracy": accuracy(model, test_data),
+                "robust_accuracy": robust_accuracy(model, test_data, 10, _ROBUST_IMAGES, recipe.eps)
+                if recipe.attack_steps
+                else math.nan,
                 "seconds": time.perf_counter() - start,
             }
             if verbose:
@@ -238,6 +258,60 @@ def accuracy(model: nn.Module, data: Dataset, batch_size: int = 500) -> float:
         labels = data.labels[start : start + batch_size].to(device)
         correct += int((model(images).argmax(1) == labels).sum())
     return correct / len(data)
+
+
+def robust_accuracy(model: nn.Module, data: Dataset, steps: int, n: int | None = None, eps: float = 8 / 255) -> float:
+    """Share of images that the model classifies correctly as they are and under PGD (inf, step eps / 4).
+
+    Args:
+        model: is judged in evaluation mode and float32.
+        data: the images.
+        steps: of PGD, from the image.
+        n: images of a class-balanced subset; None, or more than there are, takes all.
+        eps: radius of the ball.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    if len(data) == 0:
+        raise ValueError("data has no images")
+    chosen = torch.arange(len(data))
+    if n is not None and n < len(data):
+        chosen = torch.from_numpy(class_balanced_subset(data.labels.tolist(), n))
+    attack = ProjectedGradientDescent(
+        model, eps=eps, eps_step=eps / 4 or 1, max_iter=steps, batch_size=128, early_stop=True, verbose=False
+    )
+    fooled = 0
+    for finished in attack.stream((data.images[rows].float() / 255, data.labels[rows]) for rows in chosen.split(500)):
+        assert finished.fooled is not None  # early_stop judges
+        fooled += int(finished.fooled.sum())
+    return 1 - fooled / len(chosen)
+
+
+class _Autocast(nn.Module):
+    """The model in the precision of the training, for its adversary."""
+
+    def __init__(self, model: nn.Module, autocast: AbstractContextManager[Any]) -> None:
+        super().__init__()
+        self.model, self.autocast = model, autocast
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.autocast:
+            logits: Tensor = self.model(x.contiguous(memory_format=torch.channels_last))
+        return logits.float()
+
+
+def _adversary(model: nn.Module, recipe: Recipe) -> ProjectedGradientDescent:
+    return ProjectedGradientDescent(
+        model,
+        eps=recipe.eps,
+        eps_step=recipe.eps_step,
+        max_iter=recipe.attack_steps,
+        num_random_init=1,
+        batch_size=recipe.batch_size,
+        precision="float32",  # the model comes with its own autocast
+        verbose=False,
+    )
 
 
 @dataclass
@@ -348,10 +422,14 @@ def _batches(
 
 
 def _generator(*key: int) -> torch.Generator:
+    return torch.Generator().manual_seed(_seed(*key))
+
+
+def _seed(*key: int) -> int:
     seed = 0
     for part in key:  # a fixed mixing of the parts, so that (1, 2) and (2, 1) differ
         seed = (seed * 1_000_003 + part + 1) % 2**63
-    return torch.Generator().manual_seed(seed)
+    return seed
 
 
 def _augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:

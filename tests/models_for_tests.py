@@ -89,3 +89,48 @@ class NanGradient(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - x).sqrt().flatten(1)[:, :CLASSES] + x.flatten(1)[:, :CLASSES]
+
+
+def traceable_net(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """The function of `small_net`, which `torch.fx` can trace."""
+    net = small_net(seed)
+    return nn.Sequential(*net.features, nn.Flatten(), net.head).to(dtype).eval()
+
+
+class Recorder(nn.Module):
+    """Notes how it is asked. Where its net can be traced so can it, and a copy's questions are not noted here."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.asked: list[tuple[int, bool]] = []
+        """Images, and whether their gradient was wanted."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.asked.append((x.shape[0], x.requires_grad))
+        return self.net(x)
+
+    def images(self, with_gradient: bool | None = None) -> int:
+        """Asked about with, without, or either way."""
+        return sum(n for n, wanted in self.asked if with_gradient in (None, wanted))
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """All that an attack must leave as it is."""
+    tensors = (*model.parameters(), *model.buffers())
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {
+        "values": {name: value.numpy().tobytes() for name, value in model.state_dict().items()},
+        "no gradients": all(parameter.grad is None for parameter in model.parameters()),
+        "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
+        "training": [part.training for part in model.modules()],
+        "hooks": [list(getattr(part, kind).items()) for part in model.modules() for kind in kinds],
+        "memory": [(id(tensor), tensor.data_ptr(), tensor.stride(), tensor.dtype) for tensor in tensors],
+        "modules": [(name, id(part)) for name, part in model.named_modules()],
+    }
+
+
+def is_fooled(model: nn.Module, x_adv: Tensor, y: Tensor, targeted: bool = False) -> np.ndarray:
+    """The verdict of the model itself."""
+    with torch.no_grad():
+        return ((model(x_adv).argmax(1) == y) == targeted).numpy()

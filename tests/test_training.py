@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from guardians import training
 from guardians.attacks.search import bfloat16_is_native
 from guardians.data import Dataset
-from guardians.training import LOG_COLUMNS, Recipe, accuracy, train
+from guardians.training import LOG_COLUMNS, Recipe, accuracy, robust_accuracy, train
 
 RECIPE = Recipe(epochs=3, batch_size=16, peak_lr=0.05, crop_padding=1, cutout=2)
 STEPS = 4  # an epoch of RECIPE on `colours(70)`
@@ -30,6 +30,21 @@ def colours(n: int, seed: int = 0) -> Dataset:
     labels = torch.randint(3, (n,), generator=generator)
     images = torch.randint(0, 160, (n, 3, 6, 6), generator=generator)
     images[torch.arange(n), labels] += 60
+    return Dataset(images.to(torch.uint8), labels, ("red", "green", "blue"), "synthetic")
+
+
+EPS = 12 / 255
+
+
+def two_features(n: int, seed: int) -> Dataset:
+    """The channel of the label is faintly brighter; a chequered channel is that of the label in most images."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (n,), generator=generator)
+    other = torch.randint(3, (n,), generator=generator)
+    chequered = torch.where(torch.rand(n, generator=generator) < 0.7, labels, other)
+    images = torch.randint(90, 110, (n, 3, 6, 6), generator=generator)
+    images[torch.arange(n), labels] += 10
+    images[torch.arange(n), chequered] += 60 * (-1) ** (torch.arange(6)[:, None] + torch.arange(6))
     return Dataset(images.to(torch.uint8), labels, ("red", "green", "blue"), "synthetic")
 
 
@@ -96,7 +111,8 @@ class TestOutcome:
     def test_log(self, tmp_path: Path) -> None:
         run(tmp_path)
         header, *rows = (tmp_path / "log.csv").read_text().splitlines()
-        assert header == "epoch,learning_rate,train_loss,train_accuracy,test_accuracy,seconds" == ",".join(LOG_COLUMNS)
+        columns = "epoch,learning_rate,train_loss,train_accuracy,test_accuracy,robust_accuracy,seconds"
+        assert header == columns == ",".join(LOG_COLUMNS)
         assert [row.split(",")[0] for row in rows] == ["1", "2", "3"]
         for row in log_of(tmp_path):
             # Fractions of 4 x 16 training and of 50 test images.
@@ -104,6 +120,34 @@ class TestOutcome:
             assert float(row["test_accuracy"]) * 50 == pytest.approx(round(float(row["test_accuracy"]) * 50))
         seconds = [float(row["seconds"]) for row in log_of(tmp_path)]
         assert seconds == sorted(seconds)
+
+    def test_adversarial_training_makes_robust(self, tmp_path: Path) -> None:
+        """Where a feature within the ball says more than one beyond it (Tsipras et al. 2019, section 2)."""
+        data, test = two_features(1000, seed=2), two_features(200, seed=3)
+        recipe = Recipe(epochs=8, batch_size=50, peak_lr=0.2, crop_padding=1, cutout=0, eps=EPS, eps_step=EPS)
+        robust = {}
+        for steps in (0, 1, 2):
+            model = small_model()
+            train(model, data, test, replace(recipe, attack_steps=steps), tmp_path / str(steps), verbose=False)
+            robust[steps] = robust_accuracy(model, test, 10, eps=EPS)
+            logged = log_of(tmp_path / str(steps))[-1]["robust_accuracy"]
+            assert logged == "nan" if steps == 0 else float(logged) == pytest.approx(robust[steps], abs=0.02)
+        assert robust[0] + 0.2 < min(robust[1], robust[2])
+
+    def test_adversarial_examples_are_those_of_the_recipe(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In the ball about the augmented images, worse than these for the model, and made without a trace on it."""
+        clean, seen = [], []
+        batches = training._batches
+        monkeypatch.setattr(training, "_batches", lambda *args: ((clean.append(x), (x, y))[1] for x, y in batches(*args)))
+        model = small_model()
+        model.register_forward_hook(lambda m, args, _: seen.append(args[0].clone()) if m.training else None)
+        train(model, TRAIN, TEST, replace(RECIPE, attack_steps=2, eps=0.1, eps_step=0.06), tmp_path, verbose=False)
+        assert len(seen) == len(clean)
+        for x, x_adv in zip(clean, seen, strict=True):
+            assert ((x_adv.double() - x.double()).abs() <= 0.1).all()
+            assert (x_adv != x).float().mean() > 0.5
+            assert ((x_adv >= 0) & (x_adv <= 1)).all()
+        assert all(parameter.requires_grad for parameter in model.parameters())
 
     def test_partial_batch_is_dropped(self, tmp_path: Path) -> None:
         model, seen = small_model(), []

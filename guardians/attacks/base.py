@@ -128,6 +128,11 @@ class Attack(ClassifierAttack):
         return False
 
     @property
+    def uses_success(self) -> bool:
+        """Whether `update` itself looks for images that fool the model; what it finds in a cheap search is judged."""
+        return False
+
+    @property
     def restarts(self) -> int:
         """How often the search is started for an image that still stands."""
         return 1
@@ -140,16 +145,31 @@ class Attack(ClassifierAttack):
 
         Args:
             batches: such as a `DataLoader`'s: pairs of images (N, C, H, W) and labels (N,), or images alone, whose
-                labels are then the model's predictions. Images are of the model's dtype, on any device.
+                labels are then the model's predictions. Images are of the model's dtype, on any device. Arguments of
+                the attack that differ from sample to sample do not fit a stream.
 
         Raises:
             TypeError, ValueError: a batch is outside what is allowed.
         """
-        yield from self._search(map(self._checked, batches))
+        yield from self._search(self._checked_batches(batches))
 
-    def _checked(self, batch: tuple[Tensor, Tensor] | Tensor) -> dict[str, Tensor]:
-        x, y = (batch, None) if isinstance(batch, Tensor) else batch
-        return self._checked_inputs(x, y, {})
+    def _checked_batches(self, batches: Iterable[tuple[Tensor, Tensor] | Tensor]) -> Iterator[dict[str, Tensor]]:
+        names, shape = None, None  # of the first batch
+        for batch in batches:
+            x, y = (batch, None) if isinstance(batch, (Tensor, np.ndarray)) else batch
+            if not isinstance(x, Tensor):
+                raise TypeError(f"x of type {type(x).__name__}: batches must be of tensors")
+            inputs = self._checked_inputs(x, y, {})
+            for n in (2, 3):  # what fits two lengths fits any
+                self._check_call(x[:1].expand(n, *x.shape[1:]))
+            names, shape = names or inputs.keys(), shape or x.shape[1:]
+            if x.shape[1:] != shape:
+                raise ValueError(f"x has shape {tuple(x.shape)}: images of earlier batches have {tuple(shape)}")
+            if inputs.keys() != names:
+                raise ValueError(
+                    f"y is {'missing' if y is None else 'given'}: labels must be in all batches or in none"
+                )
+            yield inputs
 
     def _run(self, inputs: dict[str, Tensor], device: torch.device) -> Tensor:
         x = inputs["x"]

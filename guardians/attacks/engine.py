@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from guardians.attacks.norms import lp_norm
 from guardians.attacks.rng import SampleRng
 from guardians.attacks.search import Search, choose_search, is_random, judge_logits
 
@@ -144,7 +145,7 @@ class _Run:
         self.is_random = False
         if attack.early_stop or attack.precision not in ("auto", "float32"):
             self._probe(probe)
-        self.judges = attack.early_stop or attack.restarts > 1 or self.search.is_cheap
+        self.judges = attack.early_stop or attack.restarts > 1 or (attack.uses_success and self.search.is_cheap)
         self.judge_samples = attack.judge_samples or (_DRAWS if self.is_random else 1)
         self.sees_fixed_points = attack.early_stop and attack.is_memoryless and not self.is_random
 
@@ -231,8 +232,11 @@ class _Pool:
         over = np.zeros(len(query), dtype=bool)
         at_fixed_point = over
         if attack.early_stop or self.failed is not None:
-            flags = torch.stack([run.reached(logits, y), state["at_fixed_point"], ~logits.isfinite().all(-1).all(0)])
-            reached, at_fixed_point, broken = _on_host(flags)
+            flags = [run.reached(logits, y), state["at_fixed_point"], ~logits.isfinite().all(-1).all(0)]
+            if self.failed is not None and gradient is not None:
+                steepest = lp_norm(gradient, float("inf")).flatten()
+                flags[-1] |= ~((steepest > 0) & steepest.isfinite())
+            reached, at_fixed_point, broken = _on_host(torch.stack(flags))
             if attack.early_stop and reached.any():
                 rows = reached.nonzero()[0]
                 images = attack.result(_rows(state, rows))
@@ -321,8 +325,10 @@ class _Queue:
         self._pieces.append(samples)
 
     def peek(self, n: int) -> Tensor:
-        """The images of up to `n` samples that stay where they are; there must be one."""
-        return self._staged(_slice(self._pieces[0], 0, n))["x"]
+        """The first `n` images, or as many as there are, which stay in the queue."""
+        while len(self) < n and self._read_on():
+            pass
+        return torch.cat([self._staged({"x": piece["x"][:n]})["x"] for piece in self._pieces])[:n]
 
     def take(self, n: int) -> State | None:
         """Up to `n` samples, on the device; None where none waits."""
@@ -361,7 +367,7 @@ def _majority(votes: Tensor) -> Tensor:
 
 
 def _on_host(values: Tensor | np.ndarray) -> np.ndarray:
-    """The one place where the loop waits for the device."""
+    """Where the loop waits for the device."""
     return values if isinstance(values, np.ndarray) else values.cpu().numpy()
 
 

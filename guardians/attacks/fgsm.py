@@ -133,6 +133,11 @@ class FastGradientMethod(ProjectedGradientDescent):
         return not self.minimal
 
     @property
+    def uses_success(self) -> bool:
+        """With `minimal`."""
+        return self.minimal
+
+    @property
     def restarts(self) -> int:
         """One, or as many as there are random starts."""
         return 1 if self.minimal else super().restarts

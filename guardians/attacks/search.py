@@ -45,7 +45,8 @@ def bfloat16_is_native(device: torch.device) -> bool:
 
 def is_random(first: Tensor, second: Tensor) -> bool:
     """Whether two logits of the same images differ by more than rounding."""
-    return not torch.allclose(first, second, rtol=1e-4, atol=1e-5 * float(first.abs().max()), equal_nan=True)
+    largest = float(first.abs().nan_to_num(nan=0, posinf=0).max())
+    return not torch.allclose(first, second, rtol=1e-4, atol=1e-5 * largest, equal_nan=True)
 
 
 def judge_logits(victim: Victim, x: Tensor, expected: Tensor) -> tuple[Logits, int]:
@@ -89,14 +90,13 @@ def choose_search(victim: Victim, precision: str, x: Tensor, expected: Tensor | 
 
     The first that agrees with the victim of: a copy with batch norm folded into the convolutions, in channels_last
     where that is fast and then in the usual memory format, and the user's model itself; under autocast where the
-    precision is lower than float32. A model with hooks is not copied, as they would see the copy; neither is a random
-    one, whose draws a copy might repeat.
+    precision is lower than float32. A model with hooks is neither copied nor autocast, as they would see it; a random
+    one is not copied, as a copy might repeat its draws.
 
     Args:
         victim: `undisturbed`.
         precision: of `PRECISIONS`; "auto" is bfloat16 or float16 where the device computes in it, else float32.
         x: images to try.
-        expected: the victim's logits of `x`; None for a random model.
         expected: the victim's logits of `x`; None for a random model.
 
     Returns:
@@ -207,6 +207,8 @@ def _agrees(victim: Victim, cheap: _Cheap, x: Tensor, expected: Tensor | None) -
         return False
     if expected is None:
         return True
+    if logits.shape != expected.shape:
+        return False
     return bool((logits.detach() - expected).abs().max() <= _ROUNDING[cheap.dtype] * expected.abs().max())
 
 

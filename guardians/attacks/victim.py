@@ -85,7 +85,8 @@ class Victim:
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"the model returned {got} for {len(x)} images; needed are logits (N, classes)")
-        self.nb_classes = logits.shape[1]
+        if module is None:
+            self.nb_classes = logits.shape[1]
         return logits
 
     def clip(self, x: Tensor) -> Tensor:
