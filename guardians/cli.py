@@ -26,7 +26,7 @@ from guardians.models import (
     save_model,
 )
 from guardians.tables import print_table
-from guardians.training import SCHEDULES, Recipe, train
+from guardians.training import SCHEDULES, Recipe, robust_accuracy, train
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -147,6 +147,12 @@ def bench(
         typer.Option(parser=_number, metavar="NUMBER", help="Step size of PGD.", show_default="eps / 4"),
     ] = None,
     random_start: Annotated[bool, typer.Option("--random-start", help="Start at random in the ball.")] = False,
+    early_stop: Annotated[
+        bool, typer.Option("--early-stop/--no-early-stop", help="Native: let an image go as soon as it is fooled.")
+    ] = True,
+    precision: Annotated[
+        str, typer.Option(help="Native: what the search computes in: auto, float32, bfloat16, float16.")
+    ] = "auto",
     batch_size: BatchSize = 128,
     device: Device = "cpu",
     seed: Seed = 0,
@@ -174,13 +180,18 @@ def bench(
         eps_step=eps_step,
         random_start=random_start,
         batch_size=batch_size,
-        device=device,
         seed=seed,
+        device=device,
+        early_stop=early_stop,
+        precision=precision,
         **options,
     )
     columns = ["attack", "implementation", "n", "clean_accuracy", "robust_accuracy", "success_rate", "l2_mean"]
-    columns += ["linf_max", "forward_per_image", "backward_per_image", "seconds", "flags"]
+    columns += ["linf_max", "forward_per_image", "backward_per_image", "judgement_per_image", "seconds", "flags"]
     print_table(frame, columns, f"Benchmark: {model}, norm {norm}, eps {eps:.4g}")
+    if frame.attrs["interrupted"]:
+        typer.echo(f"interrupted; the finished rows are in {out}, and the same command goes on from there", err=True)
+        sys.exit(130)  # typer.Exit would let `run` say it again
 
 
 @app.command("train")
@@ -202,6 +213,9 @@ def train_command(
     label_smoothing: Annotated[float, typer.Option(help="0 turns it off.")] = Recipe.label_smoothing,
     crop_padding: Annotated[int, typer.Option(help="Pixels of padding before the random crop.")] = Recipe.crop_padding,
     cutout: Annotated[int, typer.Option(help="Side of the square greyed out; 0 turns it off.")] = Recipe.cutout,
+    attack_steps: Annotated[int, typer.Option(help="PGD steps on each image; 0 is standard.")] = Recipe.attack_steps,
+    eps: Annotated[float, typer.Option(help="Radius of their inf-norm ball.")] = Recipe.eps,
+    eps_step: Annotated[float, typer.Option(help="Their size.")] = Recipe.eps_step,
     seed: Annotated[int, typer.Option(help="Of weights, data order and augmentation.")] = Recipe.seed,
     device: Device = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for weights, card, log and checkpoint.")] = Path("runs"),
@@ -218,6 +232,9 @@ def train_command(
         label_smoothing=label_smoothing,
         crop_padding=crop_padding,
         cutout=cutout,
+        attack_steps=attack_steps,
+        eps=eps,
+        eps_step=eps_step,
         seed=seed,
     )
     _check_run(batch_size, device, seed)
@@ -225,7 +242,8 @@ def train_command(
     options = {"width": width, "depth": depth, "widen_factor": widen_factor}
     # An option of another architecture is passed on as well, for build_model to refuse it.
     shape = defaults.get(architecture, {}) | {key: value for key, value in options.items() if value is not None}
-    name = "-".join([architecture, *map(str, shape.values()), "standard"])
+    recipe_name = {0: "standard", 1: "fgsm-at"}.get(attack_steps, "pgd-at")
+    name = "-".join([architecture, *map(str, shape.values()), recipe_name])
     train_data, test_data = (_announced_data(data, None, seed, download, split) for split in ("train", "test"))
     torch.manual_seed(seed)
     model = build_model(architecture, **shape, num_classes=len(train_data.classes))
@@ -236,10 +254,11 @@ def train_command(
     card = {
         "name": name,
         "architecture": {"name": architecture, **shape, "num_classes": len(train_data.classes)},
-        "recipe": {"name": "standard", "initial_weights": weights and str(weights), **asdict(recipe)},
+        "recipe": {"name": recipe_name, "initial_weights": weights and str(weights), **asdict(recipe)},
         "train_data": f"{len(train_data)} images of {train_data.source}",
         "test_data": f"{len(test_data)} images of {test_data.source}",
         "accuracy": accuracy,
+        **({"robust_accuracy": robust_accuracy(model, test_data, 40, eps=eps)} if attack_steps else {}),
         "command": shlex.join(["guardians", *sys.argv[1:]]),
     }
     typer.echo(f"accuracy {accuracy:.2%}; wrote {save_model(model, card, out)}")

@@ -28,7 +28,7 @@ BENCHMARK_COLUMNS = {
     "norm": "order p of the norm of the threat model",
     "eps": "radius of the norm ball, for images in [0, 1]; 0 for clean",
     "steps": "gradient steps; 0 for clean",
-    "params": "JSON: the other arguments (batch_size, eps_step, random_start)",
+    "params": "JSON: the other arguments (batch_size, eps_step, random_start, and of native attacks early_stop)",
     "eot": "model evaluations averaged for one gradient; 1 is no EOT",
     "n": "number of images",
     "clean_accuracy": "fraction of the images that are classified correctly",
@@ -39,17 +39,23 @@ BENCHMARK_COLUMNS = {
     "l2_median": "median over all images of the L2 norm of the perturbation",
     "l2_mean": "mean over all images of the L2 norm of the perturbation",
     "linf_max": "largest absolute change of any pixel of any image",
-    "forward_per_image": "samples that went forward through the model, per image",
-    "backward_per_image": "samples that went backward through the model, per image",
+    "forward_per_image": "samples that went forward through the model, or through the copy of it that `search` names, "
+    "per image",
+    "backward_per_image": "samples that went backward through it, per image",
+    "judgement_per_image": "samples that went forward through the model for judgement alone, per image",
     "seconds": "wall-clock time of the attack on all images, after a warm-up batch",
     "images_per_second": "n / seconds",
     "peak_memory_mb": "peak memory during the attack in MB (10^6 bytes): allocated on the GPU, or resident in the "
     "process on a CPU",
     "flags": "reasons to distrust the row, joined by semicolons: nan, outside_ball, outside_clip, weaker_than_fgsm, "
-    "zero_gradient; empty for none",
+    "zero_gradient, interrupted; empty for none. An interrupted row is never on disk: its figures are of the n images "
+    "that were finished, the cost includes what the others have taken so far, and as images that are fooled finish "
+    "first, its robust accuracy says nothing of the others",
     "seed": "seed of the attack",
     "device": "cpu, or cuda and the name of the GPU",
-    "precision": "dtype in which the model computed",
+    "precision": "of native attacks what was asked for: auto, float32, bfloat16 or float16; else float32, in which the "
+    "model computed",
+    "search": "the model that the search asked: model, or a cheaper copy of it, as in folded, channels_last, bfloat16",
     "versions": "JSON: versions of guardians, python and the toolkits; null where not installed",
     "commit": "git commit of the working directory; empty for none",
 }
@@ -85,7 +91,7 @@ PARITY_COLUMNS = {
 }
 
 _TEXT_COLUMNS = """
-    model data defence attack implementation params flags device precision versions commit
+    model data defence attack implementation params flags device precision search versions commit
     case reference kind verdict note
 """.split()  # noqa: SIM905
 _RATES = """
@@ -160,12 +166,17 @@ class Table:
         """The table as it is on disk."""
         return read_csv(self.path)
 
-    def select(self, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-        """The rows that have the keys of `rows`, in the order of the table."""
+    def select(self, rows: Sequence[Mapping[str, Any]], unwritten: Sequence[Mapping[str, Any]] = ()) -> pd.DataFrame:
+        """The rows that have the keys of `rows`, in the order of the table, and after them `unwritten` as they are.
+
+        What is unwritten looks as if it had been read from the table.
+        """
         cells = _read_cells(self.path)
         wanted = {self._key_of(row) for row in rows}
         keys = cells[self.key].itertuples(index=False, name=None)
-        return _typed(cells[np.array([key in wanted for key in keys], dtype=bool)].reset_index(drop=True))
+        found = cells[np.array([key in wanted for key in keys], dtype=bool)]
+        added = {name: [as_written(row[name]) for row in unwritten] for name in self.columns}
+        return _typed(pd.concat([found, pd.DataFrame(added, dtype=str)], ignore_index=True))
 
     def _key_of(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         return tuple(as_written(row[name]) for name in self.key)

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import guardians
+from guardians.attacks import PGD, Attack
 from guardians.cli import run
 from guardians.models import build_model, load_model, save_model
 from guardians.tables import BENCHMARK_COLUMNS, PARITY_COLUMNS, read_csv
@@ -259,8 +260,28 @@ def test_bench_of_one_attack_in_the_l2_ball(command, tree):
     assert result.code == 0
     assert (row["attack"], row["implementation"]) == ("PGD-3", "native")
     assert (row["norm"], row["eps"], row["seed"]) == (2, 0.5, 3)
-    assert json.loads(row["params"]) == {"batch_size": 4, "eps_step": 0.1, "random_start": True}
+    assert json.loads(row["params"]) == {
+        "batch_size": 4,
+        "early_stop": True,
+        "eps_step": 0.1,
+        "random_start": True,
+    }
     assert row["l2_mean"] <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "early_stop", "precision"),
+    [
+        ((), True, "auto"),
+        (("--early-stop",), True, "auto"),
+        (("--no-early-stop", "--precision", "float32"), False, "float32"),
+    ],
+)
+def test_bench_of_native_settings(command, tree, options, early_stop, precision):
+    command("bench", *SMALL, "--data", tree, "--attack", "PGD-3", "--implementation", "native", *options)
+    (row,) = read_csv("runs/benchmark.csv").to_dict("records")
+    assert (json.loads(row["params"])["early_stop"], row["precision"]) == (early_stop, precision)
+    assert (row["judgement_per_image"] > 0) == early_stop
 
 
 @pytest.mark.parametrize(("options", "eps"), [((), 8 / 255), (("--eps", "4/255"), 4 / 255), (("--eps", "0"), 0.0)])
@@ -401,6 +422,7 @@ def test_error(command, tree, bundled, name, arguments, named):
         (("bench", "--eps", "nan"), ["eps=nan", "finite"]),
         (("bench", "--eps", "8/0"), ["--eps", "'8/0'", "8/255"]),
         (("bench", "--eps", "small"), ["--eps", "'small'", "8/255"]),
+        (("bench", "--precision", "float64"), ["precision='float64'", "auto, float32, bfloat16, float16"]),
         (("bench", "--eps-step", "0"), ["eps_step=0", "above 0"]),
     ],
 )
@@ -509,3 +531,46 @@ def test_control_c(command, tree, monkeypatch, name, function):
     result = command(*name, "--data", tree)
     assert result.code == 130
     assert result.err.strip() == "stopped; the same command goes on from here"
+
+
+def test_control_c_in_a_native_attack_prints_what_is_finished(command, tree, monkeypatch):
+    stream = Attack.stream
+
+    def until_interrupted(self, batches):
+        for count, part in enumerate(stream(self, batches)):
+            if count and type(self) is PGD:
+                raise KeyboardInterrupt
+            yield part
+
+    monkeypatch.setattr(Attack, "stream", until_interrupted)
+    arguments = ("bench", *SMALL, "--data", tree, "--attack", "FGSM", "--attack", "PGD-2", "--batch-size", 2)
+    arguments += ("--implementation", "native", "--no-early-stop")
+    stopped = command(*arguments, "--out", "other")  # the warm-up batch is one result
+    assert stopped.code == 130
+    cells = [line.split() for line in stopped.lines]
+    assert [row[:3] for row in cells if row and row[0] in ("FGSM", "PGD-2")] == [
+        ["FGSM", "native", "6"],
+        ["PGD-2", "native", "2"],
+    ]
+    assert "interrupted" in stopped.out
+    message = "interrupted; the finished rows are in other, and the same command goes on from there"
+    assert stopped.err.splitlines()[-1] == message
+    assert "stopped" not in stopped.err
+    assert read_csv("other/benchmark.csv")["attack"].tolist() == ["FGSM"]
+
+    monkeypatch.setattr(Attack, "stream", stream)
+    resumed = command(*arguments, "--out", "other")
+    assert resumed.code == 0
+    assert "interrupted" not in resumed.out + resumed.err
+    frame = read_csv("other/benchmark.csv")
+    assert frame[["attack", "n"]].to_numpy().tolist() == [["FGSM", 6], ["PGD-2", 6]]
+
+
+def test_control_c_before_the_first_row(command, tree, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("guardians.benchmark.runner.build_prediction", interrupted)
+    result = command("bench", *SMALL, "--data", tree, "--attack", "clean")
+    assert result.code == 130
+    assert result.err.splitlines()[-1].startswith("interrupted; the finished rows are in runs")

@@ -145,6 +145,21 @@ def test_select(path):
     assert len(table.select([])) == 0
 
 
+def test_select_with_rows_that_are_not_written(path):
+    table = Table(path, COLUMNS, KEY)
+    extra = row("x", eps=0.1 + 0.2, note="NA", value=float("nan"))
+    alone = table.select([], [extra])
+    assert list(alone.columns) == COLUMNS
+    assert alone["eps"].tolist() == [0.1 + 0.2]
+    assert len(table) == len(table.frame()) == 0
+    table.append(row("a"))
+    both = table.select([row("a")], [extra])
+    assert both["model"].tolist() == ["a", "x"]
+    assert both["n"].dtype == np.int64
+    table.append(extra)
+    pd.testing.assert_frame_equal(both, table.frame())
+
+
 def test_documented_columns_fit_the_table(tmp_path):
     for columns in (BENCHMARK_COLUMNS, PARITY_COLUMNS):
         assert all(meaning and "\n" not in meaning for meaning in columns.values())

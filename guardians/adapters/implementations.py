@@ -13,6 +13,7 @@ from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
 from guardians.attacks import FGSM, PGD
+from guardians.attacks.base import Attack
 from guardians.attacks.victim import Victim
 
 __all__ = ["IMPLEMENTATIONS", "AttackSpec", "build_attack", "build_prediction", "is_available"]
@@ -76,6 +77,8 @@ def build_attack(
     input_shape: tuple[int, ...],
     batch_size: int,
     seed: int | None = None,
+    early_stop: bool = False,
+    precision: str = "auto",
 ) -> TensorAttack:
     """The attack as a callable on images (N, C, H, W) in [0, 1] and labels or targets (N,).
 
@@ -88,15 +91,27 @@ def build_attack(
         batch_size: images in one forward pass.
         seed: of random starts: every call draws the same, and the global generators are left as they were. None
             draws anew at every call, from the global generators of torch and (ART) numpy.
+        early_stop, precision: of a native attack, see `guardians.attacks.base.Attack`. The toolkits stop at no image
+            early and compute in the model's own float32.
+
+    Returns:
+        For "native" the attack itself, with its `stream` and its `report`.
 
     Raises:
-        ValueError: an unknown name, see `is_available`, or an attack that the toolkit does not have.
+        TypeError, ValueError: an unknown name, see `is_available`, an attack that the toolkit does not have, or
+            `early_stop` or `precision` is outside what is allowed, of a toolkit False, and "auto" or "float32".
         ImportError: the toolkit is not installed.
     """
     if not is_available(implementation, spec):
         raise ValueError(f"implementation={implementation!r} does not have {spec}")
     if implementation == "native":
-        return _native(spec, model, batch_size, seed)
+        return _native(spec, model, batch_size, seed, early_stop, precision)
+    if early_stop is not False:
+        raise ValueError(f"early_stop={early_stop!r}: must be False for {implementation}; only native attacks have it")
+    if precision not in ("auto", "float32"):
+        raise ValueError(
+            f"precision={precision!r}: must be auto or float32 for {implementation}; only native attacks have others"
+        )
     if implementation == "ART":
         attack = _art(spec, model, nb_classes, input_shape, batch_size)
     else:
@@ -142,7 +157,9 @@ def build_prediction(
     return predict
 
 
-def _native(spec: AttackSpec, model: nn.Module, batch_size: int, seed: int | None) -> TensorAttack:
+def _native(
+    spec: AttackSpec, model: nn.Module, batch_size: int, seed: int | None, early_stop: bool, precision: str
+) -> Attack:
     attack = FGSM(model) if spec.attack == "FGSM" else PGD(model, max_iter=spec.steps, eps_step=spec.eps_step)
     attack.set_params(
         norm=spec.norm,
@@ -151,6 +168,8 @@ def _native(spec: AttackSpec, model: nn.Module, batch_size: int, seed: int | Non
         num_random_init=int(spec.random_start),
         batch_size=batch_size,
         seed=seed,
+        early_stop=early_stop,
+        precision=precision,
         verbose=False,
     )
     return attack

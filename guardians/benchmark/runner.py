@@ -12,7 +12,8 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -26,9 +27,18 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from guardians import __version__
-from guardians.adapters.implementations import IMPLEMENTATIONS, AttackSpec, build_attack, build_prediction, is_available
-from guardians.attacks.checks import check_integer, check_number
+from guardians.adapters.implementations import (
+    IMPLEMENTATIONS,
+    AttackSpec,
+    TensorAttack,
+    build_attack,
+    build_prediction,
+    is_available,
+)
+from guardians.attacks.base import Attack
+from guardians.attacks.checks import check_flag, check_integer, check_number
 from guardians.attacks.norms import as_norm
+from guardians.attacks.search import PRECISIONS
 from guardians.attacks.victim import Victim, undisturbed
 from guardians.benchmark.counting import CountingModel, peak_memory
 from guardians.benchmark.statistics import wilson_interval
@@ -51,11 +61,38 @@ _ZERO_GRADIENT_SHARE = 0.01
 
 @dataclass(frozen=True)
 class _Job:
-    """One row to be measured: its attack (None for clean) and the columns that are known before."""
+    """One row to be measured.
+
+    Attributes:
+        implementation: of `IMPLEMENTATIONS`.
+        spec: the attack; None for clean.
+        options: `early_stop` and `precision` of a native attack.
+        known: the columns that are known before.
+    """
 
     implementation: str
     spec: AttackSpec | None
+    options: dict[str, Any]
     known: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What an attack, or a prediction of clean images, did.
+
+    Attributes:
+        result: adversarial images (M, ...), or logits (M, classes) of clean ones.
+        rows: their positions in the data, int64 (M,) in ascending order; a slice for all of them.
+        cost: samples forward, backward and for judgement, seconds and peak_memory_mb.
+        search: the model that was asked.
+        interrupted: whether Ctrl-C ended it.
+    """
+
+    result: Tensor
+    rows: Tensor | slice
+    cost: dict[str, float]
+    search: str = "model"
+    interrupted: bool = False
 
 
 def run_benchmark(
@@ -73,6 +110,8 @@ def run_benchmark(
     batch_size: int = 128,
     seed: int = 0,
     device: torch.device | str | None = None,
+    early_stop: bool = True,
+    precision: str = "auto",
     verbose: bool = True,
 ) -> pd.DataFrame:
     """Run attacks of several toolkits on the same images, and append a row for each to `out/benchmark.csv`.
@@ -83,6 +122,10 @@ def run_benchmark(
     call; rows that other versions or commits made are kept with a warning.
 
     "clean" rows hold the predictions on the images as they are, each through the implementation's own prediction path.
+
+    Ctrl-C (`KeyboardInterrupt`) ends the run but not the program: what is finished comes back. A native attack that it
+    stops has a last row of its own, of the images that were finished by then, with the flag "interrupted"; it is not on
+    disk, and the same call runs the attack again. A second Ctrl-C, while those images are judged, leaves that row out.
 
     Args:
         model: returns logits for images in [0, 1]; it comes back as it was.
@@ -99,10 +142,14 @@ def run_benchmark(
         batch_size: images in one forward pass.
         seed: of the random starts.
         device: of the model, where images are sent; None takes the model's.
+        early_stop: let native attacks leave an image as soon as the model is fooled by it; see
+            `guardians.attacks.base.Attack`. The toolkits take all steps.
+        precision: what native attacks search in: "auto", "float32", "bfloat16" or "float16"; see there.
         verbose: show a progress bar.
 
     Returns:
         The rows of this call, also those that were on disk before; columns as in `guardians.tables.BENCHMARK_COLUMNS`.
+        Its `attrs["interrupted"]` says whether Ctrl-C ended the run.
 
     Raises:
         TypeError, ValueError: an argument is outside what is allowed, or `out` cannot be written; before any work.
@@ -122,6 +169,9 @@ def run_benchmark(
     steps = _steps_of(attacks)
     if not implementations or not set(implementations) <= set(IMPLEMENTATIONS):
         raise ValueError(f"implementations={implementations!r}: known are {', '.join(IMPLEMENTATIONS)}")
+    check_flag("early_stop", early_stop)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r}: must be one of {', '.join(PRECISIONS)}")
     device = _device_of(model, device)
     if len(data) == 0:
         raise ValueError("data has no images")
@@ -135,7 +185,6 @@ def run_benchmark(
         "n": len(data),
         "seed": int(seed),
         "device": device.type if device.type != "cuda" else f"cuda ({torch.cuda.get_device_name(device)})",
-        "precision": "float32",
         "versions": json.dumps(_versions()),
         "commit": _commit(),
     }
@@ -154,20 +203,26 @@ def run_benchmark(
                     steps[attack],
                     random_start=random_start and is_pgd,
                 )
+            is_native_attack = implementation == "native" and spec is not None
+            options = {"early_stop": early_stop, "precision": precision} if is_native_attack else {}
             if _has(implementation, attack, spec):
-                jobs.append(_Job(implementation, spec, common | _columns_of(attack, implementation, spec, batch_size)))
+                columns = _columns_of(attack, implementation, spec, batch_size, options)
+                jobs.append(_Job(implementation, spec, options, common | columns))
 
     table = Table(Path(out) / "benchmark.csv", BENCHMARK_COLUMNS, KEY)
     pending = [job for job in jobs if job.known not in table]
     _warn_of_others([job.known for job in jobs if job not in pending], table)
+    unwritten, interrupted = None, False
     if pending:
-        with undisturbed(model), torch.inference_mode(False), torch.enable_grad():
-            run = _Run(model, data, batch_size, int(seed), device, table)
-            progress = tqdm(pending, desc="benchmark", unit="row", disable=not verbose)
-            for job in progress:
-                progress.set_postfix_str(f"{job.known['attack']} {job.implementation}")
-                run.measure(job)
-    return table.select([job.known for job in jobs])
+        try:
+            with undisturbed(model), torch.inference_mode(False), torch.enable_grad():
+                unwritten = _measure_all(_Run(model, data, batch_size, int(seed), device, table), pending, verbose)
+            interrupted = unwritten is not None
+        except KeyboardInterrupt:
+            interrupted = True
+    frame = table.select([job.known for job in jobs], [] if unwritten is None else [unwritten])
+    frame.attrs["interrupted"] = interrupted
+    return frame
 
 
 def outcome_path(out: str | os.PathLike[str], row: Mapping[Any, Any] | pd.Series) -> Path:
@@ -202,6 +257,17 @@ def summarise(outcomes: pd.DataFrame) -> dict[str, float]:
     }
 
 
+def _measure_all(run: _Run, jobs: Sequence[_Job], verbose: bool) -> dict[str, Any] | None:
+    """Measure one after the other; up to a row that Ctrl-C left unwritten, which is returned."""
+    with tqdm(jobs, desc="benchmark", unit="row", disable=not verbose) as progress:
+        for job in progress:
+            progress.set_postfix_str(f"{job.known['attack']} {job.implementation}")
+            unwritten = run.measure(job)
+            if unwritten is not None:
+                return unwritten
+    return None
+
+
 class _Run:
     """What the rows of one call share: the images on the device, and what the model makes of them."""
 
@@ -215,82 +281,132 @@ class _Run:
         if data.labels.min() < 0 or data.labels.max() >= self.nb_classes:
             span = f"{int(data.labels.min())} to {int(data.labels.max())}"
             raise ValueError(f"data has labels from {span}: the model has {self.nb_classes} classes")
+        self._setting: dict[str, Any] = {
+            "nb_classes": self.nb_classes,
+            "input_shape": tuple(self.images.shape[1:]),
+            "batch_size": batch_size,
+        }
         self.clean_predictions = self._predict(self.images)
         self._zero_gradients: float | None = None
 
-    def measure(self, job: _Job) -> None:
-        """Run one attack, and write the outcomes of its images and then its row."""
-        counting = CountingModel(self.model)
-        options: dict[str, Any] = {
-            "nb_classes": self.nb_classes,
-            "input_shape": tuple(self.images.shape[1:]),
-            "batch_size": self.batch_size,
-        }
-        run: Callable[[Tensor, Tensor], Tensor]
-        if job.spec is None:
-            predict = build_prediction(job.implementation, counting, **options)
-            run = lambda x, _: predict(x)  # noqa: E731
-        else:
-            run = build_attack(job.implementation, job.spec, counting, seed=self.seed, **options)
-        run(self.images[: self.batch_size], self.labels[: self.batch_size])
-        counting.reset()
-        with peak_memory(self.device) as peak:
-            start = time.perf_counter()
-            result = run(self.images, self.labels).detach()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            seconds = time.perf_counter() - start
-        forward, backward = counting.forward_samples, counting.backward_samples
+    def measure(self, job: _Job) -> dict[str, Any] | None:
+        """Run one attack, and write the outcomes of its images and then its row.
 
+        Returns:
+            None; where Ctrl-C stopped a native attack, the row of the images that were finished, which is not written.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C while there was nothing to make a row of.
+        """
+        if job.implementation == "native" and job.spec is not None:
+            measured = self._run_native(job.spec, job.options)
+        else:
+            measured = self._run_counted(job.implementation, job.spec)
+        result, rows = measured.result, measured.rows
         if job.spec is None:
             predictions = result.argmax(1)
-            outcomes, flags = self._outcomes(predictions, predictions, self.images), []
+            outcomes, flags = self._outcomes(predictions, predictions, self.images, rows), []
         else:
-            outcomes = self._outcomes(self.clean_predictions, self._predict(result), result)
-            flags = self._flags(job, result, summarise(outcomes)["robust_accuracy"])
-        n = len(outcomes)
+            outcomes = self._outcomes(self.clean_predictions[rows], self._predict(result), result, rows)
+            flags = self._flags(job, measured, summarise(outcomes)["robust_accuracy"])
+        n, cost = len(outcomes), measured.cost
         row = job.known | summarise(outcomes)
-        row |= {"forward_per_image": forward / n, "backward_per_image": backward / n}
-        row |= {"seconds": seconds, "images_per_second": n / seconds, "peak_memory_mb": peak.mb}
-        row["flags"] = ";".join(flags)
+        row |= {f"{kind}_per_image": cost[kind] / n for kind in ("forward", "backward", "judgement")}
+        row |= {"seconds": cost["seconds"], "images_per_second": n / cost["seconds"]}
+        row |= {"peak_memory_mb": cost["peak_memory_mb"], "search": measured.search, "flags": ";".join(flags)}
+        if measured.interrupted:
+            return row
         _write_atomically(outcomes, outcome_path(self.table.path.parent, row))
         self.table.append(row)
+        return None
+
+    def _run_native(self, spec: AttackSpec, options: dict[str, Any]) -> _Measured:
+        """Run a native attack, which counts for itself, and keep what is finished when Ctrl-C stops it.
+
+        It is given the model as it is: the attack cannot make a cheaper copy of one that counts.
+        """
+        attack = build_attack("native", spec, self.model, seed=self.seed, **self._setting, **options)
+        assert isinstance(attack, Attack)
+        x, y = self.images.split(self.batch_size), self.labels.split(self.batch_size)
+        for _ in attack.stream([(x[0], y[0])]):
+            pass
+        x_adv, finished = torch.empty_like(self.images), np.zeros(len(self.images), dtype=bool)
+        interrupted = False
+        with _time_and_memory(self.device) as cost:
+            try:
+                for part in attack.stream(zip(x, y, strict=True)):
+                    x_adv[torch.from_numpy(part.index).to(self.device)] = part.x_adv.to(self.device)
+                    finished[part.index] = True
+            except KeyboardInterrupt:
+                if not finished.any():
+                    raise
+                interrupted = True
+        report = attack.report
+        assert report is not None
+        cost |= {
+            "forward": report.search_forward,
+            "backward": report.search_backward,
+            "judgement": report.judgement_forward,
+        }
+        if not interrupted:
+            return _Measured(x_adv, slice(None), cost, report.search)
+        rows = torch.from_numpy(finished.nonzero()[0]).to(self.device)
+        return _Measured(x_adv[rows], rows, cost, report.search, interrupted=True)
+
+    def _run_counted(self, implementation: str, spec: AttackSpec | None) -> _Measured:
+        """Run the attack of a toolkit, or the prediction of any implementation, on a model that counts."""
+        counting = CountingModel(self.model)
+        if spec is None:
+            predict = build_prediction(implementation, counting, **self._setting)
+            run: TensorAttack = lambda x, _: predict(x)  # noqa: E731
+        else:
+            run = build_attack(implementation, spec, counting, seed=self.seed, **self._setting)
+        run(self.images[: self.batch_size], self.labels[: self.batch_size])
+        counting.reset()
+        with _time_and_memory(self.device) as cost:
+            result = run(self.images, self.labels).detach()
+        cost |= {"forward": counting.forward_samples, "backward": counting.backward_samples, "judgement": 0}
+        return _Measured(result, slice(None), cost)
 
     def _predict(self, images: Tensor) -> Tensor:
         with torch.no_grad():
             return torch.cat([self.model(batch).argmax(1) for batch in images.split(self.batch_size)])
 
-    def _outcomes(self, clean: Tensor, adversarial: Tensor, images: Tensor) -> pd.DataFrame:
+    def _outcomes(self, clean: Tensor, adversarial: Tensor, images: Tensor, rows: Tensor | slice) -> pd.DataFrame:
+        """A row for each of `images` (M, ...), which are at `rows` in the data, and their predictions (M,)."""
         return pd.DataFrame(
             {
-                "index": range(len(images)),
-                "label": self.labels.cpu().numpy(),
+                "index": torch.arange(len(self.images), device=self.device)[rows].cpu().numpy(),
+                "label": self.labels[rows].cpu().numpy(),
                 "clean_prediction": clean.cpu().numpy(),
                 "adversarial_prediction": adversarial.cpu().numpy(),
-                "l2": self._perturbation(images, 2).numpy(),
-                "linf": self._perturbation(images, np.inf).numpy(),
+                "l2": self._perturbation(images, rows, 2).numpy(),
+                "linf": self._perturbation(images, rows, np.inf).numpy(),
             }
         )
 
-    def _perturbation(self, images: Tensor, p: float) -> Tensor:
-        """Its p-norm for each image (N,), in float64."""
-        pairs = zip(images.split(self.batch_size), self.images.split(self.batch_size), strict=True)
+    def _perturbation(self, images: Tensor, rows: Tensor | slice, p: float) -> Tensor:
+        """Its p-norm for each image (M,), in float64."""
+        pairs = zip(images.split(self.batch_size), self.images[rows].split(self.batch_size), strict=True)
         norms = [torch.linalg.vector_norm((x_adv.double() - x.double()).flatten(1), p, dim=1) for x_adv, x in pairs]
         return torch.cat(norms).cpu()
 
-    def _flags(self, job: _Job, images: Tensor, robust_accuracy: float) -> list[str]:
-        """Reasons to distrust the row."""
+    def _flags(self, job: _Job, measured: _Measured, robust_accuracy: float) -> list[str]:
+        """Reasons to distrust the row; of an interrupted one only those that are seen on its own images."""
         assert job.spec is not None
-        flags = []
+        images, flags = measured.result, []
         if images.isnan().any():
             flags.append("nan")
-        if (self._perturbation(images, job.spec.norm) > _with_rounding(job.spec, images[0].numel())).any():
+        size = self._perturbation(images, measured.rows, job.spec.norm)
+        if (size > _with_rounding(job.spec, images[0].numel())).any():
             flags.append("outside_ball")
         if ((images < 0) | (images > 1)).any():
             flags.append("outside_clip")
+        if measured.interrupted:
+            return [*flags, "interrupted"]
         if job.spec.attack == "PGD":
             fgsm_spec = AttackSpec("FGSM", job.spec.norm, job.spec.eps, job.spec.eps)
-            fgsm = job.known | _columns_of("FGSM", job.implementation, fgsm_spec, self.batch_size)
+            fgsm = job.known | _columns_of("FGSM", job.implementation, fgsm_spec, self.batch_size, job.options)
             if (self.table.select([fgsm])["robust_accuracy"] < robust_accuracy).any():
                 flags.append("weaker_than_fgsm")
         if self._zero_gradients is None:
@@ -307,6 +423,19 @@ class _Run:
             (gradient,) = torch.autograd.grad(cross_entropy(self.model(inputs), y, reduction="sum"), inputs)
             zero += int((gradient == 0).flatten(1).all(1).sum())
         return zero / len(self.images)
+
+
+@contextmanager
+def _time_and_memory(device: torch.device) -> Iterator[dict[str, float]]:
+    """The seconds and the peak memory that a block takes, known after it."""
+    cost: dict[str, float] = {}
+    with peak_memory(device) as peak:
+        start = time.perf_counter()
+        yield cost
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        cost["seconds"] = time.perf_counter() - start
+    cost["peak_memory_mb"] = peak.mb
 
 
 def _with_rounding(spec: AttackSpec, pixels: int) -> float:
@@ -365,16 +494,21 @@ def _has(implementation: str, attack: str, spec: AttackSpec | None) -> bool:
     return True
 
 
-def _columns_of(attack: str, implementation: str, spec: AttackSpec | None, batch_size: int) -> dict[str, Any]:
+def _columns_of(
+    attack: str, implementation: str, spec: AttackSpec | None, batch_size: int, options: Mapping[str, Any]
+) -> dict[str, Any]:
     params: dict[str, Any] = {"batch_size": int(batch_size)}
     if spec is not None:
         params |= {"eps_step": spec.eps_step, "random_start": spec.random_start}
+    if "early_stop" in options:
+        params["early_stop"] = options["early_stop"]
     return {
         "attack": attack,
         "implementation": implementation,
         "eps": 0.0 if spec is None else spec.eps,
         "steps": 0 if spec is None else spec.steps,
         "params": json.dumps(params, sort_keys=True),
+        "precision": options.get("precision", "float32"),
     }
 
 

@@ -9,6 +9,7 @@ from models_for_tests import CLASSES, SHAPE
 from torch.nn.functional import cross_entropy
 
 from guardians.adapters.implementations import IMPLEMENTATIONS, AttackSpec, build_attack, is_available
+from guardians.attacks import Attack
 
 INF = float("inf")
 FGSM = AttackSpec("FGSM", INF, eps=0.03, eps_step=0.01)
@@ -143,6 +144,38 @@ def test_unknown_names(implementation, spec, message, net):
         is_available(implementation, spec)
     with pytest.raises(ValueError, match=message):
         build_attack(implementation, spec, net, nb_classes=CLASSES, input_shape=SHAPE, batch_size=5)
+
+
+def test_native_is_the_attack_itself(net, x, y):
+    classical = build("native", PGD, net)
+    assert isinstance(classical, Attack)
+    assert (classical.early_stop, classical.precision) == (False, "auto")
+    fast = build("native", PGD, net, early_stop=True, precision="float32")
+    assert isinstance(fast, Attack)
+    assert (fast.early_stop, fast.precision) == (True, "float32")
+    assert (norms(fast(x, y) - x, PGD) <= norms(classical(x, y) - x, PGD) + 1e-6).all()
+    assert fast.report.search_backward < classical.report.search_backward == len(x) * PGD.steps
+
+
+@pytest.mark.parametrize("implementation", ["ART", "torchattacks", "foolbox"])
+def test_toolkits_have_no_early_stop_and_no_precision(implementation, net):
+    build(implementation, PGD, net, early_stop=False, precision="float32")
+    with pytest.raises(ValueError, match=f"early_stop=True: must be False for {implementation}"):
+        build(implementation, PGD, net, early_stop=True)
+    with pytest.raises(ValueError, match=f"precision='bfloat16': must be auto or float32 for {implementation}"):
+        build(implementation, PGD, net, precision="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"early_stop": 1}, TypeError, "early_stop=1: must be True or False"),
+        ({"precision": "double"}, ValueError, "precision='double': must be one of auto, float32, bfloat16, float16"),
+    ],
+)
+def test_options_of_native_are_checked(options, error, message, net):
+    with pytest.raises(error, match=message):
+        build("native", PGD, net, **options)
 
 
 @pytest.fixture

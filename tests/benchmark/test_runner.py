@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from guardians.attacks import PGD, Attack
 from guardians.benchmark import runner
 from guardians.benchmark.runner import KEY, outcome_path, run_benchmark, summarise
 from guardians.data import Dataset
@@ -66,7 +67,7 @@ def replace_attack(monkeypatch):
 
 
 def test_every_attack_in_every_toolkit(model, data, tmp_path):
-    frame = run_quietly(model, data, out=tmp_path, attacks=("PGD-3", "FGSM", "clean"))
+    frame = run_quietly(model, data, out=tmp_path, attacks=("PGD-3", "FGSM", "clean"), early_stop=False)
     assert list(frame.columns) == list(BENCHMARK_COLUMNS)
     toolkits = ["native", "ART", "torchattacks", "foolbox"]
     assert list(zip(frame["attack"], frame["implementation"], strict=True)) == [
@@ -81,11 +82,16 @@ def test_every_attack_in_every_toolkit(model, data, tmp_path):
     assert (frame["norm"] == np.inf).all()
     assert frame["backward_per_image"].tolist() == [0] * 4 + [1] * 4 + [3] * 4
     assert frame["forward_per_image"].tolist() == [1] * 4 + [1, 1, 1, 2] + [3, 5, 3, 4]
+    assert (frame["judgement_per_image"] == 0).all()
+    assert (frame["search"] == "model").all()
+    assert frame["precision"].tolist() == ["float32"] * 4 + ["auto", "float32", "float32", "float32"] * 2
     assert frame["linf_max"].to_numpy() == pytest.approx([0] * 4 + [8 / 255] * 4 + [6 / 255] * 4, abs=1e-6)
     assert (frame["images_per_second"] * frame["seconds"]).to_numpy() == pytest.approx(20)
     assert (frame["device"] == "cpu").all()
     assert json.loads(frame["params"][11]) == {"batch_size": 8, "eps_step": 2 / 255, "random_start": False}
     assert set(json.loads(frame["versions"][0])) == {"guardians", "python", "torch", "art", "torchattacks", "foolbox"}
+    assert json.loads(frame["params"][8]) == json.loads(frame["params"][11]) | {"early_stop": False}
+    assert frame.attrs == {"interrupted": False}
     pd.testing.assert_frame_equal(frame, read_csv(tmp_path / "benchmark.csv"))
 
 
@@ -133,7 +139,7 @@ def test_judged_by_the_model_itself(data, model, tmp_path, replace_attack):
     step = torch.zeros(20, 1, 1, 1)
     step[::2] = 8 / 255
     replace_attack(lambda x, _: (x + step[: len(x)]).clamp(0, 1))
-    row = run_quietly(model, data, out=tmp_path, attacks=["FGSM"], implementations=["native"]).iloc[0]
+    row = run_quietly(model, data, out=tmp_path, attacks=["FGSM"], implementations=["ART"]).iloc[0]
     x = data.as_floats()
     x_adv = (x + step).clamp(0, 1)
     with torch.no_grad():
@@ -174,23 +180,138 @@ def test_a_killed_run_continues_where_it_stopped(model, data, tmp_path, monkeypa
         return build(implementation, spec, *arguments, **options)
 
     monkeypatch.setattr(runner, "build_attack", build_until_killed)
-    with pytest.raises(KeyboardInterrupt):
-        run_quietly(model, data, out=tmp_path, attacks=attacks)
+    stopped = run_quietly(model, data, out=tmp_path, attacks=attacks)
+    assert stopped.attrs["interrupted"]
     path = tmp_path / "benchmark.csv"
     before = path.read_text()
-    assert len(read_csv(path)) == 4 + 3
+    pd.testing.assert_frame_equal(stopped, read_csv(path))
+    pd.testing.assert_frame_equal(stopped[FIGURES], whole[FIGURES].head(4 + 3))
     path.write_text(before + "tiny,random images,none,FG")
 
     resumed = run_quietly(model, data, out=tmp_path, attacks=attacks)
     assert built[4:] == built[3:4] + [(toolkit, 2) for toolkit in ("native", "ART", "torchattacks", "foolbox")]
     assert path.read_text().startswith(before)
     assert not resumed.duplicated(KEY).any()
+    assert not resumed.attrs["interrupted"]
     pd.testing.assert_frame_equal(resumed[FIGURES], whole[FIGURES])
 
     again = path.read_bytes()
     pd.testing.assert_frame_equal(run_quietly(model, data, out=tmp_path, attacks=attacks), resumed)
     assert len(built) == 8 + 1
     assert path.read_bytes() == again
+
+
+@pytest.fixture
+def interrupt_stream(monkeypatch):
+    """Let Ctrl-C arrive once in a native PGD on all images, after so many results; returns what was finished."""
+    stream = Attack.stream
+
+    def interrupt(results):
+        finished = []
+
+        def until_interrupted(self, batches):
+            batches = list(batches)
+            for part in stream(self, batches):
+                if len(batches) > 1 and type(self) is PGD:
+                    if len(finished) == results:
+                        monkeypatch.setattr(Attack, "stream", stream)
+                        raise KeyboardInterrupt
+                    finished.append(part)
+                yield part
+
+        monkeypatch.setattr(Attack, "stream", until_interrupted)
+        return finished
+
+    return interrupt
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_what_a_native_attack_has_finished_survives_an_interrupt(model, data, tmp_path, interrupt_stream, early_stop):
+    run = partial(run_quietly, model, data, attacks=("clean", "FGSM", "PGD-4"), early_stop=early_stop)
+    run = partial(run, implementations=["native", "foolbox"])
+    whole = run(out=tmp_path / "whole")
+    finished = interrupt_stream(2)
+    stopped = run(out=tmp_path)
+    assert stopped.attrs["interrupted"]
+    pd.testing.assert_frame_equal(stopped[FIGURES].head(4), whole[FIGURES].head(4))
+    pd.testing.assert_frame_equal(stopped.head(4), read_csv(tmp_path / "benchmark.csv"), check_dtype=False)
+    assert len(list((tmp_path / "outcomes").iterdir())) == 4
+
+    assert list(stopped.columns) == list(BENCHMARK_COLUMNS)
+    assert stopped["flags"].tolist() == [""] * 4 + ["interrupted"]
+    row = stopped.iloc[4]
+    assert (row["attack"], row["implementation"]) == ("PGD-4", "native")
+    rows = np.sort(np.concatenate([part.index for part in finished]))
+    outcomes = read_csv(outcome_path(tmp_path / "whole", whole.iloc[4]))
+    for name, value in summarise(outcomes.iloc[rows]).items():
+        assert row[name] == pytest.approx(value, rel=1e-6, nan_ok=True), name
+    assert 0 < row["n"] == len(rows) < 20
+    assert row["images_per_second"] * row["seconds"] == pytest.approx(len(rows))
+    assert 0 < row["forward_per_image"] * row["n"] <= whole["forward_per_image"][4] * 20
+
+    resumed = run(out=tmp_path)
+    assert not resumed.attrs["interrupted"]
+    pd.testing.assert_frame_equal(resumed[FIGURES], whole[FIGURES])
+
+
+def test_an_interrupt_before_the_first_image_is_finished_leaves_no_row(model, data, tmp_path, interrupt_stream):
+    interrupt_stream(0)
+    stopped = run_quietly(model, data, out=tmp_path, attacks=["FGSM", "PGD-2"], implementations=["native"])
+    assert stopped.attrs["interrupted"]
+    assert stopped["attack"].tolist() == ["FGSM"]
+
+
+def test_an_interrupt_of_all_images_but_not_of_the_attack_still_ends_the_run(model, data, tmp_path, monkeypatch):
+    stream = Attack.stream
+
+    def and_interrupt(self, batches):
+        batches = list(batches)
+        yield from stream(self, batches)
+        if len(batches) > 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Attack, "stream", and_interrupt)
+    stopped = run_quietly(model, data, out=tmp_path, attacks=["FGSM", "PGD-2"], implementations=["native"])
+    assert stopped.attrs["interrupted"]
+    assert stopped[["attack", "n", "flags"]].to_numpy().tolist() == [["FGSM", 20, "interrupted"]]
+    assert len(read_csv(tmp_path / "benchmark.csv")) == 0
+
+
+@pytest.mark.parametrize("again_and_again", [False, True])
+@pytest.mark.parametrize("implementation", ["native", "ART"])
+def test_an_interrupt_at_any_pass(model, data, tmp_path, implementation, again_and_again):
+    """Ctrl-C in every forward pass of a run in turn, once, or also while what is finished is judged."""
+    passes, stop = 0, None
+
+    def count(*_):
+        nonlocal passes
+        passes += 1
+        if passes == stop or (again_and_again and stop is not None and passes > stop):
+            raise KeyboardInterrupt
+
+    model.register_forward_pre_hook(count)
+    run = partial(run_quietly, model, data, attacks=["clean", "PGD-3"], implementations=[implementation])
+    whole = run(out=tmp_path / "whole")
+    total, partial_rows = passes, []
+    for stop in range(1, total + 1):
+        passes = 0
+        model.train()
+        out = tmp_path / str(stop)
+        stopped = run(out=out)
+        assert stopped.attrs["interrupted"]
+        assert all(part.training for part in model.modules())
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        written = read_csv(out / "benchmark.csv")
+        assert not written["flags"].str.contains("interrupted").any()
+        is_partial = stopped["flags"] == "interrupted"
+        pd.testing.assert_frame_equal(
+            stopped[~is_partial][FIGURES], whole[FIGURES].head(len(written)), check_dtype=False
+        )
+        partial_rows += stopped["n"][is_partial].tolist()
+    assert partial_rows == sorted(partial_rows)
+    assert bool(partial_rows) == (implementation == "native" and not again_and_again)
+    stop = None
+    pd.testing.assert_frame_equal(run(out=out)[FIGURES], whole[FIGURES])
 
 
 def test_other_settings_are_other_rows(model, data, tmp_path):
@@ -202,6 +323,67 @@ def test_other_settings_are_other_rows(model, data, tmp_path):
     run(random_start=True)  # concerns PGD alone
     assert len(read_csv(tmp_path / "benchmark.csv")) == 13
     assert len(list((tmp_path / "outcomes").iterdir())) == 13
+
+
+def test_other_ways_to_search_are_other_rows_of_native_attacks_alone(model, data, tmp_path):
+    run = partial(run_quietly, model, data, out=tmp_path, attacks=["clean", "FGSM"], implementations=["native", "ART"])
+    run()
+    assert len(read_csv(tmp_path / "benchmark.csv")) == 4
+    for count, change in enumerate(({"early_stop": False}, {"precision": "float32"}, {"precision": "bfloat16"}), 5):
+        assert len(run(**change)) == 4
+        frame = read_csv(tmp_path / "benchmark.csv")
+        assert len(frame) == count
+        assert tuple(frame.iloc[-1][["attack", "implementation"]]) == ("FGSM", "native")
+        assert frame["precision"].iloc[-1] == change.get("precision", "auto")
+        assert json.loads(frame["params"].iloc[-1])["early_stop"] == change.get("early_stop", True)
+    assert len(list((tmp_path / "outcomes").iterdir())) == 7
+    again = (tmp_path / "benchmark.csv").read_bytes()
+    run()
+    assert (tmp_path / "benchmark.csv").read_bytes() == again
+
+
+@pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16", "float16"])
+def test_the_fast_search_is_never_weaker_and_asks_less(model, data, tmp_path, precision):
+    run = partial(run_quietly, model, data, out=tmp_path, attacks=["PGD-5"], implementations=["native"])
+    classical = run(early_stop=False, precision="float32").iloc[0]
+    fast, thorough = run(precision=precision).iloc[0], run(early_stop=False, precision=precision).iloc[0]
+    assert 0 < fast["robust_accuracy"] <= classical["robust_accuracy"] < 0.8
+    assert thorough["robust_accuracy"] <= classical["robust_accuracy"]
+    assert fast["linf_max"] <= 8 / 255 + 1e-6
+    assert fast["l2_mean"] < classical["l2_mean"]
+    assert fast["backward_per_image"] < classical["backward_per_image"] == 5
+    assert fast["judgement_per_image"] > 0
+    assert fast["search"].startswith("folded")
+    assert classical["search"] == "model"
+
+
+@pytest.mark.parametrize(("early_stop", "precision"), [(True, "auto"), (False, "float32"), (False, "bfloat16")])
+def test_what_native_attacks_cost_is_what_they_report(model, data, tmp_path, monkeypatch, early_stop, precision):
+    build, built, seen = runner.build_attack, [], []
+
+    def remember(*arguments, **options):
+        built.append(build(*arguments, **options))
+        return built[-1]
+
+    monkeypatch.setattr(runner, "build_attack", remember)
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))  # no copy is made of it
+    row = run_quietly(
+        model,
+        data,
+        out=tmp_path,
+        attacks=["PGD-5"],
+        implementations=["native"],
+        early_stop=early_stop,
+        precision=precision,
+    ).iloc[0]
+    report = built[0].report
+    assert row["search"] == report.search == "model"
+    assert row["forward_per_image"] == report.search_forward / 20
+    assert row["backward_per_image"] == report.search_backward / 20
+    assert row["judgement_per_image"] == report.judgement_forward / 20
+    if not early_stop and precision == "float32":
+        # Besides: the number of classes, here and there, a warm-up batch, two predictions and one gradient of all.
+        assert sum(seen) - 2 - 5 * 8 - 3 * 20 == report.search_forward + report.judgement_forward == 100
 
 
 def test_rows_of_other_code_are_kept_with_a_warning(model, data, tmp_path, caplog, monkeypatch):
@@ -251,6 +433,11 @@ def test_pgd_that_is_weaker_than_fgsm_is_flagged(tmp_path):
     assert frame["flags"].tolist() == [""] * 4 + ["weaker_than_fgsm"] * 4
     resumed = run(out=tmp_path, attacks=["PGD-6"], implementations=["native"])  # FGSM's row is on disk
     assert resumed["flags"].tolist() == ["weaker_than_fgsm"]
+    classical = run(out=tmp_path, attacks=["PGD-4"], implementations=["native"], early_stop=False)
+    assert classical["flags"].tolist() == [""]  # there is no FGSM that searched like it
+    run(out=tmp_path, attacks=["FGSM"], implementations=["native"], early_stop=False)
+    classical = run(out=tmp_path, attacks=["PGD-6"], implementations=["native"], early_stop=False)
+    assert classical["flags"].tolist() == ["weaker_than_fgsm"]
     alone = run(out=tmp_path / "alone", attacks=["PGD-4"], implementations=["native"])
     assert alone["flags"].tolist() == [""]
 
@@ -313,6 +500,9 @@ def test_the_model_comes_back_as_it_was(model, data, tmp_path):
         ({"random_start": 1}, TypeError, "random_start=1"),
         ({"batch_size": 0}, ValueError, "batch_size=0"),
         ({"seed": -1}, ValueError, "seed=-1"),
+        ({"early_stop": 1}, TypeError, "early_stop=1: must be True or False"),
+        ({"precision": "float64"}, ValueError, "precision='float64': must be one of auto, float32, bfloat16, float16"),
+        ({"precision": None}, ValueError, "precision=None: must be one of auto, float32, bfloat16, float16"),
         ({"model_name": " "}, ValueError, "model_name"),
         ({"device": "meta"}, ValueError, "device='meta': the model is on cpu"),
     ],
