@@ -134,11 +134,15 @@ class TestOutcome:
             assert logged == "nan" if steps == 0 else float(logged) == pytest.approx(robust[steps], abs=0.02)
         assert robust[0] + 0.2 < min(robust[1], robust[2])
 
-    def test_adversarial_examples_are_those_of_the_recipe(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """In the ball about the augmented images, worse than these for the model, and made without a trace on it."""
-        clean, seen = [], []
-        batches = training._batches
-        monkeypatch.setattr(training, "_batches", lambda *args: ((clean.append(x), (x, y))[1] for x, y in batches(*args)))
+    def test_trains_on_images_in_the_ball(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """About the augmented images, and leaves the parameters trainable."""
+        clean, seen, augment = [], [], training._augment
+
+        def recorded(*args: Any) -> Tensor:
+            clean.append(augment(*args))
+            return clean[-1]
+
+        monkeypatch.setattr(training, "_augment", recorded)
         model = small_model()
         model.register_forward_hook(lambda m, args, _: seen.append(args[0].clone()) if m.training else None)
         train(model, TRAIN, TEST, replace(RECIPE, attack_steps=2, eps=0.1, eps_step=0.06), tmp_path, verbose=False)

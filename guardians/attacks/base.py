@@ -116,7 +116,10 @@ class Attack(ClassifierAttack):
 
     @abstractmethod
     def result(self, state: State) -> Tensor:
-        """Adversarial images (N, ...), inside the norm ball and `clip_values` to the last bit."""
+        """Adversarial images (N, ...), inside the norm ball and `clip_values` to the last bit.
+
+        They are kept while the search goes on, so `update` does not write into their memory.
+        """
 
     def needs_gradient(self, state: State) -> bool:
         """Whether the next `update` wants the gradient, or the logits alone."""
@@ -192,7 +195,7 @@ class Attack(ClassifierAttack):
     ) -> Iterator[Finished]:
         """Run the engine with the model `undisturbed` while it searches, but not between two results."""
         seed = int(torch.randint(2**62, ())) if self.seed is None else int(self.seed)
-        device = device or self.victim.device or torch.device("cpu")
+        device = device or self.victim.device
         self.report = Report()
         search = engine.stream(self, batches, seed=seed, device=device, report=self.report)
         done = fooled = 0

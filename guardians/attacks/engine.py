@@ -73,7 +73,7 @@ class Report:
 
 
 def stream(
-    attack: Attack, batches: Iterable[dict[str, Tensor]], *, seed: int, device: torch.device, report: Report
+    attack: Attack, batches: Iterable[dict[str, Tensor]], *, seed: int, device: torch.device | None, report: Report
 ) -> Iterator[Finished]:
     """Adversarial images, as they are finished; memory does not grow with their number.
 
@@ -84,7 +84,7 @@ def stream(
         batches: dicts of "x" and, where there are any, "y", "mask" and "x_adv_init", each (N, ...), read when rows are
             free. All is checked by then. Without "y" the victim's predictions are the labels.
         seed: of all random numbers; those of a sample also depend on its position in the data, not on the batch.
-        device: where batches go.
+        device: where batches go; None leaves them where they are.
         report: which is kept up to date.
     """
     new, failed = _Queue(batches, device), _Queue((), device)
@@ -308,7 +308,7 @@ class _Pool:
 class _Queue:
     """Samples that wait, read from `batches` when they are asked for."""
 
-    def __init__(self, batches: Iterable[dict[str, Tensor]], device: torch.device) -> None:
+    def __init__(self, batches: Iterable[dict[str, Tensor]], device: torch.device | None) -> None:
         self._batches, self._device = iter(batches), device
         self._pieces: deque[State] = deque()
         self._read = 0
@@ -356,9 +356,10 @@ class _Queue:
         return {name: self._moved(value) if isinstance(value, Tensor) else value for name, value in samples.items()}
 
     def _moved(self, value: Tensor) -> Tensor:
-        if value.device.type == "cpu" and self._device.type == "cuda":
-            return value.pin_memory().to(self._device, non_blocking=True)
-        return value.to(self._device, copy=True)
+        device = self._device or value.device
+        if value.device.type == "cpu" and device.type == "cuda":
+            return value.pin_memory().to(device, non_blocking=True)
+        return value.to(device, copy=True)
 
 
 def _majority(votes: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from guardians.adapters.implementations import IMPLEMENTATIONS, AttackSpec, buil
 from guardians.attacks.checks import check_integer
 from guardians.attacks.victim import undisturbed
 
-__all__ = ["OVERHEAD_COLUMNS", "measure_overhead"]
+__all__ = ["OVERHEAD_COLUMNS", "bare_loop", "forward_backward", "measure_overhead", "timed"]
 
 OVERHEAD_COLUMNS = {
     "implementation": "bare loop, native, ART, torchattacks or foolbox",
@@ -56,7 +56,7 @@ def measure_overhead(
     spec = AttackSpec("PGD", np.inf, 8 / 255, 2 / 255, steps)
     with torch.no_grad():
         nb_classes = model(images[:1]).shape[1]
-    runs: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"bare loop": lambda x, y: _bare_loop(model, x, y, steps)}
+    runs: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"bare loop": lambda x, y: bare_loop(model, x, y, steps)}
     for implementation in IMPLEMENTATIONS:
         shape = tuple(images.shape[1:])
         runs[implementation] = build_attack(
@@ -69,7 +69,7 @@ def measure_overhead(
     for _ in tqdm(range(rounds), desc="overhead", unit="round"):
         shuffle(order)
         for name in order:
-            seconds[name].append(_seconds(runs[name], images, labels))
+            seconds[name].append(timed(runs[name], images, labels)[1])
     times = pd.DataFrame(seconds)
     ratios = times.div(times["bare loop"], axis=0)
     return pd.DataFrame(
@@ -91,18 +91,28 @@ def measure_overhead(
     )
 
 
-def _bare_loop(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
-    gradient = torch.empty(0)
-    with undisturbed(model):
-        for _ in range(steps):
-            inputs = x.detach().requires_grad_(True)
-            (gradient,) = torch.autograd.grad(cross_entropy(model(inputs), y, reduction="sum"), inputs)
+def forward_backward(logits_of: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """The gradient of the sum of the cross-entropy with respect to the images."""
+    with torch.enable_grad():
+        inputs = x.detach().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(cross_entropy(logits_of(inputs), y, reduction="sum"), inputs)
     return gradient
 
 
-def _seconds(run: Callable[[Tensor, Tensor], Tensor], images: Tensor, labels: Tensor) -> float:
+def bare_loop(model: nn.Module, x: Tensor, y: Tensor, steps: int, batch_size: int | None = None) -> Tensor:
+    """`steps` forward and backward passes of each batch (all images by default); the gradient of the last."""
+    gradient = torch.empty(0)
+    with undisturbed(model):
+        for images, labels in zip(x.split(batch_size or len(x)), y.split(batch_size or len(x)), strict=True):
+            for _ in range(steps):
+                gradient = forward_backward(model, images, labels)
+    return gradient
+
+
+def timed(run: Callable[..., Tensor], *arguments: Tensor) -> tuple[Tensor, float]:
+    """What `run` returns, and the seconds until it is there, on its device too."""
     start = time.perf_counter()
-    result = run(images, labels)
+    result = run(*arguments)
     if result.is_cuda:
         torch.cuda.synchronize(result.device)
-    return time.perf_counter() - start
+    return result, time.perf_counter() - start

@@ -1,0 +1,36 @@
+"""Peak memory of native PGD on few and on many images that are read lazily, each in a process of its own.
+
+    python benchmarks/attack_memory.py --data PATH
+
+Writes results/attack_memory.csv; columns in guardians.benchmark.throughput.MEMORY_COLUMNS.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from guardians.benchmark.throughput import measure_memory
+from guardians.data import ENVIRONMENT_VARIABLE, load_data
+from guardians.tables import print_table
+
+
+def main(
+    model: str = "resnet9-16-standard",
+    data: Annotated[Path | None, typer.Option(envvar=ENVIRONMENT_VARIABLE)] = None,
+    size: Annotated[list[int], typer.Option(help="Number of images, repeatable.")] = [1000, 50_000],  # noqa: B006
+    batch_size: int = 128,
+    steps: int = 40,
+    device: str = "cpu",
+    out: Path = Path("results"),
+) -> None:
+    """Measure, print and write the table."""
+    images = load_data(data, split="train")
+    frame = measure_memory(model, images, size, steps=steps, batch_size=batch_size, device=device)
+    out.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(out / "attack_memory.csv", index=False)
+    print_table(frame, title="Attack memory")
+
+
+if __name__ == "__main__":
+    typer.run(main)
