@@ -184,8 +184,12 @@ class _Run:
 
     def judge(self, images: Tensor, y: Tensor) -> np.ndarray:
         """Whether the user's model is fooled in most of fresh draws."""
-        self.report.judgement_forward += self.judge_samples * len(images)
-        return _on_host(self.reached(torch.stack([self.judge_logits(images) for _ in range(self.judge_samples)]), y))
+        asked = images
+        if self.attack.early_stop and not self.is_random:  # in batches of any size
+            asked = _select(images, np.resize(np.arange(len(images)), _round_size(len(images))))
+        self.report.judgement_forward += self.judge_samples * len(asked)
+        logits = torch.stack([self.judge_logits(asked)[: len(images)] for _ in range(self.judge_samples)])
+        return _on_host(self.reached(logits, y))
 
 
 class _Pool:
@@ -210,7 +214,9 @@ class _Pool:
     def fill(self) -> bool:
         """Give vacant rows to samples that wait, or drop the rows; whether there is anything to search.
 
-        The classical algorithm has fixed batches: the next one starts when all of the last is done.
+        When none waits any more, the batch shrinks from one round size to the next, and the rows that stay vacant
+        meanwhile are asked about in vain. The classical algorithm has fixed batches: the next one starts when all of
+        the last is done.
         """
         rows = _length(self.state)
         if len(self.vacant) == rows:
@@ -219,9 +225,12 @@ class _Pool:
             batch = self.queue.take(self.run.capacity - rows + len(self.vacant))
             if batch is not None:
                 self._place(self.run.start(batch))
-        if len(self.vacant):
-            self.state = _rows(self.state, np.delete(np.arange(rows), self.vacant))
-            self.vacant = self.vacant[:0]
+        standing = rows - len(self.vacant)
+        size = _round_size(standing) if self.run.attack.early_stop else standing
+        if len(self.vacant) and size < rows:
+            taken = np.delete(np.arange(rows), self.vacant)
+            self.state = _rows(self.state, np.append(taken, self.vacant[: size - standing]))
+            self.vacant = np.arange(standing, size)
         return bool(self.state)
 
     def step(self) -> Iterator[Finished]:
@@ -230,20 +239,22 @@ class _Pool:
         query, y = attack.query(state), state["y"]
         logits, gradient = self._ask(query, y)
         over = np.zeros(len(query), dtype=bool)
-        at_fixed_point = over
+        over[self.vacant] = True
+        at_fixed_point = np.zeros_like(over)
         if attack.early_stop or self.failed is not None:
             flags = [run.reached(logits, y), state["at_fixed_point"], ~logits.isfinite().all(-1).all(0)]
             if self.failed is not None and gradient is not None:
                 steepest = lp_norm(gradient, float("inf")).flatten()
                 flags[-1] |= ~((steepest > 0) & steepest.isfinite())
             reached, at_fixed_point, broken = _on_host(torch.stack(flags))
+            reached &= ~over
             if attack.early_stop and reached.any():
                 rows = reached.nonzero()[0]
                 images = attack.result(_rows(state, rows))
                 fooled = self._confirm(images, query, rows)
                 over[rows[fooled]] = True
                 if fooled.any():
-                    yield Finished(state["index"][over], _select(images, fooled), fooled[fooled])
+                    yield Finished(state["index"][rows[fooled]], _select(images, fooled), fooled[fooled])
             state["doubted"] |= (reached & ~over) | at_fixed_point | broken
         done = (_on_host(attack.update(state, logits.mean(0), gradient)) | at_fixed_point) & ~over
         if run.sees_fixed_points:
@@ -370,6 +381,12 @@ def _majority(votes: Tensor) -> Tensor:
 def _on_host(values: Tensor | np.ndarray) -> np.ndarray:
     """Where the loop waits for the device."""
     return values if isinstance(values, np.ndarray) else values.cpu().numpy()
+
+
+def _round_size(n: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: for each new size of a batch kernels are prepared anew."""
+    power = 1 << (n - 1).bit_length()
+    return power - power // 4 if n <= power - power // 4 and power >= 4 else power
 
 
 def _length(state: State) -> int:
