@@ -186,7 +186,8 @@ class _Run:
         """Whether the user's model is fooled in most of fresh draws."""
         asked = images
         if self.attack.early_stop and not self.is_random:  # in batches of any size
-            asked = _select(images, np.resize(np.arange(len(images)), _round_size(len(images))))
+            size = min(_round_size(len(images)), int(self.attack.batch_size))
+            asked = _select(images, np.resize(np.arange(len(images)), size))
         self.report.judgement_forward += self.judge_samples * len(asked)
         logits = torch.stack([self.judge_logits(asked)[: len(images)] for _ in range(self.judge_samples)])
         return _on_host(self.reached(logits, y))
