@@ -17,7 +17,7 @@ from guardians.attacks.checks import check_flag, check_integer
 from guardians.attacks.engine import Finished, Report
 from guardians.attacks.interfaces import ClassifierAttack
 from guardians.attacks.rng import SampleRng
-from guardians.attacks.search import PRECISIONS
+from guardians.attacks.search import check_precision
 from guardians.attacks.victim import undisturbed
 
 __all__ = ["Attack", "State"]
@@ -218,8 +218,7 @@ class Attack(ClassifierAttack):
             if self.seed >= 2**64:
                 raise ValueError(f"seed={self.seed}: must be below 2**64")
         check_flag("early_stop", self.early_stop)
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision={self.precision!r}: must be one of {', '.join(PRECISIONS)}")
+        check_precision(self.precision)
         if self.judge_samples is not None:
             check_integer("judge_samples", self.judge_samples, low=1)
         check_integer("eot_samples", self.eot_samples, low=1)

@@ -26,9 +26,9 @@ from guardians.attacks.search import Search, choose_search, is_random, judge_log
 if TYPE_CHECKING:
     from guardians.attacks.base import Attack, State
 
-__all__ = ["Finished", "Report", "stream", "value_and_gradient"]
+__all__ = ["PROBE", "Finished", "Report", "Run", "stream", "value_and_gradient"]
 
-_PROBE = 8
+PROBE = 8
 """Images on which it is seen whether the model is random, and whether a cheaper copy agrees with it."""
 _DRAWS = 9
 """Of a random model for one judgement, unless the attack says how many."""
@@ -90,7 +90,7 @@ def stream(
     new, failed = _Queue(batches, device), _Queue((), device)
     if not new:
         return
-    run = _Run(attack, new.peek(_PROBE), seed, report)
+    run = Run(attack, new.peek(PROBE), seed, report)
     pools = [_Pool(run, attack.victim.logits, new)]
     if run.search.is_cheap:
         pools = [_Pool(run, run.search.logits, new, failed), _Pool(run, attack.victim.logits, failed)]
@@ -134,8 +134,13 @@ def value_and_gradient(
     return torch.stack(draws), total if attack.eot_samples == 1 else total.div_(attack.eot_samples)
 
 
-class _Run:
-    """What the pools of one run share: how it searches and judges."""
+class Run:
+    """What the pools of one run share: how it searches and judges.
+
+    Attributes:
+        search: the model that the search asks.
+        judge_logits: the user's model, in the memory format in which it judges.
+    """
 
     def __init__(self, attack: Attack, probe: Tensor, seed: int, report: Report) -> None:
         self.attack, self.victim, self.seed, self.report = attack, attack.victim, seed, report
@@ -205,7 +210,7 @@ class _Pool:
     """
 
     def __init__(
-        self, run: _Run, logits_of: Callable[[Tensor], Tensor], queue: _Queue, failed: _Queue | None = None
+        self, run: Run, logits_of: Callable[[Tensor], Tensor], queue: _Queue, failed: _Queue | None = None
     ) -> None:
         self.run, self.logits_of, self.queue = run, logits_of, queue
         self.failed = failed

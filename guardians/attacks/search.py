@@ -16,7 +16,15 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from guardians.attacks.victim import Victim
 
-__all__ = ["PRECISIONS", "Search", "bfloat16_is_native", "choose_search", "is_random", "judge_logits"]
+__all__ = [
+    "PRECISIONS",
+    "Search",
+    "bfloat16_is_native",
+    "check_precision",
+    "choose_search",
+    "is_random",
+    "judge_logits",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +41,16 @@ _LOSS_SCALE = 2.0**12
 """Keeps gradients of images that the model is sure of out of float16's underflow."""
 
 Logits = Callable[[Tensor], Tensor]
+
+
+def check_precision(precision: object) -> None:
+    """Raise unless it is one of `PRECISIONS`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r}: must be one of {', '.join(PRECISIONS)}")
 
 
 def bfloat16_is_native(device: torch.device) -> bool:

@@ -38,7 +38,7 @@ from guardians.adapters.implementations import (
 from guardians.attacks.base import Attack
 from guardians.attacks.checks import check_flag, check_integer, check_number
 from guardians.attacks.norms import as_norm
-from guardians.attacks.search import PRECISIONS
+from guardians.attacks.search import check_precision
 from guardians.attacks.victim import Victim, undisturbed
 from guardians.benchmark.counting import CountingModel, peak_memory
 from guardians.benchmark.statistics import wilson_interval
@@ -170,8 +170,7 @@ def run_benchmark(
     if not implementations or not set(implementations) <= set(IMPLEMENTATIONS):
         raise ValueError(f"implementations={implementations!r}: known are {', '.join(IMPLEMENTATIONS)}")
     check_flag("early_stop", early_stop)
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r}: must be one of {', '.join(PRECISIONS)}")
+    check_precision(precision)
     device = _device_of(model, device)
     if len(data) == 0:
         raise ValueError("data has no images")

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from guardians.adapters.implementations import IMPLEMENTATIONS, AttackSpec, build_attack
 from guardians.attacks import PGD
 from guardians.attacks.checks import check_integer, check_number
-from guardians.attacks.search import choose_search, is_random, judge_logits
+from guardians.attacks.engine import PROBE, Report, Run
 from guardians.attacks.victim import undisturbed
 from guardians.benchmark.counting import CountingModel, peak_memory
 from guardians.benchmark.overhead import bare_loop, forward_backward, timed
@@ -43,8 +43,6 @@ EPS, EPS_STEP = 8 / 255, 2 / 255
 TOOLKITS = tuple(name for name in IMPLEMENTATIONS if name != "native")
 _PASSES = 5
 """Passes whose median is the price of one."""
-_PROBE = 8
-"""Images on which the engine chooses the model that it searches with."""
 _CHUNK = 1000
 """Images written at once."""
 
@@ -403,22 +401,12 @@ class _Native(_Contender):
     def price(self, x: Tensor, y: Tensor) -> float:
         forward, backward, judgement = self.counts(len(x))
         with undisturbed(self.attack.victim.module), torch.no_grad():
-            search, judge = self._models(x[:_PROBE])
+            chosen = Run(self.attack, x[:PROBE], 0, Report())
+            search, judge = chosen.search.logits, chosen.judge_logits
             step = _seconds_per_image(lambda: forward_backward(search, x, y), len(x))
             ahead = _seconds_per_image(lambda: search(x), len(x)) if forward > backward else 0.0
             judging = _seconds_per_image(lambda: judge(x), len(x)) if judgement else 0.0
         return backward * step + (forward - backward) * ahead + judgement * judging
-
-    def _models(self, probe: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-        """What the engine asks for gradients and for judgement."""
-        victim = self.attack.victim
-        if not self.attack.early_stop:  # of one start in float32: the user's model
-            return victim.logits, victim.logits
-        expected = victim.logits(probe)
-        if is_random(expected, victim.logits(probe)):
-            return choose_search(victim, self.attack.precision, probe, None).logits, victim.logits
-        judge, _ = judge_logits(victim, probe, expected)
-        return choose_search(victim, self.attack.precision, probe, expected).logits, judge
 
 
 def _pgd(model: nn.Module, steps: int, batch_size: int, *, early_stop: bool, precision: str) -> PGD:

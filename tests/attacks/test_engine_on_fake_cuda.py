@@ -131,7 +131,7 @@ def test_retiring_refilling_and_restarting_stay_on_the_device(norm, options, rea
 
     monkeypatch.setattr(engine, "_on_host", on_host)
     monkeypatch.setattr(torch, "equal", equal)
-    monkeypatch.setattr(engine._Run, "_probe", lambda run, x: None)  # compares values
+    monkeypatch.setattr(engine.Run, "_probe", lambda run, x: None)  # compares values
     report = run(pgd(norm=norm, early_stop=True, **options), batches(3, 2, 2, start=True))
     assert reads == []
     assert report.judgement_forward > 0
@@ -157,7 +157,7 @@ def test_what_a_copy_fails_is_searched_again_on_the_device(share, reads, monkeyp
 
     monkeypatch.setattr(engine, "_on_host", on_host)
     monkeypatch.setattr(torch, "equal", lambda one, other: False)
-    monkeypatch.setattr(engine._Run, "_probe", search_with_a_copy)
+    monkeypatch.setattr(engine.Run, "_probe", search_with_a_copy)
     report = run(pgd(norm=INF, early_stop=True, num_random_init=2), batches(3, 2, 2))
     assert reads == []
     assert N <= sum(asked) < report.search_forward
