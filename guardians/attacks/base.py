@@ -136,6 +136,11 @@ class Attack(ClassifierAttack):
         return False
 
     @property
+    def minimises_norm(self) -> bool:
+        """Whether it looks for the smallest perturbation that fools the model; where it finds none, the image stays."""
+        return False
+
+    @property
     def restarts(self) -> int:
         """How often the search is started for an image that still stands."""
         return 1

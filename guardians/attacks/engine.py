@@ -148,9 +148,10 @@ class Run:
         self.search = Search(self.victim.logits)
         self.judge_logits: Callable[[Tensor], Tensor] = self.victim.logits
         self.is_random = False
-        if attack.early_stop or attack.precision not in ("auto", "float32"):
+        self.refills = attack.early_stop or attack.minimises_norm
+        if self.refills or attack.precision not in ("auto", "float32"):
             self._probe(probe)
-        self.judges = attack.early_stop or attack.restarts > 1 or (attack.uses_success and self.search.is_cheap)
+        self.judges = self.refills or attack.restarts > 1 or (attack.uses_success and self.search.is_cheap)
         self.judge_samples = attack.judge_samples or (_DRAWS if self.is_random else 1)
         self.sees_fixed_points = attack.early_stop and attack.is_memoryless and not self.is_random
 
@@ -163,7 +164,10 @@ class Run:
         if known is not None:
             self.judge_logits, tried = judge_logits(self.victim, x, known)
             self.report.judgement_forward += tried * len(x)
-        self.search = choose_search(self.victim, self.attack.precision, x, known)
+        precision = self.attack.precision
+        if precision == "auto" and self.attack.minimises_norm:
+            precision = "float32"  # the boundary is where bfloat16's logits are wrong
+        self.search = choose_search(self.victim, precision, x, known)
         self.report.search = self.search.description
         self.report.search_forward += self.search.tried * len(x)
         self.report.search_backward += self.search.tried * len(x)
@@ -190,7 +194,7 @@ class Run:
     def judge(self, images: Tensor, y: Tensor) -> np.ndarray:
         """Whether the user's model is fooled in most of fresh draws."""
         asked = images
-        if self.attack.early_stop and not self.is_random:  # in batches of any size
+        if self.refills and not self.is_random:  # in batches of any size
             size = min(_round_size(len(images)), int(self.attack.batch_size))
             asked = _select(images, np.resize(np.arange(len(images)), size))
         self.report.judgement_forward += self.judge_samples * len(asked)
@@ -227,12 +231,12 @@ class _Pool:
         rows = _length(self.state)
         if len(self.vacant) == rows:
             self.state, self.vacant, rows = {}, self.vacant[:0], 0
-        if self.run.attack.early_stop or not self.state:
+        if self.run.refills or not self.state:
             batch = self.queue.take(self.run.capacity - rows + len(self.vacant))
             if batch is not None:
                 self._place(self.run.start(batch))
         standing = rows - len(self.vacant)
-        size = _round_size(standing) if self.run.attack.early_stop else standing
+        size = _round_size(standing) if self.run.refills else standing
         if len(self.vacant) and size < rows:
             taken = np.delete(np.arange(rows), self.vacant)
             self.state = _rows(self.state, np.append(taken, self.vacant[: size - standing]))
@@ -261,7 +265,9 @@ class _Pool:
                 over[rows[fooled]] = True
                 if fooled.any():
                     yield Finished(state["index"][rows[fooled]], _select(images, fooled), fooled[fooled])
-            state["doubted"] |= (reached & ~over) | at_fixed_point | broken
+            # A minimum-norm attack passes the boundary all the time; what counts is the image that it returns.
+            claimed = np.zeros_like(over) if attack.minimises_norm else reached & ~over
+            state["doubted"] |= claimed | at_fixed_point | broken
         done = (_on_host(attack.update(state, logits.mean(0), gradient)) | at_fixed_point) & ~over
         if run.sees_fixed_points:
             state["at_fixed_point"] = (attack.query(state) == query).flatten(1).all(1)
@@ -293,6 +299,9 @@ class _Pool:
         images = attack.result(ended)
         fooled = run.judge(images, ended["y"]) if run.judges else None
         stands = np.zeros(len(rows), dtype=bool) if fooled is None else ~fooled
+        if attack.minimises_norm and stands.any():
+            ended["doubted"] |= _on_host((images != ended["x"]).flatten(1).any(1))
+            images = torch.where(_on_device(stands, images), ended["x"], images)
         restarts = stands & (ended["restart"] + 1 < attack.restarts)
         failed = stands & ~restarts & ended["doubted"] if self.failed is not None else np.zeros_like(stands)
         leaves = ~(restarts | failed)
@@ -387,6 +396,11 @@ def _majority(votes: Tensor) -> Tensor:
 def _on_host(values: Tensor | np.ndarray) -> np.ndarray:
     """Where the loop waits for the device."""
     return values if isinstance(values, np.ndarray) else values.cpu().numpy()
+
+
+def _on_device(rows: np.ndarray, images: Tensor) -> Tensor:
+    """A mask (N,) that broadcasts against images (N, ...)."""
+    return torch.from_numpy(rows).to(images.device, non_blocking=True).view(-1, *(1,) * (images.ndim - 1))
 
 
 def _round_size(n: int) -> int:
