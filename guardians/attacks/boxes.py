@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-__all__ = ["BOXES", "Box", "ChangeOfVariables", "ClippedGradientDescent", "NoBox", "ProjectedGradientDescent"]
+__all__ = ["BOXES", "Box", "ChangeOfVariables", "Clipped", "NoBox", "Projected"]
 
 
 class Box(ABC):
@@ -27,6 +27,11 @@ class Box(ABC):
         self.low, self.high = (bound.to(like) for bound in clip_values)
         self.middle = (self.low + self.high) / 2
         self.half = (self.high - self.low) / 2
+
+    @property
+    def widest(self) -> Tensor:
+        """The largest range of a pixel, a number; 2 where there are no bounds."""
+        return 2 * self.half.max()
 
     def variable(self, x: Tensor) -> Tensor:
         """The variable of images within the box."""
@@ -70,13 +75,16 @@ class ChangeOfVariables(Box):
 
     _stretch = 1.05
 
-    def from_unit(self, unit: Tensor) -> Tensor:  # noqa: D102
+    def from_unit(self, unit: Tensor) -> Tensor:
+        """Finite."""
         return (unit / self._stretch).atanh()
 
-    def to_unit(self, variable: Tensor) -> Tensor:  # noqa: D102
+    def to_unit(self, variable: Tensor) -> Tensor:
+        """Beyond the bounds by rounding alone."""
         return self._stretch * variable.tanh()
 
-    def slope(self, variable: Tensor) -> Tensor:  # noqa: D102
+    def slope(self, variable: Tensor) -> Tensor:
+        """Largest at mid-grey."""
         return self._stretch * (1 - variable.tanh() ** 2)
 
     def confine(self, variable: Tensor) -> Tensor:
@@ -85,16 +93,19 @@ class ChangeOfVariables(Box):
         return variable.clamp(-rim, rim)
 
 
-class ProjectedGradientDescent(Box):
+class Projected(Box):
     """Method 1: after each step all pixels are clipped to the box."""
 
-    def from_unit(self, unit: Tensor) -> Tensor:  # noqa: D102
+    def from_unit(self, unit: Tensor) -> Tensor:
+        """The same."""
         return unit
 
-    def to_unit(self, variable: Tensor) -> Tensor:  # noqa: D102
+    def to_unit(self, variable: Tensor) -> Tensor:
+        """The same."""
         return variable
 
-    def slope(self, variable: Tensor) -> float:  # noqa: D102
+    def slope(self, variable: Tensor) -> Tensor | float:
+        """One."""
         return 1.0
 
     def confine(self, variable: Tensor) -> Tensor:
@@ -102,16 +113,18 @@ class ProjectedGradientDescent(Box):
         return variable.clamp(-1, 1)
 
 
-class ClippedGradientDescent(ProjectedGradientDescent):
+class Clipped(Projected):
     """Method 2: the variable is free and its image clipped, so pixels beyond a bound feel the distance alone.
 
     The paper's distance is that of the variable itself, which is what brings such a pixel back.
     """
 
-    def to_unit(self, variable: Tensor) -> Tensor:  # noqa: D102
+    def to_unit(self, variable: Tensor) -> Tensor:
+        """What is valid of it."""
         return variable.clamp(-1, 1)
 
-    def slope(self, variable: Tensor) -> Tensor:  # noqa: D102
+    def slope(self, variable: Tensor) -> Tensor:
+        """One, or zero beyond the bounds."""
         return (variable.abs() <= 1).to(variable)
 
     def offset(self, variable: Tensor, x: Tensor) -> Tensor:
@@ -127,7 +140,7 @@ class ClippedGradientDescent(ProjectedGradientDescent):
         return variable
 
 
-class NoBox(ProjectedGradientDescent):
+class NoBox(Projected):
     """For images without bounds, which are their own variables."""
 
     def __init__(self, like: Tensor) -> None:
@@ -142,7 +155,7 @@ class NoBox(ProjectedGradientDescent):
 
 BOXES: dict[str, type[Box]] = {
     "tanh": ChangeOfVariables,
-    "projected": ProjectedGradientDescent,
-    "clipped": ClippedGradientDescent,
+    "projected": Projected,
+    "clipped": Clipped,
 }
 """The methods by name."""

@@ -132,6 +132,10 @@ class ClassifierAttack(EvasionAttack):
         with undisturbed(self.victim.module), torch.inference_mode(False):
             if self.victim.nb_classes is None:  # a bare module: one image tells
                 self.victim.predict(x[:1].detach().to(self.victim.device or x.device, copy=True))
+            if self.victim.nb_classes == 1:
+                raise ValueError(
+                    "the model returns a single logit for an image: needed is one for each class, two or more"
+                )
             if y is not None:
                 inputs["y"] = labels_from(y, len(x), self.victim.nb_classes)
         return inputs
