@@ -88,7 +88,7 @@ def parity(
     data: Data = None,
     download: Download = False,
     n: Count = None,
-    attack: Annotated[list[str], typer.Option(help="Only this one, repeatable: FGSM, PGD-10, PGD-40.")] = [],  # noqa: B006
+    attack: Annotated[list[str], typer.Option(help="Only this one, repeatable: FGSM, PGD-10, PGD-40, C&W.")] = [],  # noqa: B006
     reference: Annotated[list[str], typer.Option(help="Only this one, repeatable: ART, torchattacks, foolbox.")] = [],  # noqa: B006
     own_rules: Annotated[
         bool, typer.Option("--own-rules", help="Measure what the documented deviations change: deviations.csv.")
@@ -120,7 +120,7 @@ def parity(
     print_table(frame, [*columns, "native_success", "reference_success", "verdict", "note"], "Parity")
     counts = ", ".join(f"{count} {verdict}" for verdict, count in frame["verdict"].value_counts().items())
     typer.echo(f"{len(frame)} cases: {counts or 'the toolkits have none of this kind'}")
-    if (frame["verdict"] == "different").any():
+    if frame["verdict"].isin(["different", "weaker"]).any():
         raise typer.Exit(1)
 
 

@@ -64,7 +64,7 @@ PARITY_COLUMNS = {
     "case": "the attack, its threat model, its goal, its start and the reference",
     "model": "name of the model",
     "data": "where the images came from, and the first digits of a SHA-256 digest of images and labels",
-    "attack": "FGSM or PGD-<steps>",
+    "attack": "FGSM, PGD-<steps> or C&W",
     "reference": "toolkit that the native attack is held against",
     "kind": "of agreement asserted: exact, statistical or dominance; deviation where none is",
     "n": "number of images",
@@ -75,8 +75,8 @@ PARITY_COLUMNS = {
     "from the reference's next iterate than rounding",
     "unexplained": "those of them that the reference's gradient does not excuse, not being within rounding of zero "
     "(norm inf) or of the largest (norm 1); must be 0",
-    "max_abs_diff_float64": "largest absolute difference of any pixel of the final images of two runs in float64; "
-    "empty where the toolkit cannot compute in float64",
+    "max_abs_diff_float64": "largest absolute difference of any pixel of the final images of two runs in float64, for "
+    "C&W of all its queries too; empty where the toolkit cannot compute in float64, and for dominance",
     "label_agreement": "fraction of the images to whose two adversarial versions the model gives the same label",
     "native_success": "fraction of the images on which the native attack reached its goal",
     "reference_success": "fraction of the images on which the reference reached its goal",

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
-from guardians.attacks import FGSM, PGD
+from guardians.attacks import FGSM, PGD, CarliniWagnerL2, CarliniWagnerLinf
 from guardians.attacks.base import Attack
 from guardians.attacks.victim import Victim
 
-__all__ = ["IMPLEMENTATIONS", "AttackSpec", "build_attack", "build_prediction", "is_available"]
+__all__ = ["IMPLEMENTATIONS", "AttackSpec", "CarliniWagnerSpec", "build_attack", "build_prediction", "is_available"]
 
 TensorAttack = Callable[[Tensor, Tensor], Tensor]
 
@@ -48,19 +48,52 @@ class AttackSpec:
     random_start: bool = False
 
 
-def is_available(implementation: str, spec: AttackSpec) -> bool:
+@dataclass(frozen=True)
+class CarliniWagnerSpec:
+    """Carlini-Wagner; what is None is left to the implementation's default.
+
+    Attributes:
+        norm: 2 or inf.
+        targeted: whether the labels are targets.
+        confidence: margin in logits.
+        steps: of a descent.
+        searches: values of c; 1 for torchattacks, which knows no more.
+        const: the first c.
+        learning_rate: of Adam, or of ART's line search.
+        abort_early: end descents that make no progress.
+    """
+
+    norm: float = 2
+    targeted: bool = False
+    confidence: float = 0.0
+    steps: int | None = None
+    searches: int | None = None
+    const: float | None = None
+    learning_rate: float | None = None
+    abort_early: bool | None = None
+
+    attack: ClassVar[str] = "C&W"
+
+    def arguments(self, **names: str) -> dict[str, Any]:
+        """Keyword arguments under the names that an implementation gives them, without those that are None."""
+        values = {argument: getattr(self, field) for field, argument in names.items()}
+        return {argument: value for argument, value in values.items() if value is not None}
+
+
+def is_available(implementation: str, spec: AttackSpec | CarliniWagnerSpec) -> bool:
     """Whether the toolkit has this attack in this norm and mode, installed or not.
 
     Raises:
         ValueError: the implementation, the attack or the norm is none of the known ones.
     """
-    for name, value, known in (
-        ("implementation", implementation, IMPLEMENTATIONS),
-        ("attack", spec.attack, ATTACKS),
-        ("norm", spec.norm, NORMS),
-    ):
-        if value not in known:
-            raise ValueError(f"{name}={value!r}: must be one of {', '.join(str(entry) for entry in known)}")
+    if isinstance(spec, CarliniWagnerSpec):
+        _check_known(implementation=(implementation, IMPLEMENTATIONS), norm=(spec.norm, (2, np.inf)))
+        if implementation == "torchattacks":
+            return spec.norm == 2 and spec.searches in (None, 1)
+        return spec.norm == 2 or implementation in ("native", "ART")
+    _check_known(
+        implementation=(implementation, IMPLEMENTATIONS), attack=(spec.attack, ATTACKS), norm=(spec.norm, NORMS)
+    )
     if implementation == "torchattacks":
         return spec.norm == np.inf or (spec.norm == 2 and spec.attack == "PGD")
     if implementation == "foolbox":
@@ -68,9 +101,15 @@ def is_available(implementation: str, spec: AttackSpec) -> bool:
     return True
 
 
+def _check_known(**values: tuple[Any, tuple[Any, ...]]) -> None:
+    for name, (value, known) in values.items():
+        if value not in known:
+            raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(str, known))}")
+
+
 def build_attack(
     implementation: str,
-    spec: AttackSpec,
+    spec: AttackSpec | CarliniWagnerSpec,
     model: nn.Module,
     *,
     nb_classes: int,
@@ -91,8 +130,8 @@ def build_attack(
         batch_size: images in one forward pass.
         seed: of random starts: every call draws the same, and the global generators are left as they were. None
             draws anew at every call, from the global generators of torch and (ART) numpy.
-        early_stop, precision: of a native attack, see `guardians.attacks.base.Attack`. The toolkits stop at no image
-            early and compute in the model's own float32.
+        early_stop, precision: of a native attack, see `guardians.attacks.base.Attack`; Carlini-Wagner has no
+            early_stop. The toolkits stop at no image early and compute in the model's own float32.
 
     Returns:
         For "native" the attack itself, with its `stream` and its `report`.
@@ -158,8 +197,24 @@ def build_prediction(
 
 
 def _native(
-    spec: AttackSpec, model: nn.Module, batch_size: int, seed: int | None, early_stop: bool, precision: str
+    spec: AttackSpec | CarliniWagnerSpec,
+    model: nn.Module,
+    batch_size: int,
+    seed: int | None,
+    early_stop: bool,
+    precision: str,
 ) -> Attack:
+    if isinstance(spec, CarliniWagnerSpec):
+        if early_stop is not False:
+            raise ValueError(f"early_stop={early_stop!r}: must be False for {spec.attack}, which looks for the nearest")
+        options: dict[str, Any] = {"batch_size": batch_size, "verbose": False, "seed": seed, "precision": precision}
+        options |= spec.arguments(confidence="confidence", targeted="targeted", learning_rate="learning_rate")
+        options |= spec.arguments(steps="max_iter", const="initial_const")
+        if spec.norm == np.inf:
+            return CarliniWagnerLinf(model, **options)
+        return CarliniWagnerL2(
+            model, **options, **spec.arguments(searches="binary_search_steps", abort_early="abort_early")
+        )
     attack = FGSM(model) if spec.attack == "FGSM" else PGD(model, max_iter=spec.steps, eps_step=spec.eps_step)
     attack.set_params(
         norm=spec.norm,
@@ -190,13 +245,28 @@ def _art_classifier(model: nn.Module, nb_classes: int, input_shape: tuple[int, .
 
 
 def _art(
-    spec: AttackSpec, model: nn.Module, nb_classes: int, input_shape: tuple[int, ...], batch_size: int
+    spec: AttackSpec | CarliniWagnerSpec,
+    model: nn.Module,
+    nb_classes: int,
+    input_shape: tuple[int, ...],
+    batch_size: int,
 ) -> TensorAttack:
-    from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescent
+    from art.attacks.evasion import CarliniL2Method, CarliniLInfMethod, FastGradientMethod, ProjectedGradientDescent
 
     from guardians.adapters.art import ArtAttack
 
     classifier = _art_classifier(model, nb_classes, input_shape)
+    if isinstance(spec, CarliniWagnerSpec):
+        arguments = spec.arguments(
+            confidence="confidence",
+            targeted="targeted",
+            learning_rate="learning_rate",
+            steps="max_iter",
+            const="initial_const",
+            searches="binary_search_steps",
+        )
+        attack = CarliniL2Method if spec.norm == 2 else CarliniLInfMethod
+        return ArtAttack(attack(classifier, batch_size=batch_size, verbose=False, **arguments))
     options = {"targeted": spec.targeted, "num_random_init": int(spec.random_start), "batch_size": batch_size}
     if spec.attack == "FGSM":
         return ArtAttack(FastGradientMethod(classifier, spec.norm, spec.eps, **options))
@@ -207,10 +277,13 @@ def _art(
     )
 
 
-def _torchattacks(spec: AttackSpec, model: nn.Module, batch_size: int) -> TensorAttack:
+def _torchattacks(spec: AttackSpec | CarliniWagnerSpec, model: nn.Module, batch_size: int) -> TensorAttack:
     from guardians.adapters.torchattacks import TorchattacksAttack, torchattacks
 
     arguments: dict[str, Any]
+    if isinstance(spec, CarliniWagnerSpec):
+        arguments = spec.arguments(confidence="kappa", const="c", steps="steps", learning_rate="lr")
+        return TorchattacksAttack(model, torchattacks.CW, batch_size=batch_size, targeted=spec.targeted, **arguments)
     if spec.attack == "FGSM" and spec.random_start:
         attack, arguments = torchattacks.FFGSM, {"alpha": spec.eps}
     elif spec.attack == "FGSM":
@@ -221,9 +294,20 @@ def _torchattacks(spec: AttackSpec, model: nn.Module, batch_size: int) -> Tensor
     return TorchattacksAttack(model, attack, batch_size=batch_size, targeted=spec.targeted, eps=spec.eps, **arguments)
 
 
-def _foolbox(spec: AttackSpec, model: nn.Module, batch_size: int) -> TensorAttack:
+def _foolbox(spec: AttackSpec | CarliniWagnerSpec, model: nn.Module, batch_size: int) -> TensorAttack:
     from guardians.adapters.foolbox import FoolboxAttack, foolbox
 
+    if isinstance(spec, CarliniWagnerSpec):
+        arguments = spec.arguments(
+            confidence="confidence",
+            const="initial_const",
+            steps="steps",
+            searches="binary_search_steps",
+            learning_rate="stepsize",
+            abort_early="abort_early",
+        )
+        attack = foolbox.attacks.L2CarliniWagnerAttack(**arguments)
+        return FoolboxAttack(model, attack, batch_size=batch_size, targeted=spec.targeted)
     if spec.attack == "FGSM":
         classes = {
             np.inf: foolbox.attacks.LinfFastGradientAttack,

@@ -32,6 +32,7 @@ from guardians.parity.rules import OneCoordinateStep, native_class
 
 __all__ = [
     "FLOAT64_TOLERANCE",
+    "Recorder",
     "Steps",
     "Trajectory",
     "compare_steps",
@@ -93,7 +94,7 @@ class Steps:
         )
 
 
-class _Recorder(CountingModel):
+class Recorder(CountingModel):
     """A model that keeps the inputs for which gradients are asked, and these gradients."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -128,7 +129,7 @@ def record(
     Raises:
         RuntimeError: it took another number of gradients than the steps asked for.
     """
-    recorder = _Recorder(model)
+    recorder = Recorder(model)
     shape = tuple(x.shape[1:])
     attack = build_attack(
         reference, spec, recorder, nb_classes=nb_classes, input_shape=shape, batch_size=len(x), seed=seed
@@ -184,7 +185,7 @@ def free_run(
     spec: AttackSpec, reference: str | None, model: nn.Module, x: Tensor, y: Tensor, start: Tensor
 ) -> Trajectory:
     """The native attack's own run from the same start, with a toolkit's rules where a reference is named."""
-    recorder = _Recorder(model)
+    recorder = Recorder(model)
     attack = native_attack(spec, recorder, len(x), reference)
     with undisturbed(model):
         attack.victim.predict(x[:1])  # tells it the number of classes, which is no part of the run

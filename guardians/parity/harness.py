@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from guardians.adapters.implementations import AttackSpec, CarliniWagnerSpec, build_attack
+from guardians.attacks.base import Attack
 from guardians.attacks.checks import check_integer
 from guardians.attacks.norms import lp_norm
 from guardians.attacks.victim import Victim, undisturbed
+from guardians.benchmark.counting import CountingModel
+from guardians.benchmark.overhead import timed
 from guardians.benchmark.statistics import paired_difference
 from guardians.data import Dataset
+from guardians.parity.carlini_wagner import is_dominated, largest_difference, runs_of_one
 from guardians.parity.cases import Case, cases
 from guardians.parity.comparison import (
     FLOAT64_TOLERANCE,
@@ -30,13 +35,15 @@ from guardians.parity.comparison import (
     record,
     replay,
 )
-from guardians.parity.rules import rules_for
+from guardians.parity.rules import CARLINI_WAGNER_RULES, rules_for
 from guardians.tables import PARITY_COLUMNS, Table
 
 __all__ = ["Comparison", "compare", "run_parity", "target_labels"]
 
 FLOAT64_IMAGES = 20
 """Images of the float64 runs, whose tolerance leaves no room for chance and whose arithmetic is slow."""
+SINGLE_IMAGES = 10
+"""Images of the exact C&W cases, one at a time."""
 
 
 @dataclass(frozen=True)
@@ -44,32 +51,27 @@ class Comparison:
     """The outcome of one case on one set of images.
 
     Attributes:
+        x: the images attacked.
         native, reference: the last images of the free float32 runs, (N, C, H, W).
         native_success, reference_success: bool (N,), whether each image fools the model.
         same_label: bool (N,), whether the model gives both images the same label.
-        steps: the comparison step by step; None where the native attack ran with its own rules.
+        verdict: "exact" or "different", "dominates" or "weaker"; "own rule" where no agreement was asked for.
+        steps: the comparison step by step; None where there was none.
         max_abs_diff_float64: of the free float64 runs; None where there were none.
         query_ratio, time_ratio: native over reference, of passes and of seconds.
     """
 
+    x: Tensor
     native: Tensor
     reference: Tensor
     native_success: Tensor
     reference_success: Tensor
     same_label: Tensor
+    verdict: str
     steps: Steps | None
     max_abs_diff_float64: float | None
     query_ratio: float
     time_ratio: float
-
-    @property
-    def verdict(self) -> str:
-        """ "exact", "different", or "own rule" where no agreement was asked for."""
-        if self.steps is None:
-            return "own rule"
-        in_float64 = self.max_abs_diff_float64 is None or self.max_abs_diff_float64 <= FLOAT64_TOLERANCE
-        agrees = self.steps.unexplained == 0 and in_float64  # NaN is no agreement
-        return "exact" if agrees else "different"
 
 
 def target_labels(labels: Tensor, nb_classes: int) -> Tensor:
@@ -101,6 +103,11 @@ def compare(
         own_rules: let native follow its own rules also where the toolkit's differ, to measure the effect.
     """
     y = target_labels(labels, nb_classes) if case.spec.targeted else labels
+    if isinstance(case.spec, CarliniWagnerSpec):
+        if case.kind == "dominance":
+            return _dominance(case, case.spec, model, x, y, nb_classes, batch_size)
+        correct = _predict(model, x, batch_size) == labels  # the others are not descended from
+        return _exactness(case, case.spec, model, x[correct][:SINGLE_IMAGES], y[correct][:SINGLE_IMAGES], nb_classes)
     rules_of = None if own_rules else case.reference
     steps = None if own_rules else Steps(0, 0, 0.0)
     runs: list[tuple[Trajectory, Trajectory]] = []
@@ -112,6 +119,64 @@ def compare(
             steps = steps + compare_steps(attack, reference, x_batch, y_batch)
             steps = steps + replay(attack, native, x_batch, y_batch, case.spec.steps)
         runs.append((native, reference))
+    in_float64 = None if own_rules else _float64_difference(case.reference, case.spec, model, x, y, nb_classes, seed)
+    verdict = "own rule"
+    if steps is not None:
+        agrees = steps.unexplained == 0 and (in_float64 is None or in_float64 <= FLOAT64_TOLERANCE)  # NaN is none
+        verdict = "exact" if agrees else "different"
+    return _of_runs(case, model, x, y, runs, batch_size, verdict, steps, in_float64)
+
+
+def _exactness(
+    case: Case, spec: CarliniWagnerSpec, model: nn.Module, x: Tensor, y: Tensor, nb_classes: int
+) -> Comparison:
+    """C&W step by step, each image alone: in float64 to the last step, and the outcome in float32."""
+    in_float64 = largest_difference(
+        runs_of_one(case.reference, spec, copy.deepcopy(model).double(), x.double(), y, nb_classes)
+    )
+    runs = runs_of_one(case.reference, spec, model, x, y, nb_classes)
+    verdict = "exact" if in_float64 <= FLOAT64_TOLERANCE else "different"
+    return _of_runs(case, model, x, y, runs, len(x), verdict, None, in_float64)
+
+
+def _dominance(
+    case: Case, spec: CarliniWagnerSpec, model: nn.Module, x: Tensor, y: Tensor, nb_classes: int, batch_size: int
+) -> Comparison:
+    """Native C&W at its defaults, and the toolkit's as the case says."""
+    setting: dict[str, Any] = {"nb_classes": nb_classes, "input_shape": tuple(x.shape[1:])}
+    ours = CarliniWagnerSpec(norm=spec.norm, targeted=spec.targeted)
+    native = build_attack("native", ours, model, batch_size=batch_size, **setting)
+    assert isinstance(native, Attack)
+    native_x_adv, native_seconds = timed(native, x, y)
+    report = native.report
+    assert report is not None
+    native_passes = report.search_forward + report.search_backward + report.judgement_forward
+    counting = CountingModel(model)
+    # ART's default is one image at a time; its class gradients grow with the classes in a batch.
+    reference = build_attack(
+        case.reference, spec, counting, batch_size=1 if case.reference == "ART" else batch_size, **setting
+    )
+    reference_x_adv, reference_seconds = timed(reference, x, y)
+    run = Trajectory([], [], native_x_adv, native_passes, native_seconds)
+    passes = counting.forward_samples + counting.backward_samples
+    other = Trajectory([], [], reference_x_adv, passes, reference_seconds)
+    found = _of_runs(case, model, x, y, [(run, other)], batch_size, "", None, None)
+    dominates = is_dominated(found.native, found.reference, x, found.native_success, found.reference_success, spec.norm)
+    return replace(found, verdict="dominates" if dominates else "weaker")
+
+
+def _of_runs(
+    case: Case,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    runs: Sequence[tuple[Trajectory, Trajectory]],
+    batch_size: int,
+    verdict: str,
+    steps: Steps | None,
+    in_float64: float | None,
+) -> Comparison:
+    """The outcome of native's and the reference's runs on batches of `x`."""
     native_x_adv, reference_x_adv = (torch.cat([run.x_adv for run in side]) for side in zip(*runs, strict=True))
     native_passes, reference_passes = (sum(run.passes for run in side) for side in zip(*runs, strict=True))
     native_seconds, reference_seconds = (sum(run.seconds for run in side) for side in zip(*runs, strict=True))
@@ -119,13 +184,15 @@ def compare(
         _predict(model, images, batch_size) for images in (native_x_adv, reference_x_adv)
     )
     return Comparison(
+        x=x,
         native=native_x_adv,
         reference=reference_x_adv,
         native_success=(native_labels == y) == case.spec.targeted,
         reference_success=(reference_labels == y) == case.spec.targeted,
         same_label=native_labels == reference_labels,
+        verdict=verdict,
         steps=steps,
-        max_abs_diff_float64=None if own_rules else _float64_difference(case, model, x, y, nb_classes, seed),
+        max_abs_diff_float64=in_float64,
         query_ratio=native_passes / reference_passes,
         time_ratio=native_seconds / reference_seconds,
     )
@@ -169,7 +236,9 @@ def run_parity(
     check_integer("seed", seed, low=0)
     todo = cases(attacks, references)
     if own_rules:
-        todo = [case for case in todo if rules_for(case.reference, case.spec.norm)]
+        todo = [
+            case for case in todo if isinstance(case.spec, AttackSpec) and rules_for(case.reference, case.spec.norm)
+        ]
     key = ("case", "model", "data", "n", "batch_size", "seed")
     table = Table(Path(out) / ("deviations.csv" if own_rules else "parity.csv"), PARITY_COLUMNS, key)
     device = Victim(model).device or torch.device("cpu")
@@ -189,21 +258,20 @@ def run_parity(
                 seed=seed,
                 own_rules=own_rules,
             )
-            table.append(identity | _row(case, found, x))
+            table.append(identity | _row(case, found))
         rows.append(identity)
     return table.select(rows)
 
 
-def _row(case: Case, found: Comparison, x: Tensor) -> dict[str, Any]:
+def _row(case: Case, found: Comparison) -> dict[str, Any]:
     """The columns of `PARITY_COLUMNS` that a comparison fills."""
     difference, low, high = paired_difference(found.native_success.cpu().numpy(), found.reference_success.cpu().numpy())
-    native_l2, reference_l2 = (lp_norm(images - x, 2).mean().item() for images in (found.native, found.reference))
+    native_l2, reference_l2 = (lp_norm(images - found.x, 2).mean().item() for images in (found.native, found.reference))
     steps = found.steps
-    rules = ", ".join(rule.__name__ for rule in rules_for(case.reference, case.spec.norm))
     return {
         "attack": case.attack,
         "reference": case.reference,
-        "kind": "deviation" if steps is None else case.kind,
+        "kind": "deviation" if found.verdict == "own rule" else case.kind,
         "max_abs_diff": (found.native - found.reference).abs().max().item(),
         "pixel_mismatch": None if steps is None else steps.mismatches,
         "unexplained": None if steps is None else steps.unexplained,
@@ -218,8 +286,18 @@ def _row(case: Case, found: Comparison, x: Tensor) -> dict[str, Any]:
         "query_ratio": found.query_ratio,
         "time_ratio": found.time_ratio,
         "verdict": found.verdict,
-        "note": f"{'without' if steps is None else 'with'} the toolkit's {rules}" if rules else "",
+        "note": _note(case, found),
     }
+
+
+def _note(case: Case, found: Comparison) -> str:
+    if isinstance(case.spec, AttackSpec):
+        rules = ", ".join(rule.__name__ for rule in rules_for(case.reference, case.spec.norm))
+        return f"{'without' if found.steps is None else 'with'} the toolkit's {rules}" if rules else ""
+    if case.kind == "exact":
+        rule = CARLINI_WAGNER_RULES[case.reference].__name__
+        return f"with the toolkit's {rule}; {len(found.x)} images, each alone"
+    return "native at its defaults; l2_ratio counts images that were not fooled as unchanged"
 
 
 def _predict(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
@@ -227,12 +305,14 @@ def _predict(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
         return torch.cat([model(batch).argmax(1) for batch in x.split(batch_size)])
 
 
-def _float64_difference(case: Case, model: nn.Module, x: Tensor, y: Tensor, nb_classes: int, seed: int) -> float | None:
+def _float64_difference(
+    reference: str, spec: AttackSpec, model: nn.Module, x: Tensor, y: Tensor, nb_classes: int, seed: int
+) -> float | None:
     """Largest pixel difference of two free float64 runs; None for ART, which casts images to float32."""
-    if case.reference == "ART":
+    if reference == "ART":
         return None
     x, y = x[:FLOAT64_IMAGES].double(), y[:FLOAT64_IMAGES]
     model = copy.deepcopy(model).double()
-    reference = record(case.reference, case.spec, model, x, y, nb_classes, seed)
-    native = free_run(case.spec, case.reference, model, x, y, reference.iterates[0])
-    return (native.x_adv - reference.x_adv).abs().max().item()
+    theirs = record(reference, spec, model, x, y, nb_classes, seed)
+    native = free_run(spec, reference, model, x, y, theirs.iterates[0])
+    return (native.x_adv - theirs.x_adv).abs().max().item()

@@ -1,4 +1,4 @@
-"""Where a toolkit's rule differs from the native one: each difference is one overridden hook of native FGSM and PGD.
+"""Where a toolkit's rule differs from the native one: each difference is one overridden hook of a native attack.
 
 The exact cases of the harness run the native attack with the rules of the toolkit that it is held against, so that all
 the rest is compared bit for bit. `docs/deviations.md` has a row for each class here.
@@ -6,14 +6,17 @@ the rest is compared bit for bit. `docs/deviations.md` has a row for each class 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from guardians.adapters.implementations import AttackSpec
-from guardians.attacks import FastGradientMethod, ProjectedGradientDescent
+from guardians.attacks import CarliniWagnerL2, FastGradientMethod, ProjectedGradientDescent
 from guardians.attacks.base import State
+from guardians.attacks.boxes import Box, ChangeOfVariables
 from guardians.attacks.norms import as_norm, lp_norm, project, steepest_ascent
+from guardians.attacks.rng import SampleRng
 
-__all__ = ["OneCoordinateStep", "native_class", "rules_for"]
+__all__ = ["CARLINI_WAGNER_RULES", "OneCoordinateStep", "native_class", "rules_for"]
 
 
 class ProjectThenClip(ProjectedGradientDescent):
@@ -59,6 +62,80 @@ class DampedStep(ProjectedGradientDescent):
         """The gradient over its norm plus 1e-10 for each image of the batch."""
         return radius * gradient / (lp_norm(gradient, 2) + len(gradient) * 1e-10)
 
+
+class _WholeInterval(ChangeOfVariables):
+    """tanh of the box itself, of which images are scaled by `shrink`."""
+
+    shrink = 1.0
+
+    def from_unit(self, unit: Tensor) -> Tensor:
+        """Infinite for pixels at a bound, unless they are scaled."""
+        return (self.shrink * unit).atanh()
+
+    def to_unit(self, variable: Tensor) -> Tensor:
+        """Of scaled images."""
+        return variable.tanh()
+
+    def slope(self, variable: Tensor) -> Tensor:
+        """Next to nothing, or nothing, at a bound."""
+        return 1 - variable.tanh() ** 2
+
+    def confine(self, variable: Tensor) -> Tensor:
+        """Anywhere."""
+        return variable
+
+
+class _ScaledInterval(_WholeInterval):
+    shrink = 0.999999
+
+    def offset(self, variable: Tensor, x: Tensor) -> Tensor:
+        """To the scaled image."""
+        return self.image(variable) - self.image(self.variable(x))
+
+
+class FoolboxCarliniWagner(CarliniWagnerL2):
+    """foolbox: images are scaled by 0.999999 before arctanh, and c is rounded to float32."""
+
+    def start(self, x: Tensor, y: Tensor, rng: SampleRng, **options: Tensor) -> State:
+        """At the scaled image."""
+        state = super().start(x, y, rng, **options)
+        return state | {"image": self.boundary(x).image(state["variable"])}
+
+    def boundary(self, x: Tensor) -> Box:
+        """The scaled one."""
+        assert self.victim.clip_values is not None
+        return _ScaledInterval(self.victim.clip_values, x)
+
+    def descend(
+        self, state: State, of_model: Tensor, of_distance: Tensor, rate: Tensor, betas: tuple[float, float]
+    ) -> None:
+        """With the rounded c."""
+        const = state["const"]
+        state["const"] = const.float().to(const)
+        super().descend(state, of_model, of_distance, rate, betas)
+        state["const"] = const
+
+
+class TorchattacksCarliniWagner(CarliniWagnerL2):
+    """torchattacks: arctanh of the image itself, and a maximum of the other logits that is never below zero."""
+
+    def boundary(self, x: Tensor) -> Box:
+        """The box itself."""
+        assert self.victim.clip_values is not None
+        return _WholeInterval(self.victim.clip_values, x)
+
+    def f(self, name: str, logits: Tensor, y: Tensor, state: State) -> Tensor:
+        """f6 of logits that are zeroed where they should be left out."""
+        is_own = torch.zeros_like(logits).scatter(1, y[:, None], 1)
+        own, other = (is_own * logits).amax(1), ((1 - is_own) * logits).amax(1)
+        return (other - own if self.targeted else own - other).clamp_min(-self.confidence)
+
+
+CARLINI_WAGNER_RULES: dict[str, type[CarliniWagnerL2]] = {
+    "foolbox": FoolboxCarliniWagner,
+    "torchattacks": TorchattacksCarliniWagner,
+}
+"""Native C&W with the rules of a toolkit."""
 
 _RULES: dict[tuple[str, float], tuple[type[ProjectedGradientDescent], ...]] = {
     ("ART", 1): (OneCoordinateStep,),

@@ -1,0 +1,73 @@
+"""Native Carlini-Wagner against a toolkit's: exactly where the toolkit is right, for dominance at its defaults."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from guardians.adapters.implementations import CarliniWagnerSpec, build_attack
+from guardians.attacks.norms import lp_norm
+from guardians.parity.comparison import Recorder, Trajectory
+from guardians.parity.rules import CARLINI_WAGNER_RULES
+
+__all__ = ["is_dominated", "largest_difference", "runs_of_one"]
+
+
+def runs_of_one(
+    reference: str, spec: CarliniWagnerSpec, model: nn.Module, x: Tensor, y: Tensor, nb_classes: int
+) -> list[tuple[Trajectory, Trajectory]]:
+    """Native's and the toolkit's runs on each image alone, as no toolkit keeps the images of a batch apart.
+
+    Native runs the paper's search with the rules of the toolkit.
+    """
+    native_recorder, recorder = Recorder(model), Recorder(model)
+    ours = CARLINI_WAGNER_RULES[reference](
+        native_recorder,
+        **spec.arguments(
+            confidence="confidence",
+            targeted="targeted",
+            steps="max_iter",
+            searches="binary_search_steps",
+            const="initial_const",
+            learning_rate="learning_rate",
+        ),
+        adaptive=False,
+        abort_early=False,
+        verbose=False,
+        precision="float32",
+    )
+    shape = tuple(x.shape[1:])
+    theirs = build_attack(reference, spec, recorder, nb_classes=nb_classes, input_shape=shape, batch_size=1)
+    pairs = list(zip(x.split(1), y.split(1), strict=True))
+    return [
+        (native_recorder.trajectory(lambda: ours(*pair)), recorder.trajectory(lambda: theirs(*pair)))  # noqa: B023
+        for pair in pairs
+    ]
+
+
+def largest_difference(runs: list[tuple[Trajectory, Trajectory]]) -> float:
+    """Of any pixel of any query, and of the images returned.
+
+    A toolkit that stops in between is compared up to there; what it has found by then is not native's last word.
+    """
+    largest = 0.0
+    for native, reference in runs:
+        steps = len(reference.iterates)
+        if len(native.iterates) < steps:
+            return float("inf")
+        queries = zip(native.iterates, reference.iterates, strict=False)
+        differences = [(ours - theirs).abs().max().item() for ours, theirs in queries]
+        if steps == len(native.iterates):
+            differences.append((native.x_adv - reference.x_adv).abs().max().item())
+        largest = max(largest, *differences)
+    return largest
+
+
+def is_dominated(
+    native: Tensor, reference: Tensor, x: Tensor, native_success: Tensor, reference_success: Tensor, norm: float
+) -> bool:
+    """Whether native fools as many images, and those that the reference fools with no larger a mean norm."""
+    if native_success.sum() < reference_success.sum():
+        return False
+    both = native_success & reference_success
+    ours, theirs = (lp_norm(images - x, norm).flatten()[both].double().mean() for images in (native, reference))
+    return not bool(ours > theirs)
