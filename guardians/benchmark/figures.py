@@ -217,7 +217,7 @@ def _perturbations_figure(
 ) -> Figure:
     """What `plot_perturbations` saves."""
     _check_perturbations(images, adversarial, labels, predictions)
-    figure = _new_figure(1.5 * 3 * len(adversarial), 1.8 * len(images) + 0.4)
+    figure = _new_figure(1.5 * 3 * len(adversarial), 1.7 * len(images) + 0.4)
     panels = figure.subplots(len(images), 3 * len(adversarial), squeeze=False)
     clean = images.detach().float().cpu()
     for i, (key, attacked) in enumerate(adversarial.items()):
@@ -287,12 +287,12 @@ def _accuracy_figure(frame: pd.DataFrame) -> Figure:
     models = list(dict.fromkeys(frame["model"]))
     markers = _markers(frame["model"])
     figure = _new_figure(10, 4.5)
-    left, right = figure.subplots(1, 2)
-    panels = ((left, "percent", "robust accuracy (%)"), (right, "l2_mean", r"mean $\ell_2$ norm of images fooled"))
+    left, right = figure.subplots(1, 2, sharex=True)
+    panels = ((left, "percent", "robust accuracy (%)"), (right, "l2_mean", r"mean $\ell_2$ norm where fooled"))
     for axes, column, title in panels:
         for model, colour in zip(models, cycle(_PALETTE), strict=False):
-            line = frame[frame["model"] == model]
-            axes.plot(line["const"], line[column], color=colour, marker=markers[model], ms=5, label=model)
+            x, y = (frame.loc[frame["model"] == model, name] for name in ("const", column))
+            axes.plot(x, y, color=colour, marker=markers[model], ms=5, label=model, clip_on=False)
         axes.set(xscale="log", xlabel="c", ylabel=title)
         axes.set_ylim(bottom=0)
         _tidy(axes)

@@ -266,7 +266,12 @@ def run_parity(
 def _row(case: Case, found: Comparison) -> dict[str, Any]:
     """The columns of `PARITY_COLUMNS` that a comparison fills."""
     difference, low, high = paired_difference(found.native_success.cpu().numpy(), found.reference_success.cpu().numpy())
-    native_l2, reference_l2 = (lp_norm(images - found.x, 2).mean().item() for images in (found.native, found.reference))
+    norm, counted = case.spec.norm if case.kind == "dominance" else 2, torch.ones_like(found.native_success)
+    if case.kind == "dominance":
+        counted = found.native_success & found.reference_success
+    native_l2, reference_l2 = (
+        lp_norm(images - found.x, norm)[counted].mean().item() for images in (found.native, found.reference)
+    )
     steps = found.steps
     return {
         "attack": case.attack,
@@ -297,7 +302,7 @@ def _note(case: Case, found: Comparison) -> str:
     if case.kind == "exact":
         rule = CARLINI_WAGNER_RULES[case.reference].__name__
         return f"with the toolkit's {rule}; {len(found.x)} images, each alone"
-    return "native at its defaults; l2_ratio counts images that were not fooled as unchanged"
+    return f"native at its defaults; l2_ratio is of the L{case.spec.norm:g} norms where both fool the model"
 
 
 def _predict(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:

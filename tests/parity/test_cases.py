@@ -11,29 +11,46 @@ for toolkit in ("torchattacks", "foolbox"):
     pytest.importorskip(toolkit)
 
 
+GRADIENT_SIGN = ("FGSM", "PGD-10", "PGD-40")
+
+
 def test_every_form_that_a_toolkit_has_is_a_case():
-    assert Counter(case.reference for case in cases()) == {"ART": 36, "torchattacks": 20, "foolbox": 30}
-    assert Counter(case.attack for case in cases(references=["ART"])) == {"FGSM": 12, "PGD-10": 12, "PGD-40": 12}
-    assert Counter(case.attack for case in cases(references=["torchattacks"])) == {"FGSM": 4, "PGD-10": 8, "PGD-40": 8}
-    assert Counter(case.attack for case in cases(references=["foolbox"])) == {"FGSM": 6, "PGD-10": 12, "PGD-40": 12}
+    of = {reference: Counter(case.attack for case in cases(references=[reference])) for reference in REFERENCES}
+    assert of["ART"] == {"FGSM": 12, "PGD-10": 12, "PGD-40": 12, "C&W": 3}
+    assert of["torchattacks"] == {"FGSM": 4, "PGD-10": 8, "PGD-40": 8, "C&W": 4}
+    assert of["foolbox"] == {"FGSM": 6, "PGD-10": 12, "PGD-40": 12, "C&W": 4}
     assert all(is_available(case.reference, case.spec) for case in cases())
-    assert {case.kind for case in cases()} == {"exact"}
+    assert {case.kind for case in cases(GRADIENT_SIGN)} == {"exact"}
+    assert Counter((case.reference, case.kind) for case in cases(["C&W"])) == {
+        ("ART", "dominance"): 3,  # norm 2 targeted or not, norm inf
+        ("torchattacks", "exact"): 2,
+        ("torchattacks", "dominance"): 2,
+        ("foolbox", "exact"): 2,
+        ("foolbox", "dominance"): 2,
+    }
 
 
 def test_names_say_all_and_are_unique():
     names = [case.name for case in cases()]
-    assert len(set(names)) == len(names) == 86
+    assert len(set(names)) == len(names) == 97
     assert "PGD-40 L2 targeted random-start vs ART" in names
     assert "FGSM Linf untargeted from-image vs foolbox" in names
+    assert "C&W L2 targeted exact vs foolbox" in names
+    assert "C&W Linf untargeted dominance vs ART" in names
 
 
 def test_filters_keep_the_cases_of_the_whole():
     every = cases()
-    for attacks, references in ((["PGD-40"], []), ([], ["foolbox"]), (["FGSM", "PGD-10"], ["ART", "torchattacks"])):
+    for attacks, references in (
+        (["PGD-40"], []),
+        ([], ["foolbox"]),
+        (["FGSM", "PGD-10"], ["ART", "torchattacks"]),
+        (["C&W"], []),
+    ):
         kept = [
             case
             for case in every
-            if case.attack in (attacks or ("FGSM", "PGD-10", "PGD-40")) and case.reference in (references or REFERENCES)
+            if case.attack in (attacks or (*GRADIENT_SIGN, "C&W")) and case.reference in (references or REFERENCES)
         ]
         assert cases(attacks, references) == kept
         assert kept
@@ -42,7 +59,7 @@ def test_filters_keep_the_cases_of_the_whole():
 @pytest.mark.parametrize(
     ("attacks", "references", "message"),
     [
-        (["PGD"], [], r"attacks=\['PGD'\]: unknown; known are FGSM, PGD-10, PGD-40"),
+        (["PGD"], [], r"attacks=\['PGD'\]: unknown; known are FGSM, PGD-10, PGD-40, C&W"),
         ([], ["ART", "cleverhans"], r"references=\['cleverhans'\]: unknown; known are ART, torchattacks, foolbox"),
         ([], ["native"], r"references=\['native'\]: unknown"),
     ],
@@ -52,7 +69,7 @@ def test_unknown_names_are_errors(attacks, references, message):
         cases(attacks, references)
 
 
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases(GRADIENT_SIGN), ids=lambda case: case.name)
 def test_native_agrees_exactly(case):
     found = compare(case, small_net(), some_images(8), some_labels(8), nb_classes=CLASSES, batch_size=5)
     assert found.verdict == "exact"
