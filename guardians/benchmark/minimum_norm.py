@@ -110,7 +110,12 @@ def _toolkit(implementation: str, setting: str, batch_size: int | None = None, *
 
 
 def _paper(searches: int, steps: int) -> Contender:
-    params: dict[str, Any] = {"binary_search_steps": searches, "max_iter": steps, "learning_rate": 0.01, "adaptive": False}
+    params: dict[str, Any] = {
+        "binary_search_steps": searches,
+        "max_iter": steps,
+        "learning_rate": 0.01,
+        "adaptive": False,
+    }
 
     def build(model: nn.Module, nb_classes: int, shape: tuple[int, ...], batch_size: int) -> TensorAttack:
         return CarliniWagnerL2(model, batch_size=batch_size, verbose=False, **params)
@@ -223,7 +228,7 @@ def summarise(runs: pd.DataFrame, outcomes: Sequence[pd.DataFrame]) -> pd.DataFr
     for _, rows in runs.reset_index(drop=True).groupby("model", sort=False):
         own = distances[rows.index]
         best = own.min(axis=0)
-        radius = best[np.isfinite(best)].max()
+        radius = best[np.isfinite(best)].max(initial=0.0)
         penalised = np.minimum(own, radius).mean(axis=1)
         fooled = np.isfinite(own)
         ratio = [d[f].mean() / best[f].mean() if f.any() else np.nan for d, f in zip(own, fooled, strict=True)]
@@ -245,15 +250,16 @@ def local_optimality(distances: np.ndarray, best: np.ndarray) -> float:
     """How much of the area that the best attack leaves under robust accuracy against the radius this one leaves too.
 
     1 for an attack that is the best on every image, 0 for one that fools no image before the best has fooled all
-    (Cina et al., "AttackBench", 2025, section 3). For images that the model gets right.
+    (Cina et al., "AttackBench", 2025, section 3). For images that the model gets right. NaN where the best leaves no
+    area: nothing is fooled, or all images at the same radius.
 
     Args:
         distances: norms of an attack's perturbations (N,), infinite where the model was not fooled.
         best: the smallest norms (N,) that any attack found.
     """
-    radius = best[np.isfinite(best)].max()
+    radius = best[np.isfinite(best)].max(initial=0.0)
     reached = radius - np.minimum(best, radius).mean()
-    return float((radius - np.minimum(distances, radius).mean()) / reached) if reached > 0 else 1.0
+    return float((radius - np.minimum(distances, radius).mean()) / reached) if reached > 0 else float("nan")
 
 
 def measure_consts(
