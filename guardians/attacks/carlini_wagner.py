@@ -81,6 +81,7 @@ class _CarliniWagner(Attack):
         self.initial_const = initial_const
         self.box = box
         self.objective_function = objective_function
+        self._boxes: dict[tuple[str, torch.device, torch.dtype], Box] = {}
 
     @property
     def minimises_norm(self) -> bool:
@@ -140,9 +141,11 @@ class _CarliniWagner(Attack):
         return margin(logits, y, targeted=self.targeted) > self.confidence + rounding
 
     def boundary(self, x: Tensor) -> Box:
-        """The box of images such as `x`."""
-        bounds = self.victim.clip_values
-        return NoBox(x) if bounds is None else BOXES[self.box](bounds, x)
+        """The box of images such as `x`, made once, as its bounds have to be moved to the device."""
+        bounds, key = self.victim.clip_values, (self.box, x.device, x.dtype)
+        if key not in self._boxes:
+            self._boxes[key] = NoBox(x) if bounds is None else BOXES[self.box](bounds, x)
+        return self._boxes[key]
 
     def descend(
         self, state: State, of_model: Tensor, of_distance: Tensor, rate: Tensor, betas: tuple[float, float]

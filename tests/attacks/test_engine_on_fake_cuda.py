@@ -7,7 +7,7 @@ from models_for_tests import SHAPE
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from guardians.attacks import FGSM, PGD, engine
+from guardians.attacks import FGSM, PGD, CarliniWagnerL2, CarliniWagnerLinf, engine
 
 INF = float("inf")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -161,3 +161,27 @@ def test_what_a_copy_fails_is_searched_again_on_the_device(share, reads, monkeyp
     report = run(pgd(norm=INF, early_stop=True, num_random_init=2), batches(3, 2, 2))
     assert reads == []
     assert N <= sum(asked) < report.search_forward
+
+
+@pytest.mark.parametrize("box", ["tanh", "projected", "clipped"])
+@pytest.mark.parametrize(
+    ("attack_class", "options"),
+    [
+        (CarliniWagnerL2, {"binary_search_steps": 4, "max_iter": 30}),
+        (CarliniWagnerL2, {"targeted": True, "objective_function": "f7", "eot_samples": 2}),
+        (CarliniWagnerL2, {"binary_search_steps": 10, "max_iter": 2, "adaptive": False}),
+        (CarliniWagnerLinf, {}),
+    ],
+)
+def test_minimum_norm_attacks_stay_on_the_device(attack_class, options, box, reads, monkeypatch):
+    random = np.random.default_rng(2)
+
+    def on_host(values):
+        return values if isinstance(values, np.ndarray) else random.random(tuple(values.shape)) < 0.25
+
+    monkeypatch.setattr(engine, "_on_host", on_host)
+    monkeypatch.setattr(engine.Run, "_probe", lambda run, x: None)
+    attack = attack_class(fake_net(), box=box, batch_size=3, verbose=False, **options)
+    attack.victim.nb_classes = 5
+    run(attack, batches(3, 2, 2))
+    assert reads == []
