@@ -196,10 +196,10 @@ class _CarliniWagner(Attack):
 
     def _check_params(self) -> None:
         super()._check_params()
-        check_number("confidence", self.confidence, low=0)
-        check_number("learning_rate", self.learning_rate, low=0, exclusive=True)
+        check_number("confidence", self.confidence, low=0, single=True)
+        check_number("learning_rate", self.learning_rate, low=0, exclusive=True, single=True)
         check_integer("max_iter", self.max_iter, low=1)
-        check_number("initial_const", self.initial_const, low=0, exclusive=True)
+        check_number("initial_const", self.initial_const, low=0, exclusive=True, single=True)
         _check_choice("box", self.box, BOXES)
         _check_choice("objective_function", self.objective_function, OBJECTIVE_FUNCTIONS)
         if self.confidence > 0 and self.objective_function not in TAKE_CONFIDENCE:
@@ -644,13 +644,13 @@ class CarliniWagnerLinf(_CarliniWagner):
 
     def _check_params(self) -> None:
         super()._check_params()
-        check_number("decrease_factor", self.decrease_factor, low=0, exclusive=True)
+        check_number("decrease_factor", self.decrease_factor, low=0, exclusive=True, single=True)
         if self.decrease_factor >= 1:
             raise ValueError(f"decrease_factor={self.decrease_factor}: must be below 1")
-        check_number("largest_const", self.largest_const, low=0, exclusive=True)
+        check_number("largest_const", self.largest_const, low=0, exclusive=True, single=True)
         if self.largest_const < self.initial_const:
             raise ValueError(f"largest_const={self.largest_const}: must be at least initial_const={self.initial_const}")
-        check_number("const_factor", self.const_factor, low=1, exclusive=True)
+        check_number("const_factor", self.const_factor, low=1, exclusive=True, single=True)
 
 
 CarliniL2Method = CarliniWagnerL2
@@ -668,5 +668,5 @@ def _pick(table: Tensor, columns: Tensor) -> Tensor:
 
 
 def _check_choice(name: str, value: Any, known: Collection[str]) -> None:
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(known)}")

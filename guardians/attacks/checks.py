@@ -14,11 +14,11 @@ from guardians.attacks.victim import Victim
 __all__ = ["check_device", "check_flag", "check_images", "check_integer", "check_number", "labels_from", "mask_from"]
 
 
-def check_number(name: str, value: Any, *, low: float, exclusive: bool = False) -> None:
+def check_number(name: str, value: Any, *, low: float, exclusive: bool = False, single: bool = False) -> None:
     """Raise unless `value` is a finite number, array or tensor with all entries >= `low` (> with `exclusive`).
 
     Raises:
-        TypeError: it is none of these.
+        TypeError: it is none of these, or with `single` an array or a tensor that has dimensions.
         ValueError: an entry is too low, infinite or NaN.
     """
     if isinstance(value, (str, bool)) or value is None:
@@ -27,6 +27,8 @@ def check_number(name: str, value: Any, *, low: float, exclusive: bool = False) 
         entries = value.detach().cpu().double().numpy() if isinstance(value, Tensor) else np.asarray(value, dtype=float)
     except (TypeError, ValueError):
         raise TypeError(f"{name}={value!r}: must be a number, an array or a tensor") from None
+    if single and entries.ndim:
+        raise TypeError(f"{name} has shape {entries.shape}: must be a single number")
     bad = ~(np.isfinite(entries) & (entries > low if exclusive else entries >= low))
     if bad.any():
         got = repr(value) if entries.ndim == 0 else f"an array with {float(entries[bad].flat[0])}"

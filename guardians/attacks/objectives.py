@@ -21,7 +21,8 @@ ObjectiveFunction = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 def largest_other(logits: Tensor, classes: Tensor) -> Tensor:
     """The class (N,) with the largest of the logits (N, classes), `classes` (N,) set aside; the first where equal."""
-    return logits.scatter(1, classes[:, None], -torch.inf).argmax(1)
+    finite = logits.clamp_min(torch.finfo(logits.dtype).min)  # where all others are -inf, it is one of them
+    return finite.scatter(1, classes[:, None], -torch.inf).argmax(1)
 
 
 def margin(logits: Tensor, y: Tensor, *, targeted: bool) -> Tensor:

@@ -136,7 +136,9 @@ def test_every_contender_has_a_name_of_its_own():
     assert BY_NAME["ART 10 x 10"].batch_size == 1
 
 
-@pytest.mark.parametrize("name", ["foolbox 9 x 100", "foolbox DDN 20", "native, as in the paper 9 x 100", "ART 5 x 5"])
+@pytest.mark.parametrize(
+    "name", ["foolbox 9 x 100", "foolbox DDN 20", "native, as in the paper 9 x 100", "ART 10 x 10"]
+)
 def test_contenders_attack(name, data, tmp_path):
     pytest.importorskip("foolbox")
     frame = run(data, tmp_path, contenders=[BY_NAME[name]], n=2)
