@@ -209,7 +209,8 @@ def measure_minimum_norm(
             wanted.append(known)
             if known not in table:
                 table.append(known | _run(contender, models[name], *samples[name], size, _outcome_path(out, known)))
-    frame = summarise(table.select(wanted), [read_csv(_outcome_path(out, known)) for known in wanted])
+    runs = pd.concat([table.select([known]) for known in wanted], ignore_index=True)  # in this order, not the table's
+    frame = summarise(runs, [read_csv(_outcome_path(out, known)) for known in wanted])
     frame.to_csv(out / "carlini_wagner.csv", index=False)
     return frame
 

@@ -130,6 +130,16 @@ def test_a_finished_run_is_not_repeated(data, tmp_path):
         run(data, tmp_path, contenders=[replace(QUICK[0], build=never)], batch_size=2)
 
 
+def test_runs_keep_their_outcomes_in_whatever_order_they_were_made(data, tmp_path):
+    contenders = [BY_NAME["native 5 x 10"], BY_NAME["native 2 x 10"]]
+    whole = run(data, tmp_path / "whole", contenders=contenders)
+    run(data, tmp_path / "parts", contenders=contenders[1:])
+    parts = run(data, tmp_path / "parts", contenders=contenders)
+    figures = ["setting", "l2_mean", "l2_ratio", "local_optimality"]
+    pd.testing.assert_frame_equal(whole[figures], parts[figures])
+    assert whole["l2_mean"].nunique() == 2
+
+
 def test_every_contender_has_a_name_of_its_own():
     assert len(BY_NAME) == len(CONTENDERS)
     assert BY_NAME["ART 10 x 10"].params == {}
