@@ -212,8 +212,8 @@ class _CarliniWagner(Attack):
 class CarliniWagnerL2(_CarliniWagner):
     """C&W in norm 2: the smallest ||delta||_2 that fools the model, by descent on ||delta||_2^2 + c * f(x + delta).
 
-    An image that the model gets wrong comes back as it is, and so does one for which no perturbation is found;
-    `report.fooled` tells them apart. What was found is the nearest over the whole search.
+    An image that the model already gets wrong, by more than `confidence`, comes back as it is. So does one for which no
+    perturbation is found; `report.fooled` tells them apart. What was found is the nearest over the whole search.
 
     With `adaptive=False` it is the attack of the paper (sections V and VI.A): from the image, `max_iter` steps of Adam
     at a constant learning rate for each of `binary_search_steps` values of c, which grows tenfold until an image is
