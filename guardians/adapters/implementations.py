@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from guardians.attacks import FGSM, PGD, CarliniWagnerL2, CarliniWagnerLinf
 from guardians.attacks.base import Attack
+from guardians.attacks.checks import check_choice
 from guardians.attacks.victim import Victim
 
 __all__ = ["IMPLEMENTATIONS", "AttackSpec", "CarliniWagnerSpec", "build_attack", "build_prediction", "is_available"]
@@ -79,6 +80,17 @@ class CarliniWagnerSpec:
         values = {argument: getattr(self, field) for field, argument in names.items()}
         return {argument: value for argument, value in values.items() if value is not None}
 
+    def art_arguments(self) -> dict[str, Any]:
+        """Under ART's names, which are native's too; without `abort_early`, which ART does not have."""
+        return self.arguments(
+            confidence="confidence",
+            targeted="targeted",
+            learning_rate="learning_rate",
+            steps="max_iter",
+            const="initial_const",
+            searches="binary_search_steps",
+        )
+
 
 def is_available(implementation: str, spec: AttackSpec | CarliniWagnerSpec) -> bool:
     """Whether the toolkit has this attack in this norm and mode, installed or not.
@@ -86,25 +98,19 @@ def is_available(implementation: str, spec: AttackSpec | CarliniWagnerSpec) -> b
     Raises:
         ValueError: the implementation, the attack or the norm is none of the known ones.
     """
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
     if isinstance(spec, CarliniWagnerSpec):
-        _check_known(implementation=(implementation, IMPLEMENTATIONS), norm=(spec.norm, (2, np.inf)))
+        check_choice("norm", spec.norm, (2, np.inf))
         if implementation == "torchattacks":
             return spec.norm == 2 and spec.searches in (None, 1)
         return spec.norm == 2 or implementation in ("native", "ART")
-    _check_known(
-        implementation=(implementation, IMPLEMENTATIONS), attack=(spec.attack, ATTACKS), norm=(spec.norm, NORMS)
-    )
+    check_choice("attack", spec.attack, ATTACKS)
+    check_choice("norm", spec.norm, NORMS)
     if implementation == "torchattacks":
         return spec.norm == np.inf or (spec.norm == 2 and spec.attack == "PGD")
     if implementation == "foolbox":
         return not (spec.targeted and spec.attack == "FGSM")
     return True
-
-
-def _check_known(**values: tuple[Any, tuple[Any, ...]]) -> None:
-    for name, (value, known) in values.items():
-        if value not in known:
-            raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(str, known))}")
 
 
 def build_attack(
@@ -208,13 +214,10 @@ def _native(
         if early_stop is not False:
             raise ValueError(f"early_stop={early_stop!r}: must be False for {spec.attack}, which looks for the nearest")
         options: dict[str, Any] = {"batch_size": batch_size, "verbose": False, "seed": seed, "precision": precision}
-        options |= spec.arguments(confidence="confidence", targeted="targeted", learning_rate="learning_rate")
-        options |= spec.arguments(steps="max_iter", const="initial_const")
+        options |= spec.art_arguments()
         if spec.norm == np.inf:
             return CarliniWagnerLinf(model, **options)
-        return CarliniWagnerL2(
-            model, **options, **spec.arguments(searches="binary_search_steps", abort_early="abort_early")
-        )
+        return CarliniWagnerL2(model, **options, **spec.arguments(abort_early="abort_early"))
     attack = FGSM(model) if spec.attack == "FGSM" else PGD(model, max_iter=spec.steps, eps_step=spec.eps_step)
     attack.set_params(
         norm=spec.norm,
@@ -257,16 +260,8 @@ def _art(
 
     classifier = _art_classifier(model, nb_classes, input_shape)
     if isinstance(spec, CarliniWagnerSpec):
-        arguments = spec.arguments(
-            confidence="confidence",
-            targeted="targeted",
-            learning_rate="learning_rate",
-            steps="max_iter",
-            const="initial_const",
-            searches="binary_search_steps",
-        )
         attack = CarliniL2Method if spec.norm == 2 else CarliniLInfMethod
-        return ArtAttack(attack(classifier, batch_size=batch_size, verbose=False, **arguments))
+        return ArtAttack(attack(classifier, batch_size=batch_size, verbose=False, **spec.art_arguments()))
     options = {"targeted": spec.targeted, "num_random_init": int(spec.random_start), "batch_size": batch_size}
     if spec.attack == "FGSM":
         return ArtAttack(FastGradientMethod(classifier, spec.norm, spec.eps, **options))

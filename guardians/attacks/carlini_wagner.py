@@ -7,7 +7,6 @@ variables that keep the image valid (`boxes`). They differ in the distance, and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 
 from guardians.attacks.base import Attack, State
 from guardians.attacks.boxes import BOXES, Box, NoBox
-from guardians.attacks.checks import check_flag, check_integer, check_number
-from guardians.attacks.norms import lp_norm
+from guardians.attacks.checks import check_choice, check_flag, check_integer, check_number
+from guardians.attacks.norms import lp_norm, per_image
 from guardians.attacks.objectives import OBJECTIVE_FUNCTIONS, TAKE_CONFIDENCE, largest_other, margin
 from guardians.attacks.rng import SampleRng
 
@@ -94,7 +93,8 @@ class _CarliniWagner(Attack):
         state: State = {"x": x, "y": y, "image": x.clone(), "best": x.clone()}
         if "mask" in options:
             state["fixed"] = ~options["mask"]
-        state |= {"variable": self.boundary(x).variable(x), "mean": torch.zeros_like(x), "square": torch.zeros_like(x)}
+        home = self.boundary(x).variable(x)
+        state |= {"home": home, "variable": home.clone(), "mean": torch.zeros_like(x), "square": torch.zeros_like(x)}
         state |= {"step": number, "const": torch.full_like(number, self.initial_const)}
         return state | {"best_distance": torch.full_like(number, torch.inf)}
 
@@ -111,7 +111,7 @@ class _CarliniWagner(Attack):
         assert gradient is not None
         answer = self._answer(state, logits, gradient)
         better = answer.reached & (answer.distance < state["best_distance"])
-        state["best"] = torch.where(_per_image(better, state["x"]), state["image"], state["best"])
+        state["best"] = torch.where(per_image(better, state["x"]), state["image"], state["best"])
         state["best_distance"] = torch.where(better, answer.distance, state["best_distance"])
         done = self.advance(state, logits, answer)
         image = self.boundary(state["x"]).image(state["variable"])
@@ -160,23 +160,22 @@ class _CarliniWagner(Attack):
             betas: how much of the moments is kept.
         """
         box, x, variable = self.boundary(state["x"]), state["x"], state["variable"]
-        gradient = box.gradient(_per_image(state["const"], x) * of_model, of_distance, variable)
+        gradient = box.gradient(per_image(state["const"], x) * of_model, of_distance, variable)
         if "fixed" in state:
             gradient = gradient.masked_fill(state["fixed"], 0)
         state["step"] = state["step"] + 1
-        step = _per_image(state["step"], x)
+        step = per_image(state["step"], x)
         state["mean"] = torch.lerp(gradient, state["mean"], betas[0])
         state["square"] = torch.lerp(gradient.square(), state["square"], betas[1])
         scale = (state["square"] / (1 - betas[1] ** step)).sqrt_().add_(_ADAM_EPSILON)
-        change = (state["mean"] * (_per_image(rate, x) / (1 - betas[0] ** step))).div_(scale)
+        change = (state["mean"] * (per_image(rate, x) / (1 - betas[0] ** step))).div_(scale)
         state["variable"] = box.confine(variable - change)
 
     def forget(self, state: State, rows: Tensor, *, position: bool) -> None:
         """Start anew with some samples (N,): fresh moments, and with `position` at the image."""
-        images = _per_image(rows, state["x"])
+        images = per_image(rows, state["x"])
         if position:
-            home = self.boundary(state["x"]).variable(state["x"])
-            state["variable"] = torch.where(images, home, state["variable"])
+            state["variable"] = torch.where(images, state["home"], state["variable"])
         for name in ("mean", "square"):
             state[name] = state[name].masked_fill(images, 0)
         state["step"] = state["step"].masked_fill(rows, 0)
@@ -200,8 +199,8 @@ class _CarliniWagner(Attack):
         check_number("learning_rate", self.learning_rate, low=0, exclusive=True, single=True)
         check_integer("max_iter", self.max_iter, low=1)
         check_number("initial_const", self.initial_const, low=0, exclusive=True, single=True)
-        _check_choice("box", self.box, BOXES)
-        _check_choice("objective_function", self.objective_function, OBJECTIVE_FUNCTIONS)
+        check_choice("box", self.box, BOXES)
+        check_choice("objective_function", self.objective_function, OBJECTIVE_FUNCTIONS)
         if self.confidence > 0 and self.objective_function not in TAKE_CONFIDENCE:
             raise ValueError(
                 f"confidence={self.confidence}: must be 0 for objective_function={self.objective_function!r}; "
@@ -634,7 +633,7 @@ class CarliniWagnerLinf(_CarliniWagner):
         within = answer.reached & (answer.distance <= state["tau"])
         state["tau"] = torch.where(within, self.decrease_factor * answer.distance, state["tau"])
         self.forget(state, within, position=False)
-        beyond = answer.offset.abs() > _per_image(state["tau"], x)
+        beyond = answer.offset.abs() > per_image(state["tau"], x)
         rate = (2 * self._largest_step * state["tau"] / widest).clamp_max(self.learning_rate)
         self.descend(state, answer.gradient, answer.offset.sign() * beyond, rate, self._betas)
         failed = state["step"] >= self.max_iter
@@ -657,16 +656,6 @@ CarliniL2Method = CarliniWagnerL2
 CarliniLInfMethod = CarliniWagnerLinf
 
 
-def _per_image(values: Tensor, x: Tensor) -> Tensor:
-    """(N,) -> (N, 1, ..., 1), to broadcast against images."""
-    return values.view(-1, *(1,) * (x.ndim - 1))
-
-
 def _pick(table: Tensor, columns: Tensor) -> Tensor:
     """One entry (N,) of each row of a table (N, columns)."""
     return table.gather(1, columns[:, None])[:, 0]
-
-
-def _check_choice(name: str, value: Any, known: Collection[str]) -> None:
-    if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{name}={value!r}: must be one of {', '.join(known)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,16 @@ from torch import Tensor
 
 from guardians.attacks.victim import Victim
 
-__all__ = ["check_device", "check_flag", "check_images", "check_integer", "check_number", "labels_from", "mask_from"]
+__all__ = [
+    "check_choice",
+    "check_device",
+    "check_flag",
+    "check_images",
+    "check_integer",
+    "check_number",
+    "labels_from",
+    "mask_from",
+]
 
 
 def check_number(name: str, value: Any, *, low: float, exclusive: bool = False, single: bool = False) -> None:
@@ -56,6 +66,17 @@ def check_flag(name: str, value: Any) -> None:
     """
     if not isinstance(value, bool):
         raise TypeError(f"{name}={value!r}: must be True or False")
+
+
+def check_choice(name: str, value: Any, known: Iterable[Any]) -> None:
+    """Raise unless `value` is one of `known`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    known = tuple(known)
+    if value not in known:
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(str, known))}")
 
 
 def check_device(name: str, x: Any, victim: Victim) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guardians.attacks.norms import lp_norm
+from guardians.attacks.norms import lp_norm, per_image
 from guardians.attacks.rng import SampleRng
 from guardians.attacks.search import Search, choose_search, is_random, judge_logits
 
@@ -301,7 +301,8 @@ class _Pool:
         stands = np.zeros(len(rows), dtype=bool) if fooled is None else ~fooled
         if attack.minimises_norm and stands.any():
             ended["doubted"] |= _on_host((images != ended["x"]).flatten(1).any(1))
-            images = torch.where(_on_device(stands, images), ended["x"], images)
+            stays = per_image(torch.from_numpy(stands).to(images.device, non_blocking=True), images)
+            images = torch.where(stays, ended["x"], images)
         restarts = stands & (ended["restart"] + 1 < attack.restarts)
         failed = stands & ~restarts & ended["doubted"] if self.failed is not None else np.zeros_like(stands)
         leaves = ~(restarts | failed)
@@ -396,11 +397,6 @@ def _majority(votes: Tensor) -> Tensor:
 def _on_host(values: Tensor | np.ndarray) -> np.ndarray:
     """Where the loop waits for the device."""
     return values if isinstance(values, np.ndarray) else values.cpu().numpy()
-
-
-def _on_device(rows: np.ndarray, images: Tensor) -> Tensor:
-    """A mask (N,) that broadcasts against images (N, ...)."""
-    return torch.from_numpy(rows).to(images.device, non_blocking=True).view(-1, *(1,) * (images.ndim - 1))
 
 
 def _round_size(n: int) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from guardians.attacks.base import State
 from guardians.attacks.checks import check_flag
+from guardians.attacks.norms import per_image
 from guardians.attacks.pgd import ProjectedGradientDescent
 from guardians.attacks.rng import SampleRng
 
@@ -114,12 +115,12 @@ class FastGradientMethod(ProjectedGradientDescent):
         fooled = ~at_image & ((logits.argmax(1) == state["y"]) == self.targeted)
         if gradient is not None:
             ascended = self._ascended(gradient, state)
-            state["gradient"] = torch.where(_per_image(at_image, x), ascended, state["gradient"])
+            state["gradient"] = torch.where(per_image(at_image, x), ascended, state["gradient"])
         done: np.ndarray = fooled.cpu().numpy() | (steps >= state["sizes"])
         steps += 1
-        radius = _per_image(torch.from_numpy(steps).to(x), x) * state["eps_step"]
+        radius = per_image(torch.from_numpy(steps).to(x), x) * state["eps_step"]
         x_adv = self.inside(x + self.step(state["gradient"], x, radius, state), state)
-        state["x_adv"] = torch.where(_per_image(torch.from_numpy(done).to(x.device), x), state["x_adv"], x_adv)
+        state["x_adv"] = torch.where(per_image(torch.from_numpy(done).to(x.device), x), state["x_adv"], x_adv)
         return done
 
     @property
@@ -153,8 +154,3 @@ class FastGradientMethod(ProjectedGradientDescent):
 
 
 FGSM = FastGradientMethod
-
-
-def _per_image(values: Tensor, x: Tensor) -> Tensor:
-    """(N,) -> (N, 1, ..., 1), to broadcast against images."""
-    return values.view(-1, *(1,) * (x.ndim - 1))

@@ -14,6 +14,7 @@ __all__ = [
     "as_norm",
     "ball_bounds",
     "lp_norm",
+    "per_image",
     "project",
     "pull_into_ball",
     "random_in_ball",
@@ -37,6 +38,11 @@ def as_norm(norm: Any) -> float:
 def lp_norm(x: Tensor, p: float) -> Tensor:
     """p-norm of each sample, with dimensions of size 1 kept: (N, ...) -> (N, 1, ...)."""
     return torch.linalg.vector_norm(x, p, dim=tuple(range(1, x.ndim)), keepdim=True)
+
+
+def per_image(values: Tensor, x: Tensor) -> Tensor:
+    """(N,) -> (N, 1, ..., 1), to broadcast against images."""
+    return values.view(-1, *(1,) * (x.ndim - 1))
 
 
 def steepest_ascent(gradient: Tensor, p: float) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from guardians.attacks.checks import check_choice
 from guardians.attacks.victim import Victim
 
 __all__ = [
@@ -49,8 +50,7 @@ def check_precision(precision: object) -> None:
     Raises:
         ValueError: it is not.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r}: must be one of {', '.join(PRECISIONS)}")
+    check_choice("precision", precision, PRECISIONS)
 
 
 def bfloat16_is_native(device: torch.device) -> bool:

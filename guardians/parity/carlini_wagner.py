@@ -22,14 +22,7 @@ def runs_of_one(
     native_recorder, recorder = Recorder(model), Recorder(model)
     ours = CARLINI_WAGNER_RULES[reference](
         native_recorder,
-        **spec.arguments(
-            confidence="confidence",
-            targeted="targeted",
-            steps="max_iter",
-            searches="binary_search_steps",
-            const="initial_const",
-            learning_rate="learning_rate",
-        ),
+        **spec.art_arguments(),
         adaptive=False,
         abort_early=False,
         verbose=False,
