@@ -13,7 +13,7 @@ import typer
 from torch import nn
 
 from guardians import __version__
-from guardians.attacks.checks import check_integer
+from guardians.attacks.checks import check_choice, check_integer
 from guardians.attacks.victim import Victim
 from guardians.data import ENVIRONMENT_VARIABLE, Dataset, load_data
 from guardians.models import (
@@ -26,7 +26,7 @@ from guardians.models import (
     save_model,
 )
 from guardians.tables import print_table
-from guardians.training import SCHEDULES, Recipe, robust_accuracy, train
+from guardians.training import RECIPES, SCHEDULES, Recipe, robust_accuracy, train
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -38,6 +38,12 @@ def _number(value: str | float) -> float:
         return float(numerator) / float(denominator or 1)
     except (ValueError, ZeroDivisionError):
         raise typer.BadParameter(f"{value!r}; needed is a number such as 0.5 or 8/255") from None
+
+
+def _of_recipe(text: str, *names: str, parser: Any = None) -> Any:
+    """An option whose default is in the recipe."""
+    metavar = "NUMBER" if parser else None
+    return typer.Option(*names, help=text, parser=parser, metavar=metavar, show_default="the recipe's")
 
 
 Data = Annotated[
@@ -203,64 +209,79 @@ def train_command(
     weights: Annotated[Path | None, typer.Option(help="Start from these weights.", show_default="fresh ones")] = None,
     data: Data = None,
     download: Download = False,
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = Recipe.epochs,
-    batch_size: Annotated[int, typer.Option(help="Images in a training step.")] = Recipe.batch_size,
-    schedule: Annotated[str, typer.Option(help=f"{' or '.join(SCHEDULES)}; swa with --weights.")] = Recipe.schedule,
-    peak_lr: Annotated[float, typer.Option(help="Highest rate of one-cycle, the rate of swa.")] = Recipe.peak_lr,
-    warmup: Annotated[float, typer.Option(help="Fraction of the steps before that peak.")] = Recipe.warmup,
-    momentum: Annotated[float, typer.Option(help="Nesterov momentum of SGD.")] = Recipe.momentum,
-    weight_decay: Annotated[float, typer.Option(help="Of convolution and linear weights.")] = Recipe.weight_decay,
-    label_smoothing: Annotated[float, typer.Option(help="0 turns it off.")] = Recipe.label_smoothing,
-    crop_padding: Annotated[int, typer.Option(help="Pixels of padding before the random crop.")] = Recipe.crop_padding,
-    cutout: Annotated[int, typer.Option(help="Side of the square greyed out; 0 turns it off.")] = Recipe.cutout,
-    attack_steps: Annotated[int, typer.Option(help="PGD steps on each image; 0 is standard.")] = Recipe.attack_steps,
-    eps: Annotated[float, typer.Option(help="Radius of their inf-norm ball.")] = Recipe.eps,
-    eps_step: Annotated[float, typer.Option(help="Their size.")] = Recipe.eps_step,
-    seed: Annotated[int, typer.Option(help="Of weights, data order and augmentation.")] = Recipe.seed,
+    recipe: Annotated[str, typer.Option(help=f"{', '.join(RECIPES)}; the options below change it.")] = "standard",
+    epochs: Annotated[int | None, _of_recipe("Passes over the training images.")] = None,
+    batch_size: Annotated[int | None, _of_recipe("Images in a training step.")] = None,
+    schedule: Annotated[str | None, _of_recipe(f"{' or '.join(SCHEDULES)}; swa with --weights.")] = None,
+    peak_lr: Annotated[float | None, _of_recipe("Highest rate of one-cycle, the rate of swa.")] = None,
+    warmup: Annotated[float | None, _of_recipe("Fraction of the steps before that peak.")] = None,
+    momentum: Annotated[float | None, _of_recipe("Nesterov momentum of SGD.")] = None,
+    weight_decay: Annotated[float | None, _of_recipe("Of convolution and linear weights.")] = None,
+    label_smoothing: Annotated[float | None, _of_recipe("0 turns it off.")] = None,
+    crop_padding: Annotated[int | None, _of_recipe("Pixels of padding before the random crop.")] = None,
+    cutout: Annotated[int | None, _of_recipe("Side of the square greyed out; 0 turns it off.")] = None,
+    attack_steps: Annotated[int | None, _of_recipe("PGD steps on each image; 0 for none.")] = None,
+    eps: Annotated[float | None, _of_recipe("Radius of their inf-norm ball.", parser=_number)] = None,
+    eps_step: Annotated[float | None, _of_recipe("Their size.", parser=_number)] = None,
+    random_start: Annotated[bool | None, _of_recipe("Where they start.", "--random-start/--from-image")] = None,
+    ratio: Annotated[float | None, _of_recipe("Share of the images that is attacked.")] = None,
+    holdout: Annotated[int | None, _of_recipe("Images kept to watch robustness; 0 for none.")] = None,
+    mixup_alpha: Annotated[float | None, _of_recipe("Of the beta distribution of mixup; 0 turns it off.")] = None,
+    sigma_init: Annotated[float | None, _of_recipe("Noise before the first convolution.")] = None,
+    sigma_inner: Annotated[float | None, _of_recipe("Noise before the others.")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, data order and all draws.")] = Recipe.seed,
     device: Device = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for weights, card, log and checkpoint.")] = Path("runs"),
 ) -> None:
     """Train a classifier; run again with the same arguments to resume. Writes weights, a JSON card and a CSV log."""
-    recipe = Recipe(
-        epochs=epochs,
-        batch_size=batch_size,
-        schedule=schedule,
-        peak_lr=peak_lr,
-        warmup=warmup,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        label_smoothing=label_smoothing,
-        crop_padding=crop_padding,
-        cutout=cutout,
-        attack_steps=attack_steps,
-        eps=eps,
-        eps_step=eps_step,
-        seed=seed,
-    )
-    _check_run(batch_size, device, seed)
+    check_choice("recipe", recipe, RECIPES)
+    changes = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "schedule": schedule,
+        "peak_lr": peak_lr,
+        "warmup": warmup,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "label_smoothing": label_smoothing,
+        "crop_padding": crop_padding,
+        "cutout": cutout,
+        "attack_steps": attack_steps,
+        "eps": eps,
+        "eps_step": eps_step,
+        "random_start": random_start,
+        "ratio": ratio,
+        "holdout": holdout,
+        "mixup_alpha": mixup_alpha,
+        "sigma_init": sigma_init,
+        "sigma_inner": sigma_inner,
+    }
+    given = {key: value for key, value in changes.items() if value is not None}
+    settings = Recipe(**{**RECIPES[recipe], **given, "seed": seed})
+    _check_run(settings.batch_size, device, seed)
     defaults = {"resnet9": {"width": 16}, "wide_resnet": {"depth": 28, "widen_factor": 10}}
     options = {"width": width, "depth": depth, "widen_factor": widen_factor}
     # An option of another architecture is passed on as well, for build_model to refuse it.
     shape = defaults.get(architecture, {}) | {key: value for key, value in options.items() if value is not None}
-    recipe_name = {0: "standard", 1: "fgsm-at"}.get(attack_steps, "pgd-at")
-    name = "-".join([architecture, *map(str, shape.values()), recipe_name])
+    name = "-".join([architecture, *map(str, shape.values()), recipe])
     train_data, test_data = (_announced_data(data, None, seed, download, split) for split in ("train", "test"))
     torch.manual_seed(seed)
     model = build_model(architecture, **shape, num_classes=len(train_data.classes))
     if weights is not None:
         load_weights(model, weights)
     _check_fit(architecture, model.eval(), train_data, "cpu")
-    accuracy = train(model, train_data, test_data, recipe, out / name, device=device)
+    accuracy = train(model, train_data, test_data, settings, out / name, device=device)
     card = {
         "name": name,
         "architecture": {"name": architecture, **shape, "num_classes": len(train_data.classes)},
-        "recipe": {"name": recipe_name, "initial_weights": weights and str(weights), **asdict(recipe)},
+        "recipe": {"name": recipe, "initial_weights": weights and str(weights), **asdict(settings)},
         "train_data": f"{len(train_data)} images of {train_data.source}",
         "test_data": f"{len(test_data)} images of {test_data.source}",
         "accuracy": accuracy,
-        **({"robust_accuracy": robust_accuracy(model, test_data, 40, eps=eps)} if attack_steps else {}),
-        "command": shlex.join(["guardians", *sys.argv[1:]]),
     }
+    if settings.is_adversarial:
+        card["robust_accuracy"] = robust_accuracy(model, test_data, 40, eps=settings.eps)
+    card["command"] = shlex.join(["guardians", *sys.argv[1:]])
     typer.echo(f"accuracy {accuracy:.2%}; wrote {save_model(model, card, out)}")
 
 

@@ -1,13 +1,14 @@
-"""Standard and adversarial training: SGD on seeded augmentations, resumable to the step.
+"""Standard and adversarial training, with mixup or noise: SGD on seeded augmentations, resumable to the step.
 
-Data order and augmentation of a step are functions of (seed, epoch, step), so a run that was interrupted and resumed
-gives the same weights as one that was not (up to the arithmetic of the machine, and unless the model draws random
-numbers of its own).
+Data order, augmentation and all draws of a step are functions of (seed, epoch, step), so a run that was interrupted and
+resumed gives the same weights as one that was not (up to the arithmetic of the machine, and unless the model draws
+random numbers of its own).
 """
 
 from __future__ import annotations
 
 import csv
+import logging
 import math
 import operator
 import os
@@ -16,10 +17,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
@@ -27,16 +29,24 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm.auto import tqdm
 
+from guardians.attacks.checks import check_flag
 from guardians.attacks.pgd import ProjectedGradientDescent
+from guardians.attacks.rng import hashed, row_keys
 from guardians.attacks.search import bfloat16_is_native
 from guardians.data import Dataset, class_balanced_subset
+from guardians.defences.random_self_ensemble import RandomSelfEnsemble
 
-__all__ = ["LOG_COLUMNS", "SCHEDULES", "Recipe", "accuracy", "robust_accuracy", "train"]
+__all__ = ["LOG_COLUMNS", "RECIPES", "SCHEDULES", "Recipe", "accuracy", "robust_accuracy", "train"]
+
+logger = logging.getLogger(__name__)
+
+Weights = dict[str, Tensor]
 
 SCHEDULES = ("one-cycle", "swa")
 LOG_COLUMNS = ("epoch", "learning_rate", "train_loss", "train_accuracy", "test_accuracy", "robust_accuracy", "seconds")
-_ROBUST_IMAGES = 500
-"""Test images on which an epoch of adversarial training is measured."""
+_NOT_NEGATIVE = """
+    weight_decay crop_padding cutout attack_steps eps holdout mixup_alpha sigma_init sigma_inner
+""".split()  # noqa: SIM905
 
 
 @dataclass(frozen=True)
@@ -58,13 +68,22 @@ class Recipe:
         crop_padding: pixels of reflection padding before the random crop; less than the side of the images.
         cutout: side of the square that is greyed out in each image (DeVries and Taylor 2017); 0 turns it off. The
             square has a central pixel, which may lie on the border: an even value gives a side of one pixel less.
-        attack_steps: steps of PGD (inf, random start) that perturb each training image, in evaluation mode; 0 for
-            standard training, 1 is "fast" training (Wong et al., "Fast is better than free", 2020, algorithm 3), more
-            is that of Madry et al. 2018.
+        attack_steps: steps of PGD (inf) that perturb training images, in evaluation mode; 0 for none, 1 is "fast"
+            training (Wong et al., "Fast is better than free", 2020, algorithm 3), more is that of Madry et al. 2018.
         eps: radius of its ball, in the unit of the images.
         eps_step: its step size.
-        seed: of the data order, the augmentation and the random starts; the command line seeds the initial weights
-            with it too.
+        random_start: whether it starts at a random point of the ball; one step of `eps` from the image is FGSM.
+        ratio: share of the images of a batch that are perturbed, as in ART's `AdversarialTrainer`; rounded up.
+        holdout: training images, class-balanced, that are not trained on. After each epoch of adversarial training the
+            model is attacked on them (PGD-10), to stop when robustness collapses, see `train`.
+        mixup_alpha: parameter of the beta distribution from which mixup's lambda is drawn, one a step; 0 turns it off
+            (Zhang et al., "mixup: beyond empirical risk minimization", 2018). With an attack and `ratio` 0.5 this is
+            interpolated adversarial training, where perturbed images are mixed among themselves and the others too
+            (Lamb et al., "Interpolated adversarial training", 2019, algorithm 1).
+        sigma_init, sigma_inner: noise in front of the first convolution and of the others, see `RandomSelfEnsemble`;
+            accuracies are those of the ensemble.
+        seed: of the data order, the augmentation and all other draws; the command line seeds the initial weights with
+            it too.
 
     Raises:
         TypeError: a value is not a number, or a count not an integer.
@@ -84,13 +103,20 @@ class Recipe:
     attack_steps: int = 0
     eps: float = 8 / 255
     eps_step: float = 10 / 255
+    random_start: bool = True
+    ratio: float = 1.0
+    holdout: int = 0
+    mixup_alpha: float = 0.0
+    sigma_init: float = 0.0
+    sigma_inner: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule={self.schedule!r}: must be one of {', '.join(SCHEDULES)}")
+        check_flag("random_start", self.random_start)
         for field in fields(self):
-            if field.name == "schedule":
+            if field.name in ("schedule", "random_start"):
                 continue
             value = getattr(self, field.name)
             convert, kind = (operator.index, "an integer") if isinstance(field.default, int) else (float, "a number")
@@ -106,9 +132,33 @@ class Recipe:
         for name in ("warmup", "momentum", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be in [0, 1)")
-        for name in ("weight_decay", "crop_padding", "cutout", "attack_steps", "eps"):
+        for name in _NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 0 and finite")
+        if not 0 <= self.ratio <= 1:
+            raise ValueError(f"ratio={self.ratio}: must be in [0, 1]")
+
+    @property
+    def is_adversarial(self) -> bool:
+        """Whether any training image is perturbed."""
+        return self.attack_steps > 0 and self.ratio > 0
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the model is trained as a `RandomSelfEnsemble`."""
+        return self.sigma_init > 0 or self.sigma_inner > 0
+
+
+_ADVERSARIAL = {"batch_size": 256, "peak_lr": 0.2, "label_smoothing": 0.0, "cutout": 0, "holdout": 1000}
+RECIPES: dict[str, dict[str, Any]] = {
+    "standard": {},
+    "fgsm-at": {**_ADVERSARIAL, "epochs": 16, "attack_steps": 1},
+    "pgd-at": {**_ADVERSARIAL, "epochs": 20, "attack_steps": 3, "eps_step": 4 / 255},
+    "rse": {"label_smoothing": 0.0, "cutout": 0, "sigma_init": 0.8, "sigma_inner": 0.2},
+    "mixup": {"label_smoothing": 0.0, "cutout": 0, "mixup_alpha": 1.0},
+    "iat": {**_ADVERSARIAL, "epochs": 20, "attack_steps": 2, "eps_step": 6 / 255, "ratio": 0.5, "mixup_alpha": 1.0},
+}
+"""What the recipes of the bundled models, `resnet9-16-<name>`, change in `Recipe`."""
 
 
 def train(
@@ -123,17 +173,24 @@ def train(
 ) -> float:
     """Train `model` in place and return its accuracy on `test_data` (float32, evaluation mode).
 
-    `folder` receives `log.csv`, a row an epoch (`LOG_COLUMNS`; the robust accuracy, under PGD-10 on 500 test images, of
-    adversarial training only), and `checkpoint.pt`, written after every epoch and on
-    Ctrl-C, which waits for the end of the step; where it exists, training goes on from it.
+    `folder` receives `log.csv`, a row an epoch (`LOG_COLUMNS`; the robust accuracy is that on held-out images under
+    PGD-10, empty without them), and `checkpoint.pt`, written after every epoch and on Ctrl-C, which waits for the end
+    of the step; where it exists, training goes on from it.
+
+    Adversarial training with held-out images stops when its robust accuracy on them has fallen below half of the best
+    so far: single-step training can learn, within an epoch, to fool its own attack ("catastrophic overfitting", Wong et
+    al. 2020, section 5.3). The log of the program says so, and the model is that of the best epoch.
 
     Raises:
-        ValueError: there are fewer training images than one batch, no test images, the images are too small for
-            `crop_padding`, `folder` cannot be made, or the checkpoint is of another recipe, another number of steps
-            or another model, or cannot be read.
+        ValueError: there are fewer training images than one batch, no test images, fewer training images than are held
+            out, the images are too small for `crop_padding`, `folder` cannot be made, or the checkpoint is of another
+            recipe, another number of steps or another model, or cannot be read.
         KeyboardInterrupt: on Ctrl-C, after the checkpoint is written.
     """
     device = torch.device(device)
+    held_out = None
+    if recipe.holdout and recipe.is_adversarial:
+        train_data, held_out = _split(train_data, recipe.holdout, recipe.seed)
     if len(train_data) < recipe.batch_size:
         raise ValueError(f"batch_size={recipe.batch_size}: the training set has only {len(train_data)} images")
     if len(test_data) == 0:
@@ -148,6 +205,11 @@ def train(
     checkpoint_file, log_file = folder / "checkpoint.pt", folder / "log.csv"
 
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = model
+    if recipe.is_noisy:
+        network = RandomSelfEnsemble(
+            model, recipe.sigma_init, recipe.sigma_inner, seed=recipe.seed, share_parameters=True
+        )
     steps_per_epoch = len(train_data) // recipe.batch_size
     optimizer = torch.optim.SGD(
         _parameter_groups(model, recipe.weight_decay),
@@ -160,13 +222,14 @@ def train(
     stateful: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
     if average is not None:
         stateful["average"] = average
-    progress, between_steps = _Progress(), True
+    progress, best_weights, between_steps = _Progress(), _weights_of(model), True
     if checkpoint_file.exists():
-        progress = _restore(checkpoint_file, recipe, recipe.epochs * steps_per_epoch, stateful)
+        progress, best_weights = _restore(checkpoint_file, recipe, recipe.epochs * steps_per_epoch, stateful)
     _start_log(log_file, progress.epoch)
 
     def save() -> None:
         state = {"recipe": asdict(recipe), "progress": asdict(progress), "steps": recipe.epochs * steps_per_epoch}
+        state |= {"best_weights": best_weights if held_out is not None else {}}
         state |= {name: part.state_dict() for name, part in stateful.items()}
         partial = checkpoint_file.with_suffix(".partial")
         torch.save(state, partial)
@@ -174,10 +237,10 @@ def train(
 
     images, labels = train_data.images.to(device), train_data.labels.to(device)
     autocast = torch.autocast(device.type, torch.bfloat16) if bfloat16_is_native(device) else nullcontext()
-    adversary = _adversary(_Autocast(model, autocast), recipe) if recipe.attack_steps else None
+    adversary = _adversary(_Autocast(network, autocast), recipe) if recipe.is_adversarial else None
     start = time.perf_counter() - progress.seconds
     try:
-        while progress.epoch < recipe.epochs:
+        while progress.epoch < recipe.epochs and not progress.collapsed:
             batches = tqdm(
                 _batches(images, labels, recipe, progress.epoch, progress.step),
                 desc=f"epoch {progress.epoch + 1}/{recipe.epochs}",
@@ -186,16 +249,25 @@ def train(
                 disable=not verbose,
                 leave=False,
             )
-            model.train()
+            network.train()
             for x, y in batches:
                 with _uninterrupted():
                     between_steps = False
+                    seed = _seed(recipe.seed, progress.epoch, progress.step)
+                    perturbed = 0
                     if adversary is not None:
-                        adversary.seed = _seed(recipe.seed, progress.epoch, progress.step)
-                        x = adversary(x, y)
-                    with autocast:
-                        logits = model(x.contiguous(memory_format=torch.channels_last))
-                        loss = cross_entropy(logits.float(), y, label_smoothing=recipe.label_smoothing)
+                        perturbed = math.ceil(recipe.ratio * len(y))  # the order is random: the first ones will do
+                        adversary.seed = seed
+                        x = torch.cat([adversary(x[:perturbed], y[:perturbed]), x[perturbed:]])
+                    weight, partners = _mixup(len(y), perturbed, recipe.mixup_alpha, seed)
+                    if weight < 1:
+                        x = weight * x + (1 - weight) * x[partners]
+                    with autocast, row_keys(hashed(seed, np.arange(len(y)))):
+                        logits = network(x.contiguous(memory_format=torch.channels_last)).float()
+                    loss = weight * cross_entropy(logits, y, label_smoothing=recipe.label_smoothing)
+                    if weight < 1:
+                        other = cross_entropy(logits, y[partners], label_smoothing=recipe.label_smoothing)
+                        loss = loss + (1 - weight) * other
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     optimizer.step()
@@ -211,10 +283,10 @@ def train(
                 "learning_rate": progress.learning_rate,
                 "train_loss": progress.loss_sum / seen,
                 "train_accuracy": progress.correct / seen,
-                "test_accuracy": accuracy(model, test_data),
-                "robust_accuracy": robust_accuracy(model, test_data, 10, _ROBUST_IMAGES, recipe.eps)
-                if recipe.attack_steps
-                else math.nan,
+                "test_accuracy": accuracy(network, test_data),
+                "robust_accuracy": math.nan
+                if held_out is None
+                else robust_accuracy(network, held_out, 10, eps=recipe.eps),
                 "seconds": time.perf_counter() - start,
             }
             if verbose:
@@ -223,7 +295,19 @@ def train(
                 if average is not None:
                     average.update_parameters(model)
                 _append_row(log_file, row)
-                progress = _Progress(epoch=progress.epoch + 1, seconds=row["seconds"])
+                progress = progress.after_epoch(row["robust_accuracy"], row["seconds"])
+                if progress.collapsed:
+                    logger.warning(
+                        "catastrophic overfitting: the robust accuracy on held-out images fell from %.1f%% to %.1f%% "
+                        "in epoch %d; training stops at epoch %d",
+                        100 * progress.best_accuracy,
+                        100 * row["robust_accuracy"],
+                        progress.epoch,
+                        progress.best_epoch,
+                    )
+                    model.load_state_dict(best_weights)
+                elif progress.best_epoch == progress.epoch:
+                    best_weights = _weights_of(model)
                 save()
     except KeyboardInterrupt:
         if between_steps:  # else a hook raised it inside a step, half of which is in the model
@@ -231,12 +315,13 @@ def train(
                 progress.seconds = time.perf_counter() - start
                 save()
         raise
-    if average is not None:
+    if average is not None and not progress.collapsed:
         model.load_state_dict(average.module.state_dict())
         with autocast:
-            update_bn(_float_batches(images, recipe.batch_size), model)
+            update_bn(_float_batches(images, recipe.batch_size), network)
+    result = accuracy(network, test_data)
     model.to(memory_format=torch.contiguous_format)
-    return accuracy(model, test_data)
+    return result
 
 
 @torch.no_grad()
@@ -256,7 +341,8 @@ def accuracy(model: nn.Module, data: Dataset, batch_size: int = 500) -> float:
     for start in range(0, len(data), batch_size):
         images = data.images[start : start + batch_size].to(device).float() / 255
         labels = data.labels[start : start + batch_size].to(device)
-        correct += int((model(images).argmax(1) == labels).sum())
+        with row_keys(hashed(0, np.arange(start, start + len(labels)))):
+            correct += int((model(images).argmax(1) == labels).sum())
     return correct / len(data)
 
 
@@ -279,7 +365,7 @@ def robust_accuracy(model: nn.Module, data: Dataset, steps: int, n: int | None =
     if n is not None and n < len(data):
         chosen = torch.from_numpy(class_balanced_subset(data.labels.tolist(), n))
     attack = ProjectedGradientDescent(
-        model, eps=eps, eps_step=eps / 4 or 1, max_iter=steps, batch_size=128, early_stop=True, verbose=False
+        model, eps=eps, eps_step=eps / 4 or 1, max_iter=steps, batch_size=128, seed=0, early_stop=True, verbose=False
     )
     fooled = 0
     for finished in attack.stream((data.images[rows].float() / 255, data.labels[rows]) for rows in chosen.split(500)):
@@ -307,7 +393,7 @@ def _adversary(model: nn.Module, recipe: Recipe) -> ProjectedGradientDescent:
         eps=recipe.eps,
         eps_step=recipe.eps_step,
         max_iter=recipe.attack_steps,
-        num_random_init=1,
+        num_random_init=int(recipe.random_start),
         batch_size=recipe.batch_size,
         precision="float32",  # the model comes with its own autocast
         verbose=False,
@@ -316,7 +402,10 @@ def _adversary(model: nn.Module, recipe: Recipe) -> ProjectedGradientDescent:
 
 @dataclass
 class _Progress:
-    """Where a run stands: `step` steps into `epoch`, with the sums over those steps and the rate of the last."""
+    """Where a run stands: `step` steps into `epoch`, with the sums over those steps and the rate of the last.
+
+    The best epoch is the one after which robust accuracy on held-out images was highest, counted from 1; 0 for none.
+    """
 
     epoch: int = 0
     step: int = 0
@@ -324,6 +413,22 @@ class _Progress:
     correct: int = 0
     seconds: float = 0.0
     learning_rate: float = 0.0
+    best_epoch: int = 0
+    best_accuracy: float = 0.0
+    collapsed: bool = False
+
+    def after_epoch(self, robust_accuracy: float, seconds: float) -> _Progress:
+        """At the start of the next epoch; `robust_accuracy` is NaN where none was measured."""
+        epoch, best_epoch, best_accuracy = self.epoch + 1, self.best_epoch, self.best_accuracy
+        if robust_accuracy >= best_accuracy:
+            best_epoch, best_accuracy = epoch, robust_accuracy
+        return _Progress(
+            epoch=epoch,
+            seconds=seconds,
+            best_epoch=best_epoch,
+            best_accuracy=best_accuracy,
+            collapsed=robust_accuracy < best_accuracy / 2,
+        )
 
 
 @contextmanager
@@ -359,12 +464,37 @@ def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int
     )
 
 
+def _mixup(n: int, perturbed: int, alpha: float, seed: int) -> tuple[float, Tensor]:
+    """Weight of the images of a batch, and the partner (n,) of each: of the first `perturbed` among themselves."""
+    if alpha == 0:
+        return 1.0, torch.arange(n)
+    generator = torch.Generator().manual_seed(seed)
+    partners = torch.cat(
+        [torch.randperm(perturbed, generator=generator), torch.randperm(n - perturbed, generator=generator) + perturbed]
+    )
+    return float(np.random.default_rng(seed).beta(alpha, alpha)), partners
+
+
+def _split(data: Dataset, n: int, seed: int) -> tuple[Dataset, Dataset]:
+    """The data without `n` images, class-balanced, and those."""
+    if n >= len(data):
+        raise ValueError(f"holdout={n}: the training set has only {len(data)} images")
+    taken = torch.zeros(len(data), dtype=torch.bool)
+    taken[torch.from_numpy(class_balanced_subset(data.labels.tolist(), n, seed))] = True
+    rest, held_out = (replace(data, images=data.images[rows], labels=data.labels[rows]) for rows in (~taken, taken))
+    return rest, held_out
+
+
+def _weights_of(model: nn.Module) -> Weights:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
 def _float_batches(images: Tensor, batch_size: int) -> Iterator[Tensor]:
     for batch in images.split(batch_size):
         yield (batch.float() / 255).contiguous(memory_format=torch.channels_last)
 
 
-def _restore(file: Path, recipe: Recipe, steps: int, stateful: dict[str, Any]) -> _Progress:
+def _restore(file: Path, recipe: Recipe, steps: int, stateful: dict[str, Any]) -> tuple[_Progress, Weights]:
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         if state["recipe"] != asdict(recipe):
@@ -375,7 +505,7 @@ def _restore(file: Path, recipe: Recipe, steps: int, stateful: dict[str, Any]) -
             raise ValueError(f"it is of a run of {state['steps']} steps, this is one of {steps}: other data")
         for name, part in stateful.items():
             part.load_state_dict(state[name])
-        return _Progress(**state["progress"])
+        return _Progress(**state["progress"]), state["best_weights"]
     except Exception as error:  # torch.load raises a different type for each way a file can be broken
         raise ValueError(
             f"checkpoint {str(file)!r} cannot be resumed: {type(error).__name__}: {error}; delete it to start over"

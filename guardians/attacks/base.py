@@ -26,7 +26,7 @@ State = dict[str, Any]
 """All that an attack knows of its samples, a row each: tensors on the device, and numpy arrays for what steers the loop
 (step counts), which are read without waiting for the device. The engine drops, overwrites and reorders rows, so no two
 tensors share memory. It keeps what it knows there too: "x", "y" and "mask" as `start` was given them, "x_adv_init",
-"index", "restart", "doubted" and "at_fixed_point"."""
+"index", "restart", "asked", "doubted" and "at_fixed_point"."""
 
 
 class Attack(ClassifierAttack):

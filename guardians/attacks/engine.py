@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from guardians.attacks.norms import lp_norm, per_image
-from guardians.attacks.rng import SampleRng
+from guardians.attacks.rng import SampleRng, hashed, row_keys
 from guardians.attacks.search import Search, choose_search, is_random, judge_logits
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ PROBE = 8
 """Images on which it is seen whether the model is random, and whether a cheaper copy agrees with it."""
 _DRAWS = 9
 """Of a random model for one judgement, unless the attack says how many."""
+_PROBE_DRAW, _LABEL_DRAW, _SEARCH_DRAW, _JUDGEMENT_DRAW = range(4)
+"""What a random model draws for; each has draws of its own."""
+_FURTHER_OUT = (1.02, 1.05, 1.1, 1.2, 1.4, 1.7, 2.0)
+"""Lengths of a smallest perturbation that are tried where a random model is not fooled by it in most draws."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +109,18 @@ def stream(
 
 
 def value_and_gradient(
-    attack: Attack, logits_of: Callable[[Tensor], Tensor], query: Tensor, y: Tensor, state: State
+    attack: Attack,
+    logits_of: Callable[[Tensor], Tensor],
+    query: Tensor,
+    y: Tensor,
+    state: State,
+    keys: np.ndarray | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits at `query`, one for each draw of EOT (draws, N, classes), and the gradient of the objective.
 
     The gradient is the mean over the draws (Athalye et al., "Synthesizing robust adversarial examples", 2018,
-    section 2), which share batches of at most `attack.batch_size`.
+    section 2), which share batches of at most `attack.batch_size`. `keys` (N,) are the seeds of the draws of a random
+    model (`row_keys`), of which each draw makes one of its own.
 
     Raises:
         ValueError: the logits do not depend differentiably on the images.
@@ -119,7 +130,9 @@ def value_and_gradient(
     at_once = max(1, int(attack.batch_size) // len(query))
     for first in range(0, attack.eot_samples, at_once):
         count = min(at_once, attack.eot_samples - first)
-        with torch.enable_grad():
+        draw = np.arange(first, first + count)[:, None]
+        drawing = nullcontext() if keys is None else row_keys(hashed(keys, draw).reshape(-1))
+        with torch.enable_grad(), drawing:
             inputs = query.detach().requires_grad_(True)
             logits = logits_of(inputs if count == 1 else inputs.repeat(count, *(1,) * (inputs.ndim - 1)))
             gradient = None
@@ -155,10 +168,16 @@ class Run:
         self.judge_samples = attack.judge_samples or (_DRAWS if self.is_random else 1)
         self.sees_fixed_points = attack.early_stop and attack.is_memoryless and not self.is_random
 
+    def keys(self, purpose: int, *numbers: np.ndarray | int) -> np.ndarray:
+        """Seeds of a random model's draws: of the sample, of what it is asked for, and of how often it was before."""
+        return hashed(self.seed, purpose, *numbers)
+
     def _probe(self, x: Tensor) -> None:
         """Ask the model about some images: whether it is random, what may search for it, and how it judges fastest."""
-        expected = self.victim.logits(x)
-        self.is_random = is_random(expected, self.victim.logits(x))
+        with row_keys(self.keys(_PROBE_DRAW, np.arange(len(x)))):
+            expected = self.victim.logits(x)
+        with row_keys(self.keys(_PROBE_DRAW, np.arange(len(x)), 1)):
+            self.is_random = is_random(expected, self.victim.logits(x))
         self.report.judgement_forward += 2 * len(x)
         known = None if self.is_random else expected
         if known is not None:
@@ -176,7 +195,8 @@ class Run:
         """State of samples at the start of a search or of a restart, with what the engine knows of them."""
         x, attack = batch["x"], self.attack
         if "y" not in batch:
-            batch["y"] = self.victim.predict(x)
+            with row_keys(self.keys(_LABEL_DRAW, batch["index"])):
+                batch["y"] = self.victim.predict(x)
             self.report.judgement_forward += len(x)
         given = {"mask", "x_adv_init"} if not batch["restart"].any() else {"mask"}
         rng = SampleRng(self.seed, batch["index"], batch["restart"])
@@ -184,6 +204,7 @@ class Run:
         own = {
             "doubted": np.zeros(len(x), dtype=bool),
             "at_fixed_point": torch.zeros_like(batch["y"], dtype=torch.bool),
+            "asked": np.zeros(len(x), dtype=np.int64),
         }
         return {**batch, **own, **state}
 
@@ -191,15 +212,18 @@ class Run:
         """Whether labels are left, or targets reached, by most of the draws (draws, N, classes): bool (N,)."""
         return _majority((logits.argmax(-1) == y) == self.attack.targeted)
 
-    def judge(self, images: Tensor, y: Tensor) -> np.ndarray:
-        """Whether the user's model is fooled in most of fresh draws."""
+    def judge(self, images: Tensor, samples: State) -> np.ndarray:
+        """Whether the user's model is fooled by the images of `samples` in most of fresh draws."""
         asked = images
         if self.refills and not self.is_random:  # in batches of any size
             size = min(_round_size(len(images)), int(self.attack.batch_size))
             asked = _select(images, np.resize(np.arange(len(images)), size))
         self.report.judgement_forward += self.judge_samples * len(asked)
-        logits = torch.stack([self.judge_logits(asked)[: len(images)] for _ in range(self.judge_samples)])
-        return _on_host(self.reached(logits, y))
+        draws = []
+        for draw in range(self.judge_samples):
+            with row_keys(self.keys(_JUDGEMENT_DRAW, samples["index"], samples["restart"], samples["asked"], draw)):
+                draws.append(self.judge_logits(asked)[: len(images)])
+        return _on_host(self.reached(torch.stack(draws), samples["y"]))
 
 
 class _Pool:
@@ -260,8 +284,9 @@ class _Pool:
             reached &= ~over
             if attack.early_stop and reached.any():
                 rows = reached.nonzero()[0]
-                images = attack.result(_rows(state, rows))
-                fooled = self._confirm(images, query, rows)
+                samples = _rows(state, rows)
+                images = attack.result(samples)
+                fooled = self._confirm(images, _select(query, rows), samples)
                 over[rows[fooled]] = True
                 if fooled.any():
                     yield Finished(state["index"][rows[fooled]], _select(images, fooled), fooled[fooled])
@@ -277,27 +302,32 @@ class _Pool:
 
     def _ask(self, query: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """The logits (draws, N, classes), and the gradient where the attack wants it."""
-        attack, report = self.run.attack, self.run.report
-        if not attack.needs_gradient(self.state):
+        attack, report, state = self.run.attack, self.run.report, self.state
+        keys = self.run.keys(_SEARCH_DRAW, state["index"], state["restart"], state["asked"])
+        state["asked"] += 1
+        if not attack.needs_gradient(state):
             report.search_forward += len(query)
-            return self.logits_of(query)[None], None
+            with row_keys(keys):
+                return self.logits_of(query)[None], None
         report.search_forward += len(query) * attack.eot_samples
         report.search_backward += len(query) * attack.eot_samples
-        return value_and_gradient(attack, self.logits_of, query, y, self.state)
+        return value_and_gradient(attack, self.logits_of, query, y, state, keys)
 
-    def _confirm(self, images: Tensor, query: Tensor, rows: np.ndarray) -> np.ndarray:
+    def _confirm(self, images: Tensor, query: Tensor, samples: State) -> np.ndarray:
         """Whether the user's model is fooled by images that the search takes for fooled."""
         asked_itself = self.failed is None and not self.run.is_random
-        if asked_itself and torch.equal(images, _select(query, rows)):
-            return np.ones(len(rows), dtype=bool)
-        return self.run.judge(images, _select(self.state["y"], rows))
+        if asked_itself and torch.equal(images, query):
+            return np.ones(len(images), dtype=bool)
+        return self.run.judge(images, samples)
 
     def _end(self, rows: np.ndarray, over: np.ndarray) -> Iterator[Finished]:
         """Let samples that are out of steps go, or start again; `over` learns which rows are free."""
         run, attack = self.run, self.run.attack
         ended = _rows(self.state, rows)
         images = attack.result(ended)
-        fooled = run.judge(images, ended["y"]) if run.judges else None
+        fooled = run.judge(images, ended) if run.judges else None
+        if fooled is not None and attack.minimises_norm and run.is_random:
+            images, fooled = self._further_out(images, ended, fooled)
         stands = np.zeros(len(rows), dtype=bool) if fooled is None else ~fooled
         if attack.minimises_norm and stands.any():
             ended["doubted"] |= _on_host((images != ended["x"]).flatten(1).any(1))
@@ -319,6 +349,25 @@ class _Pool:
                 self.state = state
             else:
                 _put(self.state, rows[restarts], state)
+
+    def _further_out(self, images: Tensor, ended: State, fooled: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """The images, moved on where they do not fool a random model, and whether they do now.
+
+        The nearest image that a search finds is the luckiest draw of many; a little further out most draws agree.
+        """
+        images, fooled = images.clone(), fooled.copy()
+        for factor in _FURTHER_OUT:
+            rows = (~fooled).nonzero()[0]
+            if not len(rows):
+                break
+            ended["asked"][rows] += 1  # for fresh draws
+            some = _rows(ended, rows)
+            perturbation = _select(images, rows) - some["x"]
+            tried = self.run.victim.clip(some["x"] + factor * perturbation)
+            reached = self.run.judge(tried, some)
+            images.index_copy_(0, torch.from_numpy(rows[reached]).to(images.device), _select(tried, reached))
+            fooled[rows[reached]] = True
+        return images, fooled
 
     def _place(self, state: State) -> None:
         """Into vacant rows as long as there are any, and after the last row what is left."""

@@ -23,6 +23,7 @@ __all__ = [
     "bfloat16_is_native",
     "check_precision",
     "choose_search",
+    "folded_copy",
     "is_random",
     "judge_logits",
 ]
@@ -162,7 +163,7 @@ class _Cheap:
 def _candidates(victim: Victim, precision: str, device: torch.device, *, is_random: bool) -> Iterator[_Cheap]:
     """The cheapest first."""
     low = _low_precision(precision, device)
-    folded = None if is_random else _folded(victim.module)
+    folded = None if is_random else folded_copy(victim.module)
     for dtype in (torch.float32,) if low is None else (low, torch.float32):
         if folded is not None and (device.type == "cpu" or dtype != torch.float32):  # GPUs: with tensor cores alone
             yield _Cheap(folded.to(memory_format=torch.channels_last), dtype, channels_last=True)
@@ -180,10 +181,26 @@ def _low_precision(precision: str, device: torch.device) -> torch.dtype | None:
     return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
 
 
-def _folded(module: nn.Module) -> nn.Module | None:
-    """A traced copy with every batch norm that follows a convolution folded into it; None where it cannot be traced."""
+class _Tracer(fx.Tracer):
+    """Follows what a module asks of its parts; how a part without parts answers is its own business."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return super().is_leaf_module(m, module_qualified_name) or next(m.children(), None) is None
+
+
+def folded_copy(module: nn.Module, keep: tuple[Any, ...] = ()) -> nn.Module | None:
+    """A traced copy with every batch norm that follows a convolution folded into it; None where it cannot be traced.
+
+    It need not be the same function, as tracing takes one way through what a forward pass decides: compare before use.
+
+    Args:
+        module: in evaluation mode.
+        keep: objects that the module refers to and that the copy shall refer to as well, not to copies of them.
+    """
     try:
-        traced = fx.symbolic_trace(copy.deepcopy(module))
+        tracer = _Tracer()
+        graph = tracer.trace(copy.deepcopy(module, {id(kept): kept for kept in keep}))
+        traced = fx.GraphModule(tracer.root, graph)
         _fold(traced)
     except Exception as error:  # a model may fail to be copied or traced in any way it likes
         logger.debug("not traced: %s", error)

@@ -147,7 +147,7 @@ FOLDED = {
 def test_a_folded_copy_has_the_logits_and_gradients_of_the_model(make, side, left):
     model = seeded(make).double()  # in float32 a ReLU at zero may fall to either side
     before = snapshot(model)
-    folded = search._folded(model)
+    folded = search.folded_copy(model)
     assert snapshot(model) == before
     assert left is None or used_norms(folded) == left
     generator = torch.Generator().manual_seed(1)
@@ -310,7 +310,7 @@ def test_what_a_wrong_copy_fails_is_searched_again_by_the_model(wrong, restarts,
         options |= {"eps": 0.04}
     own = pgd(Hooked(net), **options)
     expected = own(x, y)
-    monkeypatch.setattr(search, "_folded", lambda module: WrongOffTheData(net, x, **wrong))
+    monkeypatch.setattr(search, "folded_copy", lambda module: WrongOffTheData(net, x, **wrong))
     recorder = Recorder(net)
     attack = pgd(recorder, **options)
     if restarts:  # the probe sees clean images, the search starts off them
@@ -343,7 +343,7 @@ def test_with_momentum_what_a_wrong_copy_fails_is_searched_again_too(error, monk
     own = pgd(Hooked(net), precision="float32", decay=0.9)
     own(x, y)
     wrong = WrongOffTheData(net, x, **error)
-    monkeypatch.setattr(search, "_folded", lambda module: wrong)
+    monkeypatch.setattr(search, "folded_copy", lambda module: wrong)
     recorder = Recorder(net)
     attack = pgd(recorder, precision="float32", decay=0.9)
     x_adv = attack(x, y)
@@ -376,7 +376,7 @@ def test_doubts_outlive_a_restart(monkeypatch):
     own = pgd(Hooked(net), **options)
     own(x, y)
     fooled_by_chance = is_fooled(net, pgd(Hooked(net), **{**options, "eps_step": 1e-9})(x, y), y)
-    monkeypatch.setattr(search, "_folded", lambda module: WrongInTurn(net, passes=2))  # by then it is at rest
+    monkeypatch.setattr(search, "folded_copy", lambda module: WrongInTurn(net, passes=2))  # by then it is at rest
     recorder = Recorder(net)
     attack = pgd(recorder, **options)
     attack(x, y)
@@ -391,7 +391,7 @@ def test_what_a_copy_finds_while_it_looks_for_the_smallest_size_is_judged(monkey
     options = {"eps": 0.05, "eps_step": 0.01, "minimal": True, "batch_size": 64}
     own = FGSM(Hooked(net), precision="float32", **options)
     fooled = is_fooled(net, own(x, y), y)
-    monkeypatch.setattr(search, "_folded", lambda module: WrongOffTheData(net, x, lambda logits: logits.roll(1, 1)))
+    monkeypatch.setattr(search, "folded_copy", lambda module: WrongOffTheData(net, x, lambda logits: logits.roll(1, 1)))
     recorder = Recorder(net)
     attack = FGSM(recorder, precision="bfloat16", **options)
     x_adv = attack(x, y)
@@ -437,7 +437,7 @@ def test_a_copy_that_disagrees_on_the_first_images_is_not_used(make_wrong, preci
     y = net(x).argmax(1)
     expected = pgd(Hooked(net), precision="float32")
     expected(x, y)
-    monkeypatch.setattr(search, "_folded", lambda module: make_wrong(net))
+    monkeypatch.setattr(search, "folded_copy", lambda module: make_wrong(net))
     attack = pgd(net, precision=precision)
     with caplog.at_level(logging.INFO, LOGGER):
         attack(x, y)
@@ -625,7 +625,7 @@ def test_float16_keeps_small_gradients():
     net, x = traceable_net(), some_images(8).requires_grad_(True)
     small = 1e-7  # times a probability it is nothing in float16
     (expected,) = torch.autograd.grad(small * net(x).logsumexp(1).sum(), x)
-    logits = search._Cheap(search._folded(net), torch.float16)(x)
+    logits = search._Cheap(search.folded_copy(net), torch.float16)(x)
     assert logits.dtype == torch.float32
     (got,) = torch.autograd.grad(small * logits.logsumexp(1).sum(), x)
     assert (got - expected).norm() < 0.05 * expected.norm()

@@ -1,0 +1,117 @@
+"""What the randomised defences share: draws that belong to an image, and many passes in batches of bounded size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
+from torch.utils.checkpoint import checkpoint
+
+from guardians.attacks.checks import check_integer
+from guardians.attacks.rng import given_keys, hashed
+from guardians.attacks.search import folded_copy
+from guardians.attacks.victim import undisturbed
+
+__all__ = ["RandomEnsemble", "log_probabilities"]
+
+
+class RandomEnsemble(nn.Module):
+    """A model asked several times about each image, with other random numbers each time; see the subclasses.
+
+    Args:
+        model: returns logits. Where no gradient of its parameters is wanted, a copy with batch norm folded into the
+            convolutions stands in for it, if it gives the same logits up to rounding.
+        chunk_size: passes that the model makes at once.
+        seed: of all draws; None draws one from torch's global generator.
+    """
+
+    def __init__(self, model: nn.Module, *, chunk_size: int, seed: int | None) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model of type {type(model).__name__}: must be a torch.nn.Module")
+        check_integer("chunk_size", chunk_size, low=1)
+        if seed is not None:
+            check_integer("seed", seed, low=0)
+        self.model = model
+        self.training = model.training
+        self.chunk_size = int(chunk_size)
+        self.seed = int(torch.randint(2**62, ())) if seed is None else int(seed)
+        self.images_seen = 0
+        self._folded: tuple[Any, nn.Module] | None = None
+
+    def keys(self, n: int) -> np.ndarray:
+        """The seeds (n,) of the draws for a batch of `n` images, uint64.
+
+        They come from the keys that a native attack gives (`guardians.attacks.rng.row_keys`), or else from the numbers
+        of the images among all that the module was given: a data set that is read in order has the same draws in
+        batches of any size.
+        """
+        keys = given_keys(n)
+        if keys is None:
+            keys = np.arange(self.images_seen, self.images_seen + n)
+            self.images_seen += n
+        return hashed(self.seed, keys)
+
+    def mean_over_passes(
+        self, one_pass: Callable[[Tensor, Any], Tensor], x: Tensor, draws: np.ndarray | Tensor
+    ) -> Tensor:
+        """Logarithm of the mean over the passes of the probabilities (N, classes).
+
+        Args:
+            one_pass: log-probabilities (M, classes) of images (M, ...) and of what was drawn for each (M,).
+            x: images (N, ...).
+            draws: (N, passes).
+        """
+        n, passes = draws.shape
+        image, draws = np.repeat(np.arange(n), passes), draws.reshape(-1)
+        # Batch norm that is in training has to see the whole batch.
+        chunk_size = len(draws) if self.training else self.chunk_size
+        answers = []
+        for first in range(0, len(draws), chunk_size):
+            rows = slice(first, first + chunk_size)
+            images = x.index_select(0, torch.from_numpy(image[rows]).to(x.device, non_blocking=True))
+            if first and torch.is_grad_enabled():
+                answers.append(checkpoint(one_pass, images, draws[rows], use_reentrant=False))
+            else:
+                answers.append(one_pass(images, draws[rows]))
+        return torch.cat(answers).view(n, passes, -1).logsumexp(1) - math.log(passes)
+
+    def fast_model(self, x: Tensor) -> nn.Module:
+        """What a pass of images (N, ...) asks: the model, or its folded copy."""
+        tensors = list(chain(self.model.parameters(), self.model.buffers()))
+        if self.training or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+            return self.model
+        state = [(tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device) for tensor in tensors]
+        if self._folded is None or self._folded[0] != state:
+            self._folded = state, self._folded_model(x[:8].detach())
+        return self._folded[1]
+
+    def _folded_model(self, x: Tensor) -> nn.Module:
+        """The copy, or the model itself where there is none that agrees with it on `x`."""
+        with undisturbed(self.model), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            folded = folded_copy(self.model, self._kept())
+            if folded is None:
+                return self.model
+            if x.ndim == 4:
+                folded.to(memory_format=torch.channels_last)
+            expected = self.model(x)
+            agrees = torch.allclose(folded(x), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+        return folded if agrees else self.model
+
+    def _kept(self) -> tuple[Any, ...]:
+        """What the folded copy shares with the model."""
+        return ()
+
+
+def log_probabilities(model: nn.Module, x: Tensor) -> Tensor:
+    """Of one pass of images (N, ...): (N, classes), in float32 or higher."""
+    if x.ndim == 4:  # the memory format in which convolutions on a CPU are fastest
+        x = x.contiguous(memory_format=torch.channels_last)
+    logits = model(x)
+    return log_softmax(logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits, dim=1)

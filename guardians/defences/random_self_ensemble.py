@@ -1,0 +1,198 @@
+"""Random Self-Ensemble (Liu et al., "Towards robust neural networks via random self-ensemble", 2018)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from guardians.attacks.checks import check_flag, check_integer, check_number
+from guardians.attacks.rng import hashed
+from guardians.attacks.victim import undisturbed
+from guardians.defences.ensemble import RandomEnsemble, log_probabilities
+
+__all__ = ["GaussianNoise", "RandomSelfEnsemble"]
+
+
+class RandomSelfEnsemble(RandomEnsemble):
+    """A model with Gaussian noise in front of each convolution, asked `n` times (Liu et al. 2018, algorithm 1).
+
+        p(x) = 1/n sum_k softmax(f(x, e_k)),    e_k ~ N(0, sigma^2) on the input of each convolution
+
+    In training mode it is the noisy model itself, asked once, which is how it is trained (same algorithm). The noise is
+    in the unit of what a convolution is given: behind a layer that divides images by a standard deviation of 0.25, a
+    `sigma_init` of 0.8 is noise of 0.2 on the images.
+
+    Args:
+        model: returns logits (N, classes) for images (N, ...). It is copied and stays as it is.
+        sigma_init: standard deviation of the noise in front of the convolution that comes first in a forward pass.
+        sigma_inner: of that in front of all others.
+        n: noisy passes whose probabilities are averaged.
+        chunk_size: passes that the model makes at once. It bounds memory, for gradients too, where all but the first
+            chunk are then computed twice; it does not change the result beyond rounding.
+        seed: of the noise; None draws one from torch's global generator. The noise of an image depends on (seed, its
+            number among the images that the module was given), in native attacks on (seed, sample, query) instead.
+        share_parameters: keep the parameters and buffers of `model` itself, so that training one trains the other.
+
+    Attributes:
+        model: the copy with its noise layers, which are silent when it is called by itself.
+
+    Raises:
+        TypeError: `model` is no `nn.Module`, or another argument is of a wrong type.
+        ValueError: an argument is out of range, or the model has no convolution.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sigma_init: float = 0.2,
+        sigma_inner: float = 0.1,
+        n: int = 10,
+        *,
+        chunk_size: int = 512,
+        seed: int | None = None,
+        share_parameters: bool = False,
+    ) -> None:
+        super().__init__(model, chunk_size=chunk_size, seed=seed)
+        check_number("sigma_init", sigma_init, low=0, single=True)
+        check_number("sigma_inner", sigma_inner, low=0, single=True)
+        check_integer("n", n, low=1)
+        check_flag("share_parameters", share_parameters)
+        convolutions = [path for path, layer in model.named_modules() if isinstance(layer, _ConvNd)]
+        if not convolutions:
+            raise ValueError(f"model of type {type(model).__name__}: must have a convolution to put noise in front of")
+        shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+        self.n = int(n)
+        self.model = copy.deepcopy(model, shared if share_parameters else {})
+        self._tape = _NoiseTape(float(sigma_init), float(sigma_inner))
+        for path in convolutions:
+            parent, _, name = path.rpartition(".")
+            noisy = nn.Sequential(GaussianNoise(self._tape), self.model.get_submodule(path))
+            if path:
+                setattr(self.model.get_submodule(parent), name, noisy)
+            else:
+                self.model = noisy
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Log-probabilities (N, classes) of images (N, ...); in training mode those of a single noisy pass."""
+        passes = 1 if self.training else self.n
+        keys = hashed(self.keys(len(x))[:, None], np.arange(passes))
+        return self.mean_over_passes(self._noisy_pass, x, keys)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"sigma_init={self._tape.sigma_init:g}, sigma_inner={self._tape.sigma_inner:g}, n={self.n}"
+
+    def _noisy_pass(self, x: Tensor, keys: np.ndarray) -> Tensor:
+        """Log-probabilities of images (M, ...), each with the noise of its key."""
+        shape = tuple(x.shape[1:])
+        if shape not in self._tape.lengths:
+            with undisturbed(self.model), torch.no_grad(), self._tape.measuring(shape):
+                self.model(x[:1])
+        model = self.fast_model(x)
+        with self._tape.wound(keys, shape, x.device):
+            return log_probabilities(model, x)
+
+    def _kept(self) -> tuple[Any, ...]:
+        return (self._tape,)
+
+
+class GaussianNoise(nn.Module):
+    """The noise layer of a `RandomSelfEnsemble`, which says how strong the noise is and draws it for all layers."""
+
+    def __init__(self, tape: _NoiseTape) -> None:
+        super().__init__()
+        self._tape = tape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` with noise on it."""
+        return self._tape.add_noise(x)
+
+
+class _NoiseTape:
+    """The noise of one pass: for each image a row of normal numbers, of which one layer after the other takes some.
+
+    A row is a function of its key alone. It is drawn in one go, because a call for each layer and image takes longer
+    than the numbers. In each row the numbers lie as in a channels_last tensor.
+
+    Attributes:
+        sigma_init, sigma_inner: standard deviations in the first layer and in the others.
+        lengths: numbers that a pass takes for an image, by the shape of the image.
+    """
+
+    def __init__(self, sigma_init: float, sigma_inner: float) -> None:
+        self.sigma_init, self.sigma_inner = sigma_init, sigma_inner
+        self.lengths: dict[tuple[int, ...], int] = {}
+        self._buffer = torch.empty(0)  # kept, because the system takes longer to find new memory than the numbers
+        self._numbers: Tensor | None = None
+        self._position = self._layers_passed = 0
+
+    def add_noise(self, x: Tensor) -> Tensor:
+        """`x` (N, C, ...) with the noise of the next layer; `x` itself outside of a pass."""
+        if self._numbers is None:
+            return x
+        sigma = self.sigma_inner if self._layers_passed else self.sigma_init
+        self._layers_passed += 1
+        if sigma == 0:
+            return x
+        length = x[0].numel()
+        first, self._position = self._position, self._position + length
+        if not len(self._numbers):
+            return x
+        noise = self._numbers[:, first : self._position].view(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1)
+        return torch.add(x, noise.to(x.dtype), alpha=sigma)
+
+    @contextmanager
+    def measuring(self, shape: tuple[int, ...]) -> Iterator[None]:
+        """Learn inside, from a pass without noise, how many numbers images of a shape need."""
+        with self._rewound(torch.empty(0)):
+            yield
+            self.lengths[shape] = self._position
+
+    @contextmanager
+    def wound(self, keys: np.ndarray, shape: tuple[int, ...], device: torch.device) -> Iterator[None]:
+        """The noise of one pass of images with these keys (N,) inside."""
+        size = (len(keys), self.lengths[shape])
+        if self._buffer.device != device or self._buffer.numel() < math.prod(size):
+            self._buffer = torch.empty(math.prod(size), device=device)
+        numbers = self._buffer[: math.prod(size)].view(size)
+        _fill_rows(numbers, keys)
+        with self._rewound(numbers):
+            yield
+
+    @contextmanager
+    def _rewound(self, numbers: Tensor) -> Iterator[None]:
+        self._numbers, self._position, self._layers_passed = numbers, 0, 0
+        try:
+            yield
+        finally:
+            self._numbers = None
+
+
+def _fill_rows(numbers: Tensor, keys: np.ndarray) -> None:
+    """Standard normal numbers (N, length), a row for each key; on a CPU by as many threads as torch uses.
+
+    A CPU's generator takes in 32 bits of a key, so among very many rows some pairs are equal.
+    """
+    device = numbers.device
+
+    def fill(first: int, step: int) -> None:
+        generator = torch.Generator(device)
+        for row in range(first, len(keys), step):
+            numbers[row].normal_(generator=generator.manual_seed(int(keys[row])))
+
+    threads = min(torch.get_num_threads(), len(keys)) if device.type == "cpu" else 1
+    with ThreadPoolExecutor(max(1, threads - 1)) as pool:
+        others = [pool.submit(fill, first, threads) for first in range(1, threads)]
+        fill(0, threads)
+        for other in others:
+            other.result()
