@@ -1,6 +1,7 @@
-"""Native defences: modules that return log-probabilities, the attack that is adaptive to one, and trainers."""
+"""Native defences: modules that return log-probabilities, and adversarial training."""
 
+from guardians.defences.adversarial_training import AdversarialTrainer
 from guardians.defences.mixup_inference import MixupInference
 from guardians.defences.random_self_ensemble import RandomSelfEnsemble
 
-__all__ = ["MixupInference", "RandomSelfEnsemble"]
+__all__ = ["AdversarialTrainer", "MixupInference", "RandomSelfEnsemble"]
