@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from guardians.attacks.checks import check_flag
 from guardians.attacks.pgd import ProjectedGradientDescent
 from guardians.attacks.rng import hashed, row_keys
-from guardians.attacks.search import bfloat16_is_native
+from guardians.attacks.search import InPrecision, bfloat16_is_native
 from guardians.data import Dataset, class_balanced_subset
 from guardians.defences.adversarial_training import has_collapsed, share_standing, warn_of_collapse
 from guardians.defences.random_self_ensemble import RandomSelfEnsemble
@@ -174,7 +174,7 @@ def train(
     """Train `model` in place and return its accuracy on `test_data` (float32, evaluation mode).
 
     `folder` receives `log.csv`, a row an epoch (`LOG_COLUMNS`; the robust accuracy is that on held-out images under
-    PGD-10, empty without them), and `checkpoint.pt`, written after every epoch and on Ctrl-C, which waits for the end
+    PGD-10, nan without them), and `checkpoint.pt`, written after every epoch and on Ctrl-C, which waits for the end
     of the step; where it exists, training goes on from it.
 
     Adversarial training with held-out images stops when its robust accuracy on them has fallen below half of the best
@@ -236,8 +236,11 @@ def train(
         partial.replace(checkpoint_file)  # a kill while writing leaves the previous checkpoint whole
 
     images, labels = train_data.images.to(device), train_data.labels.to(device)
-    autocast = torch.autocast(device.type, torch.bfloat16) if bfloat16_is_native(device) else nullcontext()
-    adversary = _adversary(_Autocast(network, autocast), recipe) if recipe.is_adversarial else None
+    dtype = torch.bfloat16 if bfloat16_is_native(device) else torch.float32
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    adversary = None
+    if recipe.is_adversarial:
+        adversary = _adversary(InPrecision(network, dtype, is_folded=False, channels_last=True), recipe)
     start = time.perf_counter() - progress.seconds
     try:
         while progress.epoch < recipe.epochs and not progress.collapsed:
@@ -368,19 +371,6 @@ def robust_accuracy(model: nn.Module, data: Dataset, steps: int, n: int | None =
     return share_standing(attack, batches)
 
 
-class _Autocast(nn.Module):
-    """The model in the precision of the training, for its adversary."""
-
-    def __init__(self, model: nn.Module, autocast: AbstractContextManager[Any]) -> None:
-        super().__init__()
-        self.model, self.autocast = model, autocast
-
-    def forward(self, x: Tensor) -> Tensor:
-        with self.autocast:
-            logits: Tensor = self.model(x.contiguous(memory_format=torch.channels_last))
-        return logits.float()
-
-
 def _adversary(model: nn.Module, recipe: Recipe) -> ProjectedGradientDescent:
     return ProjectedGradientDescent(
         model,
@@ -389,7 +379,7 @@ def _adversary(model: nn.Module, recipe: Recipe) -> ProjectedGradientDescent:
         max_iter=recipe.attack_steps,
         num_random_init=int(recipe.random_start),
         batch_size=recipe.batch_size,
-        precision="float32",  # the model comes with its own autocast
+        precision="float32",  # the model comes in its own
         verbose=False,
     )
 

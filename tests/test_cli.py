@@ -4,7 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from guardians.attacks import PGD, Attack
 from guardians.cli import run
 from guardians.models import build_model, load_model, save_model
 from guardians.tables import BENCHMARK_COLUMNS, PARITY_COLUMNS, read_csv
-from guardians.training import LOG_COLUMNS
+from guardians.training import LOG_COLUMNS, RECIPES, Recipe
 
 SMALL = ("--model", "models_for_tests:small_net")
 TINY = ("--width", "2", "--epochs", "1", "--batch-size", "8", "--crop-padding", "1")
@@ -369,6 +369,87 @@ def test_train_another_architecture(command, tree, monkeypatch, options, name, a
     assert load_model(name)(torch.rand(2, 3, 8, 8)).shape == (2, 3)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_train_a_recipe(command, tree, monkeypatch, recipe):
+    """Its name is that of the files; options change it."""
+    result = command("train", "--data", tree, "--recipe", recipe, *TINY, "--holdout", 3, "--seed", 5)
+    name = f"resnet9-2-{recipe}"
+    assert result.lines[-1].endswith(f"; wrote runs/{name}.safetensors"), result
+    card = json.loads(Path(f"runs/{name}.json").read_text())
+    changes = {"epochs": 1, "batch_size": 8, "crop_padding": 1, "holdout": 3, "seed": 5}
+    settings = Recipe(**{**RECIPES[recipe], **changes})
+    assert card["name"] == name
+    assert card["recipe"] == {"name": recipe, "initial_weights": None, **asdict(settings)}
+    assert ("robust_accuracy" in card) == (recipe in ("fgsm-at", "pgd-at", "iat"))
+    log = pd.read_csv(f"runs/{name}/log.csv")
+    assert log["epoch"].tolist() == [1]
+    assert log["robust_accuracy"].notna().tolist() == [recipe in ("fgsm-at", "pgd-at", "iat")]
+    monkeypatch.setattr("guardians.models.registry._WEIGHTS", Path("runs"))
+    assert load_model(name)(torch.rand(2, 3, 8, 8)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "value"),
+    [
+        (("--epochs", "3"), "epochs", 3),
+        (("--batch-size", "4"), "batch_size", 4),
+        (("--schedule", "swa"), "schedule", "swa"),
+        (("--peak-lr", "0.3"), "peak_lr", 0.3),
+        (("--warmup", "0"), "warmup", 0),
+        (("--momentum", "0.5"), "momentum", 0.5),
+        (("--weight-decay", "0"), "weight_decay", 0),
+        (("--label-smoothing", "0.25"), "label_smoothing", 0.25),
+        (("--crop-padding", "0"), "crop_padding", 0),
+        (("--cutout", "3"), "cutout", 3),
+        (("--attack-steps", "0"), "attack_steps", 0),
+        (("--eps", "4/255"), "eps", 4 / 255),
+        (("--eps-step", "2/255"), "eps_step", 2 / 255),
+        (("--from-image",), "random_start", False),
+        (("--random-start",), "random_start", True),
+        (("--ratio", "0"), "ratio", 0),
+        (("--holdout", "0"), "holdout", 0),
+        (("--mixup-alpha", "0"), "mixup_alpha", 0),
+        (("--sigma-init", "0.5"), "sigma_init", 0.5),
+        (("--sigma-inner", "0.25"), "sigma_inner", 0.25),
+        (("--seed", "9"), "seed", 9),
+    ],
+)
+def test_train_option_changes_the_recipe(command, tree, monkeypatch, option, name, value):
+    """That alone."""
+    given = []
+    monkeypatch.setattr(
+        "guardians.cli.train", lambda model, train_data, test_data, recipe, *_, **__: given.append(recipe) or 0.5
+    )
+    monkeypatch.setattr("guardians.cli.robust_accuracy", lambda *_, **__: 0.25)
+    assert command("train", "--data", tree, "--width", 2, "--recipe", "iat", *option).code == 0
+    assert given == [Recipe(**{**RECIPES["iat"], name: value})]
+
+
+def test_train_recipes_side_by_side(command, tree):
+    for recipe in ("standard", "mixup"):
+        assert command("train", "--data", tree, "--recipe", recipe, *TINY).code == 0
+    assert sorted(file.name for file in Path("runs").iterdir()) == [
+        f"resnet9-2-{recipe}{suffix}" for recipe in ("mixup", "standard") for suffix in ("", ".json", ".safetensors")
+    ]
+
+
+def test_train_says_that_robustness_collapsed(command, tree, monkeypatch, caplog):
+    """And writes the model of the best epoch."""
+    standings = iter([0.5, 0.6, 0.1])
+    monkeypatch.setattr("guardians.training.robust_accuracy", lambda *_, **__: next(standings))
+    monkeypatch.setattr("guardians.cli.robust_accuracy", lambda *_, **__: 0.25)
+    arguments = ("train", "--data", tree, "--recipe", "fgsm-at", *TINY, "--epochs", 6, "--holdout", 3)
+    result = command(*arguments)
+    card = json.loads(Path("runs/resnet9-2-fgsm-at.json").read_text())
+    log = pd.read_csv("runs/resnet9-2-fgsm-at/log.csv")
+    assert result.code == 0
+    assert log["robust_accuracy"].tolist() == [0.5, 0.6, 0.1]
+    assert card["accuracy"] == pytest.approx(log["test_accuracy"][1])
+    assert card["robust_accuracy"] == 0.25
+    assert "catastrophic overfitting" in caplog.text
+    assert command(*arguments).lines[-1] == result.lines[-1]  # with no fourth epoch
+
+
 def test_train_another_recipe_in_the_same_folder(command, tree):
     command("train", "--data", tree, *TINY)
     error = command("train", "--data", tree, *TINY, "--peak-lr", "0.1").error
@@ -444,6 +525,14 @@ def test_error_of_one_command(command, tree, arguments, named):
         (("--batch-size", "13"), ["batch_size=13", "12 images"]),
         (("--batch-size", "0"), ["batch_size=0", "above 0"]),
         (("--warmup", "1"), ["warmup=1", "[0, 1)"]),
+        (("--recipe", "pgd"), ["recipe='pgd'", "standard, fgsm-at, pgd-at, rse, mixup, iat"]),
+        (("--recipe", ""), ["recipe=''", "standard, fgsm-at, pgd-at, rse, mixup, iat"]),
+        (("--recipe", "iat", "--ratio", "1.5"), ["ratio=1.5", "[0, 1]"]),
+        (("--recipe", "fgsm-at", "--holdout", "12"), ["holdout=12", "12 images"]),
+        (("--recipe", "fgsm-at", "--holdout", "5"), ["batch_size=8", "7 images"]),
+        (("--recipe", "pgd-at", "--eps", "8/0"), ["--eps", "'8/0'", "8/255"]),
+        (("--sigma-init", "-1"), ["sigma_init=-1", "at least 0"]),
+        (("--mixup-alpha", "nan"), ["mixup_alpha=nan", "finite"]),
         (("--seed", "-1"), ["seed=-1", "at least 0"]),
         (("--device", "nonsense"), ["device='nonsense'"]),
         (("--data", "missing"), ["'missing'", "does not exist"]),

@@ -1,6 +1,8 @@
 """Training: it learns, it is a function of its seed, and no interruption leaves a trace."""
 
 import csv
+import logging
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -16,9 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from guardians import training
+from guardians.attacks.rng import hashed, row_keys
 from guardians.attacks.search import bfloat16_is_native
 from guardians.data import Dataset
-from guardians.training import LOG_COLUMNS, Recipe, accuracy, robust_accuracy, train
+from guardians.defences import RandomSelfEnsemble
+from guardians.training import LOG_COLUMNS, RECIPES, Recipe, accuracy, robust_accuracy, train
 
 RECIPE = Recipe(epochs=3, batch_size=16, peak_lr=0.05, crop_padding=1, cutout=2)
 STEPS = 4  # an epoch of RECIPE on `colours(70)`
@@ -130,8 +134,7 @@ class TestOutcome:
             model = small_model()
             train(model, data, test, replace(recipe, attack_steps=steps), tmp_path / str(steps), verbose=False)
             robust[steps] = robust_accuracy(model, test, 10, eps=EPS)
-            logged = log_of(tmp_path / str(steps))[-1]["robust_accuracy"]
-            assert logged == "nan" if steps == 0 else float(logged) == pytest.approx(robust[steps], abs=0.02)
+            assert {row["robust_accuracy"] for row in log_of(tmp_path / str(steps))} == {"nan"}  # nothing is held out
         assert robust[0] + 0.2 < min(robust[1], robust[2])
 
     def test_trains_on_images_in_the_ball(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -504,6 +507,394 @@ class TestInterruption:
         assert results == [uninterrupted]
 
 
+def seen_in_training(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Lists to which come the augmented images of each step, and those that the model is trained on."""
+    clean: list[Tensor] = []
+    seen: list[Tensor] = []
+    augment = training._augment
+
+    def recorded(*args: Any) -> Tensor:
+        clean.append(augment(*args).clone())
+        return clean[-1].clone()
+
+    monkeypatch.setattr(training, "_augment", recorded)
+    model.register_forward_hook(lambda m, args, _: seen.append(args[0].clone()) if m.training else None)
+    return clean, seen
+
+
+def numbered(n: int) -> Dataset:
+    """Flat images, each of a colour of its own that survives the augmentation; labels in blocks of uneven length."""
+    labels = torch.arange(n).pow(2) * 3 // n**2
+    return Dataset(
+        torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(-1, 3, 6, 6), labels, TRAIN.classes, "flat"
+    )
+
+
+class TestRecipes:
+    @pytest.mark.parametrize("name", RECIPES)
+    def test_are_recipes(self, name: str) -> None:
+        recipe = Recipe(**RECIPES[name])
+        assert recipe.is_adversarial == (name in ("fgsm-at", "pgd-at", "iat"))
+        assert recipe.is_noisy == (name == "rse")
+        assert (recipe.mixup_alpha > 0) == (name in ("mixup", "iat"))
+        assert (recipe.holdout > 0) == recipe.is_adversarial
+
+    @pytest.mark.parametrize(
+        ("changes", "is_adversarial"),
+        [({}, False), ({"attack_steps": 1}, True), ({"attack_steps": 1, "ratio": 0}, False), ({"ratio": 0.5}, False)],
+    )
+    def test_is_adversarial(self, changes: dict[str, float], is_adversarial: bool) -> None:
+        assert Recipe(**changes).is_adversarial == is_adversarial
+
+    @pytest.mark.parametrize(("sigmas", "is_noisy"), [((0, 0), False), ((0.1, 0), True), ((0, 0.1), True)])
+    def test_is_noisy(self, sigmas: tuple[float, float], is_noisy: bool) -> None:
+        assert Recipe(sigma_init=sigmas[0], sigma_inner=sigmas[1]).is_noisy == is_noisy
+
+
+class TestPerturbedImages:
+    RECIPE = replace(RECIPE, epochs=2, attack_steps=1, eps=0.05, eps_step=0.05)
+
+    @pytest.mark.parametrize("ratio", [0, 0.01, 0.4, 0.5, 1])
+    def test_are_the_first_of_each_batch(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ratio: float) -> None:
+        model = small_model()
+        clean, seen = seen_in_training(monkeypatch, model)
+        train(model, TRAIN, TEST, replace(self.RECIPE, ratio=ratio), tmp_path, verbose=False)
+        share = math.ceil(ratio * 16)
+        assert len(seen) == len(clean) == 2 * STEPS
+        for x, found in zip(clean, seen, strict=True):
+            changed = (found != x).flatten(1).any(1)
+            assert changed.tolist() == [True] * share + [False] * (16 - share)
+
+    def test_one_step_of_eps_from_the_image_is_fgsm(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = small_model()
+        clean, seen = seen_in_training(monkeypatch, model)
+        train(model, TRAIN, TEST, replace(self.RECIPE, random_start=False), tmp_path, verbose=False)
+        moved = []
+        for x, found in zip(clean, seen, strict=True):
+            change = found - x
+            inside = (found > 0) & (found < 1) & (change != 0)
+            torch.testing.assert_close(change[inside].abs(), torch.full_like(change[inside], 0.05), rtol=0, atol=1e-6)
+            assert (change.abs() <= 0.05 + 1e-6).all()
+            moved.append((change != 0).float().mean())
+        assert min(moved) > 0.5
+
+    def test_random_starts_are_others_in_each_step(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A step of next to nothing shows them."""
+        model = small_model()
+        clean, seen = seen_in_training(monkeypatch, model)
+        train(model, TRAIN, TEST, replace(self.RECIPE, eps_step=1e-6), tmp_path, verbose=False)
+        inside = [(found > 0) & (found < 1) for found in seen]
+        starts = [(found - x) * kept for x, found, kept in zip(clean, seen, inside, strict=True)]
+        for i, start in enumerate(starts):
+            assert 0.045 < start.abs().max() <= 0.05 + 1e-6
+            assert len(start.unique()) > start.numel() / 4
+            assert all((start - other).abs().max() > 0.05 for other in starts[:i])
+
+    def test_attack_is_on_the_model_in_evaluation_mode(self, tmp_path: Path) -> None:
+        """So batch norm sees each image once."""
+        model = small_model()
+        train(model, TRAIN, TEST, self.RECIPE, tmp_path, verbose=False)
+        assert int(model[1].num_batches_tracked) == 2 * STEPS
+
+
+class TestMixup:
+    RECIPE = replace(RECIPE, epochs=2, mixup_alpha=1.0)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [{}, {"label_smoothing": 0.0}, {"attack_steps": 1, "eps": 0.02, "eps_step": 0.02, "ratio": 0.5, "holdout": 6}],
+        ids=["smooth labels", "hard labels", "interpolated adversarial training"],
+    )
+    def test_model_sees_mixtures_and_learns_from_both_labels(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, float]
+    ) -> None:
+        monkeypatch.setattr(training, "bfloat16_is_native", lambda device: False)
+        recipe, model = replace(self.RECIPE, **changes), small_model()
+        clean, seen = seen_in_training(monkeypatch, model)
+        inputs: list[Tensor] = []  # of mixup: the images with those that are perturbed
+        labels: list[Tensor] = []
+        logits: list[Tensor] = []
+        model.register_forward_hook(lambda m, _, out: logits.append(out.detach()) if m.training else None)
+        batches, cat = training._batches, torch.cat
+
+        def recorded(*args: Any) -> Iterator[tuple[Tensor, Tensor]]:
+            for x, y in batches(*args):
+                labels.append(y)
+                inputs.append(x)
+                yield x, y
+
+        def recorded_cat(tensors: list[Tensor], *args: Any, **kwargs: Any) -> Tensor:
+            joined = cat(tensors, *args, **kwargs)
+            if joined.shape == (16, 3, 6, 6) and len(tensors) == 2 and len(tensors[0]) == 8:
+                inputs[-1] = joined.clone()
+            return joined
+
+        monkeypatch.setattr(training, "_batches", recorded)
+        monkeypatch.setattr(torch, "cat", recorded_cat)
+        train(model, TRAIN, TEST, recipe, tmp_path, verbose=False)
+        perturbed = 8 if recipe.is_adversarial else 0
+        weights, losses = [], []
+        for number, x in enumerate(inputs):
+            if perturbed:
+                assert ((x[:8] != clean[number][:8]).flatten(1).any(1)).all()
+            seed = training._seed(recipe.seed, number // STEPS, number % STEPS)
+            weight, partners = training._mixup(16, perturbed, 1.0, seed)
+            assert sorted(partners[:perturbed].tolist()) == list(range(perturbed))
+            assert sorted(partners.tolist()) == list(range(16))
+            torch.testing.assert_close(seen[number], weight * x + (1 - weight) * x[partners], rtol=0, atol=1e-6)
+            one_hot = torch.eye(3)[labels[number]] * (1 - recipe.label_smoothing) + recipe.label_smoothing / 3
+            target = weight * one_hot + (1 - weight) * one_hot[partners]
+            losses.append(-float((target * logits[number].log_softmax(1)).sum(1).mean()))
+            weights.append(weight)
+        assert len(set(weights)) == 2 * STEPS
+        assert [float(row["train_loss"]) for row in log_of(tmp_path)] == pytest.approx(
+            np.reshape(losses, (2, STEPS)).mean(1).tolist(), rel=1e-5
+        )
+
+    @pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
+    def test_weight_is_beta_distributed(self, alpha: float) -> None:
+        """Of mean 1/2 and variance 1 / (4 (2 alpha + 1))."""
+        weights = [training._mixup(4, 0, alpha, training._seed(0, 0, step))[0] for step in range(2000)]
+        variance = 1 / (4 * (2 * alpha + 1))
+        assert np.mean(weights) == pytest.approx(0.5, abs=4 * (variance / 2000) ** 0.5)
+        assert np.var(weights) == pytest.approx(variance, rel=0.15)
+        assert 0 <= min(weights) <= max(weights) <= 1
+
+    def test_partners_are_any(self) -> None:
+        """Each of the own kind as often as any other."""
+        partners = torch.stack([training._mixup(5, 2, 1.0, seed)[1] for seed in range(1000)])
+        counts = torch.stack([row.bincount(minlength=5) for row in partners.T])
+        assert (counts[:2, 2:] == 0).all()
+        assert (counts[2:, :2] == 0).all()
+        assert ((counts[:2, :2] - 500).abs() < 80).all()
+        assert ((counts[2:, 2:] - 333).abs() < 80).all()
+
+    def test_alpha_0_turns_it_off(self) -> None:
+        weight, partners = training._mixup(6, 2, 0.0, 1)
+        assert weight == 1
+        assert partners.tolist() == list(range(6))
+
+
+class TestNoise:
+    RECIPE = replace(RECIPE, sigma_init=0.3, sigma_inner=0.2)
+
+    def test_trains_the_model_and_leaves_its_structure(self, tmp_path: Path, uninterrupted: tuple[Any, ...]) -> None:
+        model = small_model()
+        modules, keys, before = dict(model.named_modules()), list(model.state_dict()), model[0].weight.detach().clone()
+        parameters = [id(parameter) for parameter in model.parameters()]
+        result = train(model, TRAIN, TEST, self.RECIPE, tmp_path, verbose=False)
+        assert dict(model.named_modules()) == modules
+        assert list(model.state_dict()) == keys
+        assert [id(parameter) for parameter in model.parameters()] == parameters
+        assert (model[0].weight - before).abs().max() > 0.01
+        assert outcome(tmp_path, model, result)[0] != uninterrupted[0]
+
+    def test_noise_of_a_step_is_that_of_its_seed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One step by hand on an ensemble that shares the parameters."""
+
+        def make() -> nn.Sequential:
+            torch.manual_seed(0)
+            convolutions = nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1)
+            return nn.Sequential(*convolutions, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+        monkeypatch.setattr(training, "bfloat16_is_native", lambda device: False)
+        recipe = replace(self.RECIPE, epochs=1, batch_size=70, momentum=0.0, weight_decay=0.0, seed=4)
+        recipe = replace(recipe, schedule="swa", peak_lr=1.0)
+        model, other = make(), make()
+        clean, _ = seen_in_training(monkeypatch, model)
+        batches, labels = training._batches, []
+        monkeypatch.setattr(training, "_batches", lambda *args: ((x, labels.append(y) or y) for x, y in batches(*args)))
+        train(model, TRAIN, TEST, recipe, tmp_path, verbose=False)
+        ensemble = RandomSelfEnsemble(other.train(), 0.3, 0.2, n=1, seed=4, share_parameters=True)
+        with row_keys(hashed(training._seed(4, 0, 0), np.arange(70))):
+            answers = ensemble(clean[0])
+        nn.functional.cross_entropy(answers, labels[0], label_smoothing=recipe.label_smoothing).backward()
+        for parameter, found in zip(other.parameters(), model.parameters(), strict=True):
+            assert parameter.grad.abs().max() > 1e-3
+            torch.testing.assert_close(found, parameter - parameter.grad, rtol=1e-4, atol=1e-6)
+
+    def test_result_is_that_of_an_ensemble_of_ten(self, tmp_path: Path) -> None:
+        model, recipe = small_model(), replace(self.RECIPE, epochs=6, peak_lr=0.2, sigma_init=0.5, seed=3)
+        result = train(model, colours(300, seed=2), TEST, recipe, tmp_path, verbose=False)
+        by_n = {n: accuracy(RandomSelfEnsemble(model.eval(), 0.5, 0.2, n=n, seed=3), TEST) for n in (1, 10)}
+        assert by_n[1] != by_n[10]
+        assert result == by_n[10]
+        assert float(log_of(tmp_path)[-1]["test_accuracy"]) == by_n[1]
+
+
+ALL_AT_ONCE = replace(
+    RECIPE, sigma_init=0.1, sigma_inner=0.05, mixup_alpha=1.0, attack_steps=2, eps=0.05, eps_step=0.03, ratio=0.5
+)
+ALL_AT_ONCE = replace(ALL_AT_ONCE, holdout=6)  # which leaves 64 images: as many steps as without
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
+    """The uninterrupted run of `ALL_AT_ONCE`."""
+    result = run(tmp_path_factory.mktemp("whole"), ALL_AT_ONCE)
+    assert len(result[-1]) == 3
+    return result
+
+
+class TestAllAtOnce:
+    """Noise, mixup, a share of attacked images and images held out."""
+
+    def test_each_part_has_an_effect(self, tmp_path: Path, whole: tuple[Any, ...]) -> None:
+        changes = [{"sigma_init": 0, "sigma_inner": 0}, {"mixup_alpha": 0}, {"attack_steps": 0}, {"ratio": 1}]
+        changes += [{"holdout": 5}, {"random_start": False}]
+        weights = [run(tmp_path / str(i), replace(ALL_AT_ONCE, **c))[0] for i, c in enumerate(changes)]
+        weights.append(whole[0])
+        assert all(weights[i] != weights[j] for i in range(len(weights)) for j in range(i))
+
+    @pytest.mark.parametrize("action", [interrupt, control_c], ids=lambda action: action.__name__)
+    @pytest.mark.parametrize(
+        "where",
+        [
+            lambda action: while_loading(STEPS + 2, action),
+            lambda action: in_backward(1, action),
+            lambda action: in_the_optimiser(STEPS + 3, action),
+            lambda action: evaluating(2, action),
+            lambda action: writing_the_row(2, action),
+            lambda action: writing_the_checkpoint(1, action),
+        ],
+        ids=["loading", "backward", "optimiser", "evaluating", "row", "checkpoint"],
+    )
+    def test_resumed_run_is_the_uninterrupted_one(
+        self,
+        tmp_path: Path,
+        where: Callable[[Callable[[], None]], Prepare],
+        action: Callable[[], None],
+        whole: tuple[Any, ...],
+    ) -> None:
+        model = small_model()
+        with pytest.MonkeyPatch.context() as patch:
+            where(action)(patch, model)
+            with pytest.raises(KeyboardInterrupt):
+                train(model, TRAIN, TEST, ALL_AT_ONCE, tmp_path, verbose=False)
+        assert run(tmp_path, ALL_AT_ONCE) == whole
+
+    def test_global_seed_does_not_matter(self, tmp_path: Path, whole: tuple[Any, ...]) -> None:
+        model = small_model()
+        torch.manual_seed(123)
+        result = train(model, TRAIN, TEST, ALL_AT_ONCE, tmp_path, verbose=False)
+        assert outcome(tmp_path, model, result) == whole
+
+
+class TestHoldout:
+    RECIPE = replace(RECIPE, epochs=6, attack_steps=1, eps=0.05, eps_step=0.05, holdout=6)
+    LOGGER = "guardians.defences.adversarial_training"
+
+    @staticmethod
+    def script(patch: pytest.MonkeyPatch, standings: tuple[float, ...]) -> list[dict[str, Any]]:
+        """Robust accuracies after each epoch; the model's weights and the other arguments come to the list."""
+        asked: list[dict[str, Any]] = []
+
+        def scripted(model: nn.Module, data: Dataset, steps: int, n: int | None = None, eps: float = 8 / 255) -> float:
+            weights = {key: value.tolist() for key, value in model.state_dict().items()}
+            asked.append({"weights": weights, "data": data, "steps": steps, "n": n, "eps": eps})
+            return standings[len(asked) - 1]
+
+        patch.setattr(training, "robust_accuracy", scripted)
+        return asked
+
+    def test_held_out_images_are_class_balanced_and_never_trained_on(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked, model, data = self.script(monkeypatch, (0.5,) * 6), small_model(), numbered(70)
+        clean, _ = seen_in_training(monkeypatch, model)
+        train(model, data, TEST, replace(self.RECIPE, cutout=0), tmp_path, verbose=False)
+        trained = {int(value) for x in clean for value in (x[:, 0, 0, 0] * 255).round()}
+        held = asked[0]["data"]
+        assert data.labels.bincount().tolist() != [23, 23, 24]
+        assert held.labels.bincount().tolist() == [2, 2, 2]
+        numbers = held.images[:, 0, 0, 0].tolist()
+        assert torch.equal(data.labels[numbers], held.labels)
+        assert not trained & set(numbers)
+        assert sorted(trained | set(numbers)) == list(range(70))
+        assert all(torch.equal(call["data"].images, held.images) for call in asked)
+        assert {(call["steps"], call["n"], call["eps"]) for call in asked} == {(10, None, 0.05)}
+
+    def test_row_has_the_robust_accuracy_on_them(self, tmp_path: Path) -> None:
+        model, recipe = small_model(), replace(self.RECIPE, epochs=2, holdout=22)
+        train(model, TRAIN, TEST, recipe, tmp_path, verbose=False)
+        _, held = training._split(TRAIN, 22, recipe.seed)
+        rows = [float(row["robust_accuracy"]) for row in log_of(tmp_path)]
+        assert rows[-1] == pytest.approx(robust_accuracy(model, held, 10, eps=0.05))
+        assert all(22 * value == pytest.approx(round(22 * value)) for value in rows)
+
+    @pytest.mark.parametrize("changes", [{"attack_steps": 0}, {"ratio": 0}])
+    def test_of_other_training_is_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, float]
+    ) -> None:
+        asked = self.script(monkeypatch, ())
+        recipe = replace(self.RECIPE, **changes)
+        assert run(tmp_path / "with", recipe)[0] == run(tmp_path / "without", replace(recipe, holdout=0))[0]
+        assert not asked
+
+    def collapsed(self, folder: Path, standings: tuple[float, ...]) -> tuple[tuple[Any, ...], list[dict[str, Any]]]:
+        with pytest.MonkeyPatch.context() as patch:
+            asked = self.script(patch, standings)
+            return run(folder, self.RECIPE), asked
+
+    @pytest.mark.parametrize(
+        ("standings", "best"), [((0.5, 0.6, 0.1), 2), ((0.6, 0.5, 0.29), 1), ((0.5, 0.5, 0.24), 2)]
+    )
+    def test_collapse_ends_training_with_the_best_epoch(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, standings: tuple[float, ...], best: int
+    ) -> None:
+        (weights, result, log), asked = self.collapsed(tmp_path, standings)
+        assert [row["epoch"] for row in log] == ["1", "2", "3"]
+        assert [float(row["robust_accuracy"]) for row in log] == list(standings)
+        assert weights == asked[best - 1]["weights"] != asked[-1]["weights"]
+        assert float(log[best - 1]["test_accuracy"]) == result
+        (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+        assert record.name == self.LOGGER
+        message = record.getMessage()
+        assert f"from {max(standings):.1%} to {standings[-1]:.1%} in epoch 3" in message
+        assert f"model of epoch {best}" in message
+
+    @pytest.mark.parametrize("standings", [(0.6, 0.5, 0.4, 0.31, 0.3, 0.3), (0,) * 6, (0.1, 0.5, 0.3, 0.25, 0.6, 0.4)])
+    def test_slow_decline_does_not(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, standings: tuple[float, ...]
+    ) -> None:
+        (weights, _, log), asked = self.collapsed(tmp_path, standings)
+        assert len(log) == 6
+        assert weights == asked[-1]["weights"]
+        assert not caplog.records
+
+    def test_finished_run_is_not_run_again(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        first, _ = self.collapsed(tmp_path, (0.5, 0.6, 0.1))
+        caplog.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            while_loading(1, interrupt)(patch, small_model())
+            asked = self.script(patch, ())
+            assert run(tmp_path, self.RECIPE) == first
+        assert not asked
+        assert not caplog.records
+
+    @pytest.mark.parametrize("where", [while_loading(STEPS + 2, interrupt), while_loading(2 * STEPS + 2, interrupt)])
+    def test_interruption_before_the_collapse(self, tmp_path: Path, where: Prepare) -> None:
+        """In the best epoch, and after it."""
+        standings = (0.5, 0.6, 0.1)
+        whole, _ = self.collapsed(tmp_path / "whole", standings)
+        with pytest.MonkeyPatch.context() as patch:
+            model = small_model()
+            asked = self.script(patch, standings)
+            where(patch, model)
+            with pytest.raises(KeyboardInterrupt):
+                train(model, TRAIN, TEST, self.RECIPE, tmp_path / "stopped", verbose=False)
+        again, _ = self.collapsed(tmp_path / "stopped", standings[len(asked) :])
+        assert again == whole
+
+    def test_with_averaged_weights(self, tmp_path: Path) -> None:
+        """A collapse leaves those of the best epoch, not an average."""
+        recipe = replace(self.RECIPE, schedule="swa", peak_lr=0.1)
+        with pytest.MonkeyPatch.context() as patch:
+            asked = self.script(patch, (0.5, 0.6, 0.1))
+            weights, _, _ = run(tmp_path, recipe)
+        assert weights == asked[1]["weights"]
+
+
 class TestBadCheckpoint:
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
@@ -570,6 +961,14 @@ class TestBadArguments:
             ("weight_decay", (-1e-4, float("nan"), float("inf"))),
             ("crop_padding", (-1,)),
             ("cutout", (-1,)),
+            ("attack_steps", (-1,)),
+            ("eps", (-0.1, float("nan"), float("inf"))),
+            ("eps_step", (0, -0.1, float("nan"), float("inf"))),
+            ("ratio", (-0.1, 1.1, float("nan"), float("inf"))),
+            ("holdout", (-1,)),
+            ("mixup_alpha", (-1, float("nan"), float("inf"))),
+            ("sigma_init", (-0.1, float("nan"), float("inf"))),
+            ("sigma_inner", (-0.1, float("nan"), float("inf"))),
         ],
     )
     def test_recipe_out_of_range(self, name: str, values: tuple[float, ...]) -> None:
@@ -577,13 +976,21 @@ class TestBadArguments:
             with pytest.raises(ValueError, match=rf"^{name}=.*must be (above|in|at least)"):
                 Recipe(**{name: value})
 
-    @pytest.mark.parametrize("name", ["epochs", "batch_size", "crop_padding", "cutout", "seed"])
+    @pytest.mark.parametrize(
+        "name", ["epochs", "batch_size", "crop_padding", "cutout", "attack_steps", "holdout", "seed"]
+    )
     @pytest.mark.parametrize("value", [1.5, 2.0, "3", None, True])
     def test_recipe_counts_are_integers(self, name: str, value: object) -> None:
         with pytest.raises(TypeError, match=f"^{name}={value!r}: must be an integer"):
             Recipe(**{name: value})
 
-    @pytest.mark.parametrize("name", ["peak_lr", "warmup", "momentum", "weight_decay", "label_smoothing"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *("peak_lr", "warmup", "momentum", "weight_decay", "label_smoothing"),
+            *("eps", "eps_step", "ratio", "mixup_alpha", "sigma_init", "sigma_inner"),
+        ],
+    )
     @pytest.mark.parametrize("value", ["0.1", None, True, [0.1]])
     def test_recipe_rates_are_numbers(self, name: str, value: object) -> None:
         with pytest.raises(TypeError, match=f"^{name}=.*: must be a number"):
@@ -593,6 +1000,25 @@ class TestBadArguments:
         recipe = replace(RECIPE, epochs=np.int64(1), peak_lr=np.float64(0.05), seed=np.int32(0))
         first = run(tmp_path, recipe)
         assert run(tmp_path, replace(RECIPE, epochs=1)) == first
+
+    @pytest.mark.parametrize("value", [0, 1, "yes", None])
+    def test_random_start_is_a_flag(self, value: object) -> None:
+        with pytest.raises(TypeError, match=f"random_start={value!r}: must be True or False"):
+            Recipe(random_start=value)
+
+    @pytest.mark.parametrize("holdout", [70, 71])
+    def test_holdout_as_large_as_the_data(self, tmp_path: Path, holdout: int) -> None:
+        recipe = replace(RECIPE, attack_steps=1, holdout=holdout)
+        with pytest.raises(ValueError, match=f"holdout={holdout}: the training set has only 70 images"):
+            train(small_model(), TRAIN, TEST, recipe, tmp_path / "run")
+        with pytest.raises(ValueError, match="batch_size=16: the training set has only 15 images"):
+            train(small_model(), TRAIN, TEST, replace(recipe, holdout=55), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    def test_noise_without_a_convolution(self, tmp_path: Path) -> None:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(108, 3))
+        with pytest.raises(ValueError, match="must have a convolution"):
+            train(model, TRAIN, TEST, replace(RECIPE, sigma_init=0.1), tmp_path / "run")
 
     def test_unknown_schedule(self) -> None:
         with pytest.raises(ValueError, match="schedule='cosine': must be one of one-cycle, swa"):

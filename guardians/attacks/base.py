@@ -48,8 +48,9 @@ class Attack(ClassifierAttack):
             device has. The search may ask a copy of the model with batch norm folded into the convolutions, in
             channels_last, under autocast; the model itself judges. With `early_stop=False`, where nothing is judged,
             "auto" and "float32" ask the model itself. For models in other dtypes than float32 there is only their own.
-        judge_samples: draws of a random model that judge an image: it is fooled when most of them are. They are none
-            of those that the search has seen. None is 1, or 9 for a model whose logits differ between two passes.
+        judge_samples: draws of a random model that judge an image: it is fooled when most of them are, and leaves
+            before the last step when all are. They are none of those that the search has seen. None is 1, or 9 for a
+            model whose logits differ between two passes.
         eot_samples: evaluations whose mean gradient is the gradient of a random model (expectation over
             transformation, Athalye et al. 2018). They share batches.
 

@@ -35,8 +35,9 @@ _DRAWS = 9
 """Of a random model for one judgement, unless the attack says how many."""
 _PROBE_DRAW, _LABEL_DRAW, _SEARCH_DRAW, _JUDGEMENT_DRAW = range(4)
 """What a random model draws for; each has draws of its own."""
-_FURTHER_OUT = (1.02, 1.05, 1.1, 1.2, 1.4, 1.7, 2.0)
-"""Lengths of a smallest perturbation that are tried where a random model is not fooled by it in most draws."""
+
+_LENGTHS = (1.02, 1.05, 1.1, 1.2, 1.4, 1.7, 2.0)
+"""Of a smallest perturbation, that are tried where fresh draws of a random model refuse it."""
 
 
 @dataclass(frozen=True)
@@ -214,16 +215,36 @@ class Run:
 
     def judge(self, images: Tensor, samples: State) -> np.ndarray:
         """Whether the user's model is fooled by the images of `samples` in most of fresh draws."""
+        draws = [self._answer(images, samples, draw) for draw in range(self.judge_samples)]
+        return _on_host(self.reached(torch.stack(draws), samples["y"]))
+
+    def judge_unanimously(self, images: Tensor, samples: State) -> tuple[np.ndarray, Tensor]:
+        """Whether it is fooled in all of them, and the logits (N, classes) of the first draw that is not, or the last.
+
+        After the first draw that an image does not fool, it is asked about no more.
+        """
+        rows, answers = np.arange(len(images)), torch.empty(0)
+        for draw in range(self.judge_samples):
+            among = _rows({name: samples[name] for name in ("y", "index", "restart", "asked")}, rows)
+            logits = self._answer(_select(images, rows), among, draw)
+            if draw == 0:
+                answers = logits.clone()
+            answers.index_copy_(0, torch.from_numpy(rows).to(images.device), logits)
+            rows = rows[_on_host(self.reached(logits[None], among["y"]))]
+            if not len(rows):
+                break
+        return np.isin(np.arange(len(images)), rows), answers
+
+    def _answer(self, images: Tensor, samples: State, draw: int) -> Tensor:
+        """Logits (N, classes) of the user's model in one draw."""
+        keys = self.keys(_JUDGEMENT_DRAW, samples["index"], samples["restart"], samples["asked"], draw)
         asked = images
         if self.refills and not self.is_random:  # in batches of any size
             size = min(_round_size(len(images)), int(self.attack.batch_size))
-            asked = _select(images, np.resize(np.arange(len(images)), size))
-        self.report.judgement_forward += self.judge_samples * len(asked)
-        draws = []
-        for draw in range(self.judge_samples):
-            with row_keys(self.keys(_JUDGEMENT_DRAW, samples["index"], samples["restart"], samples["asked"], draw)):
-                draws.append(self.judge_logits(asked)[: len(images)])
-        return _on_host(self.reached(torch.stack(draws), samples["y"]))
+            keys, asked = np.resize(keys, size), _select(images, np.resize(np.arange(len(images)), size))
+        self.report.judgement_forward += len(asked)
+        with row_keys(keys):
+            return self.judge_logits(asked)[: len(images)]
 
 
 class _Pool:
@@ -293,7 +314,10 @@ class _Pool:
             # A minimum-norm attack passes the boundary all the time; what counts is the image that it returns.
             claimed = np.zeros_like(over) if attack.minimises_norm else reached & ~over
             state["doubted"] |= claimed | at_fixed_point | broken
-        done = (_on_host(attack.update(state, logits.mean(0), gradient)) | at_fixed_point) & ~over
+        told = logits.mean(0)
+        if attack.minimises_norm and run.is_random:
+            told = self._without_luck(query, told)
+        done = (_on_host(attack.update(state, told, gradient)) | at_fixed_point) & ~over
         if run.sees_fixed_points:
             state["at_fixed_point"] = (attack.query(state) == query).flatten(1).all(1)
         if done.any():
@@ -314,11 +338,27 @@ class _Pool:
         return value_and_gradient(attack, self.logits_of, query, y, state, keys)
 
     def _confirm(self, images: Tensor, query: Tensor, samples: State) -> np.ndarray:
-        """Whether the user's model is fooled by images that the search takes for fooled."""
+        """Whether the user's model is fooled by images that the search takes for fooled, so that they can leave early.
+
+        Of a random model all draws have to be: an image that fools most of them can still be made to fool more.
+        """
         asked_itself = self.failed is None and not self.run.is_random
         if asked_itself and torch.equal(images, query):
             return np.ones(len(images), dtype=bool)
-        return self.run.judge(images, samples)
+        return self.run.judge_unanimously(images, samples)[0]
+
+    def _without_luck(self, query: Tensor, logits: Tensor) -> Tensor:
+        """Logits (N, classes) in which a random model is fooled only by queries that fool it in all of fresh draws.
+
+        An attack that keeps the nearest image of all would else keep that of its luckiest draw.
+        """
+        rows = _on_host(self.run.reached(logits[None], self.state["y"])).nonzero()[0]
+        if not len(rows):
+            return logits
+        samples = _rows({name: self.state[name] for name in ("y", "index", "restart", "asked")}, rows)
+        convinced, answers = self.run.judge_unanimously(_select(query, rows), samples)
+        refused = torch.from_numpy(rows[~convinced]).to(logits.device)
+        return logits.index_copy(0, refused, _select(answers, ~convinced))
 
     def _end(self, rows: np.ndarray, over: np.ndarray) -> Iterator[Finished]:
         """Let samples that are out of steps go, or start again; `over` learns which rows are free."""
@@ -351,22 +391,20 @@ class _Pool:
                 _put(self.state, rows[restarts], state)
 
     def _further_out(self, images: Tensor, ended: State, fooled: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """The images, moved on where they do not fool a random model, and whether they do now.
-
-        The nearest image that a search finds is the luckiest draw of many; a little further out most draws agree.
-        """
+        """The images, moved on where they do not fool a random model after all, and whether they do now: bool (N,)."""
+        run, x = self.run, ended["x"]
         images, fooled = images.clone(), fooled.copy()
-        for factor in _FURTHER_OUT:
+        for length in _LENGTHS:
             rows = (~fooled).nonzero()[0]
             if not len(rows):
                 break
             ended["asked"][rows] += 1  # for fresh draws
-            some = _rows(ended, rows)
-            perturbation = _select(images, rows) - some["x"]
-            tried = self.run.victim.clip(some["x"] + factor * perturbation)
-            reached = self.run.judge(tried, some)
-            images.index_copy_(0, torch.from_numpy(rows[reached]).to(images.device), _select(tried, reached))
-            fooled[rows[reached]] = True
+            start = _select(x, rows)
+            tried = run.victim.clip(start + length * (_select(images, rows) - start))
+            convinced, _ = run.judge_unanimously(tried, _rows(ended, rows))
+            accepted = torch.from_numpy(rows[convinced]).to(images.device)
+            images.index_copy_(0, accepted, _select(tried, convinced))
+            fooled[rows[convinced]] = True
         return images, fooled
 
     def _place(self, state: State) -> None:

@@ -14,6 +14,7 @@ from art.estimators.pytorch import PyTorchEstimator
 from torch import Tensor, nn
 
 from guardians.attacks.checks import check_device, check_flag, check_images, check_integer, labels_from, mask_from
+from guardians.attacks.rng import hashed, row_keys
 from guardians.attacks.victim import Victim, undisturbed
 
 __all__ = ["ClassifierAttack"]
@@ -131,7 +132,8 @@ class ClassifierAttack(EvasionAttack):
         self._check_call(x)
         with undisturbed(self.victim.module), torch.inference_mode(False):
             if self.victim.nb_classes is None:  # a bare module: one image tells
-                self.victim.predict(x[:1].detach().to(self.victim.device or x.device, copy=True))
+                with row_keys(hashed(0, np.arange(1))):  # so that a random model's own draws stay where they are
+                    self.victim.predict(x[:1].detach().to(self.victim.device or x.device, copy=True))
             if self.victim.nb_classes == 1:
                 raise ValueError(
                     "the model returns a single logit for an image: needed is one for each class, two or more"

@@ -19,11 +19,13 @@ from guardians.attacks.victim import Victim
 
 __all__ = [
     "PRECISIONS",
+    "InPrecision",
     "Search",
     "bfloat16_is_native",
     "check_precision",
     "choose_search",
     "folded_copy",
+    "has_hooks",
     "is_random",
     "judge_logits",
 ]
@@ -123,7 +125,7 @@ def choose_search(victim: Victim, precision: str, x: Tensor, expected: Tensor | 
     """
     if victim.dtype not in (None, torch.float32):
         return Search(victim.logits)
-    if any(_hooks(part) for part in victim.module.modules()):
+    if has_hooks(victim.module):
         logger.info("the model has hooks: the search asks the model itself")
         return Search(victim.logits)
     tried = 0
@@ -135,20 +137,28 @@ def choose_search(victim: Victim, precision: str, x: Tensor, expected: Tensor | 
     return Search(victim.logits, tried=tried)
 
 
-@dataclass(frozen=True)
-class _Cheap:
-    """A module in a memory format and a precision."""
+class InPrecision(nn.Module):
+    """A module asked in a memory format and a precision.
 
-    module: nn.Module
-    dtype: torch.dtype
-    is_folded: bool = True
-    channels_last: bool = False
+    Args:
+        module: the module itself, not a copy.
+        dtype: float32, or a lower precision under autocast, from which logits come back in float32.
+        is_folded: whether batch norm is folded into its convolutions; for the description alone.
+        channels_last: whether images are given to it in that format.
+    """
+
+    def __init__(
+        self, module: nn.Module, dtype: torch.dtype, is_folded: bool = True, channels_last: bool = False
+    ) -> None:
+        super().__init__()
+        self.module, self.dtype, self.is_folded, self.channels_last = module, dtype, is_folded, channels_last
 
     def __str__(self) -> str:
         parts = ["folded" if self.is_folded else "model"]
         return ", ".join([*parts, *["channels_last"] * self.channels_last, str(self.dtype).removeprefix("torch.")])
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of images (N, ...)."""
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         if self.dtype == torch.float32:
@@ -160,17 +170,17 @@ class _Cheap:
         return _scale_gradient(output.float(), scale)
 
 
-def _candidates(victim: Victim, precision: str, device: torch.device, *, is_random: bool) -> Iterator[_Cheap]:
+def _candidates(victim: Victim, precision: str, device: torch.device, *, is_random: bool) -> Iterator[InPrecision]:
     """The cheapest first."""
     low = _low_precision(precision, device)
     folded = None if is_random else folded_copy(victim.module)
     for dtype in (torch.float32,) if low is None else (low, torch.float32):
         if folded is not None and (device.type == "cpu" or dtype != torch.float32):  # GPUs: with tensor cores alone
-            yield _Cheap(folded.to(memory_format=torch.channels_last), dtype, channels_last=True)
+            yield InPrecision(folded.to(memory_format=torch.channels_last), dtype, channels_last=True)
         if folded is not None:
-            yield _Cheap(folded.to(memory_format=torch.contiguous_format), dtype)
+            yield InPrecision(folded.to(memory_format=torch.contiguous_format), dtype)
         if dtype != torch.float32:
-            yield _Cheap(victim.module, dtype, is_folded=False)
+            yield InPrecision(victim.module, dtype, is_folded=False)
 
 
 def _low_precision(precision: str, device: torch.device) -> torch.dtype | None:
@@ -225,12 +235,13 @@ def _fold(traced: fx.GraphModule) -> None:
     traced.recompile()
 
 
-def _hooks(part: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether the module or a part of it has hooks, which would see what a copy is asked, or would not."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(part, kind, None) for kind in kinds)
+    return any(getattr(part, kind, None) for part in module.modules() for kind in kinds)
 
 
-def _agrees(victim: Victim, cheap: _Cheap, x: Tensor, expected: Tensor | None) -> bool:
+def _agrees(victim: Victim, cheap: InPrecision, x: Tensor, expected: Tensor | None) -> bool:
     """Whether the cheap model has the victim's logits up to rounding, or for a random victim any, and a gradient."""
     try:
         with torch.enable_grad():

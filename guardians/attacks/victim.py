@@ -14,7 +14,7 @@ from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-__all__ = ["Victim", "undisturbed"]
+__all__ = ["Victim", "predicted_labels", "undisturbed"]
 
 
 class Victim:
@@ -155,6 +155,12 @@ def _clip_tensors(clip_values: Any, shape: tuple[int, ...]) -> tuple[Tensor, Ten
     # ART lets the bounds of single features come flat or in the shape of an image.
     low, high = (bound.reshape(shape if bound.numel() > 1 else ()) for bound in (low, high))
     return low, high
+
+
+def predicted_labels(module: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
+    """Labels (N,) that a module, in evaluation mode, gives to images (N, ...)."""
+    with undisturbed(module), torch.no_grad():
+        return torch.cat([module(batch).argmax(1) for batch in images.split(batch_size)])
 
 
 @contextmanager

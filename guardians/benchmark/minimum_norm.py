@@ -20,7 +20,7 @@ from guardians.attacks import CarliniWagnerL2
 from guardians.attacks.base import Attack
 from guardians.attacks.checks import check_integer
 from guardians.attacks.norms import lp_norm
-from guardians.attacks.victim import undisturbed
+from guardians.attacks.victim import predicted_labels, undisturbed
 from guardians.benchmark.counting import CountingModel
 from guardians.benchmark.overhead import forward_backward, timed
 from guardians.data import Dataset
@@ -157,8 +157,7 @@ def correct_images(model: nn.Module, data: Dataset, n: int, device: torch.device
         ValueError: there are not as many.
     """
     images, labels = data.as_floats().to(device), data.labels.to(device)
-    with undisturbed(model), torch.no_grad():
-        correct = torch.cat([model(batch).argmax(1) for batch in images.split(256)]) == labels
+    correct = predicted_labels(model, images) == labels
     if int(correct.sum()) < n:
         raise ValueError(f"n={n}: the model gets {int(correct.sum())} of the {len(images)} images right")
     return images[correct][:n], labels[correct][:n]
@@ -321,8 +320,7 @@ def _run(
         report = attack.report
         assert report is not None
         counts = (report.search_forward, report.search_backward, report.judgement_forward)
-    with undisturbed(model), torch.no_grad():
-        fooled = torch.cat([model(batch).argmax(1) for batch in x_adv.split(256)]) != labels
+    fooled = predicted_labels(model, x_adv) != labels
     l2 = lp_norm(x_adv - images, 2).flatten()
     outcome = pd.DataFrame({"label": labels.tolist(), "fooled": fooled.int().tolist(), "l2": l2.tolist()})
     outcome_path.parent.mkdir(parents=True, exist_ok=True)

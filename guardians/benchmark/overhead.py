@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +19,7 @@ from guardians.adapters.implementations import IMPLEMENTATIONS, AttackSpec, buil
 from guardians.attacks.checks import check_integer
 from guardians.attacks.victim import undisturbed
 
-__all__ = ["OVERHEAD_COLUMNS", "bare_loop", "forward_backward", "measure_overhead", "timed"]
+__all__ = ["OVERHEAD_COLUMNS", "bare_loop", "forward_backward", "measure_overhead", "paired_times", "timed"]
 
 OVERHEAD_COLUMNS = {
     "implementation": "bare loop, native, ART, torchattacks or foolbox",
@@ -62,15 +64,7 @@ def measure_overhead(
         runs[implementation] = build_attack(
             implementation, spec, model, nb_classes=nb_classes, input_shape=shape, batch_size=len(images)
         )
-    for run in runs.values():
-        run(images, labels)
-    order, shuffle = list(runs), random.Random(seed).shuffle
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in tqdm(range(rounds), desc="overhead", unit="round"):
-        shuffle(order)
-        for name in order:
-            seconds[name].append(timed(runs[name], images, labels)[1])
-    times = pd.DataFrame(seconds)
+    times = paired_times({name: partial(run, images, labels) for name, run in runs.items()}, rounds, seed, "overhead")
     ratios = times.div(times["bare loop"], axis=0)
     return pd.DataFrame(
         [
@@ -109,10 +103,23 @@ def bare_loop(model: nn.Module, x: Tensor, y: Tensor, steps: int, batch_size: in
     return gradient
 
 
-def timed(run: Callable[..., Tensor], *arguments: Tensor) -> tuple[Tensor, float]:
-    """What `run` returns, and the seconds until it is there, on its device too."""
+def paired_times(runs: Mapping[str, Callable[[], Any]], rounds: int, seed: int, desc: str) -> pd.DataFrame:
+    """Seconds of each run (columns) in each round (rows), all once per round in random order, after one for warm-up."""
+    for run in runs.values():
+        run()
+    order, shuffle = list(runs), random.Random(seed).shuffle
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in tqdm(range(rounds), desc=desc, unit="round"):
+        shuffle(order)
+        for name in order:
+            seconds[name].append(timed(runs[name])[1])
+    return pd.DataFrame(seconds)
+
+
+def timed(run: Callable[..., Any], *arguments: Tensor) -> tuple[Any, float]:
+    """What `run` returns, and the seconds until it is done, on the GPU too."""
     start = time.perf_counter()
     result = run(*arguments)
-    if result.is_cuda:
-        torch.cuda.synchronize(result.device)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return result, time.perf_counter() - start

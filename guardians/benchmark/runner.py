@@ -39,7 +39,7 @@ from guardians.attacks.base import Attack
 from guardians.attacks.checks import check_flag, check_integer, check_number
 from guardians.attacks.norms import as_norm
 from guardians.attacks.search import check_precision
-from guardians.attacks.victim import Victim, undisturbed
+from guardians.attacks.victim import Victim, predicted_labels, undisturbed
 from guardians.benchmark.counting import CountingModel, peak_memory
 from guardians.benchmark.statistics import wilson_interval
 from guardians.data import Dataset
@@ -285,7 +285,7 @@ class _Run:
             "input_shape": tuple(self.images.shape[1:]),
             "batch_size": batch_size,
         }
-        self.clean_predictions = self._predict(self.images)
+        self.clean_predictions = predicted_labels(model, self.images, batch_size)
         self._zero_gradients: float | None = None
 
     def measure(self, job: _Job) -> dict[str, Any] | None:
@@ -306,7 +306,9 @@ class _Run:
             predictions = result.argmax(1)
             outcomes, flags = self._outcomes(predictions, predictions, self.images, rows), []
         else:
-            outcomes = self._outcomes(self.clean_predictions[rows], self._predict(result), result, rows)
+            outcomes = self._outcomes(
+                self.clean_predictions[rows], predicted_labels(self.model, result, self.batch_size), result, rows
+            )
             flags = self._flags(job, measured, summarise(outcomes)["robust_accuracy"])
         n, cost = len(outcomes), measured.cost
         row = job.known | summarise(outcomes)
@@ -366,10 +368,6 @@ class _Run:
             result = run(self.images, self.labels).detach()
         cost |= {"forward": counting.forward_samples, "backward": counting.backward_samples, "judgement": 0}
         return _Measured(result, slice(None), cost)
-
-    def _predict(self, images: Tensor) -> Tensor:
-        with torch.no_grad():
-            return torch.cat([self.model(batch).argmax(1) for batch in images.split(self.batch_size)])
 
     def _outcomes(self, clean: Tensor, adversarial: Tensor, images: Tensor, rows: Tensor | slice) -> pd.DataFrame:
         """A row for each of `images` (M, ...), which are at `rows` in the data, and their predictions (M,)."""

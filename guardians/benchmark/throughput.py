@@ -22,7 +22,7 @@ from guardians.adapters.implementations import IMPLEMENTATIONS, AttackSpec, buil
 from guardians.attacks import PGD
 from guardians.attacks.checks import check_integer, check_number
 from guardians.attacks.engine import PROBE, Report, Run
-from guardians.attacks.victim import undisturbed
+from guardians.attacks.victim import predicted_labels, undisturbed
 from guardians.benchmark.counting import CountingModel, peak_memory
 from guardians.benchmark.overhead import bare_loop, forward_backward, timed
 from guardians.benchmark.statistics import paired_difference, wilson_interval
@@ -485,9 +485,7 @@ def _cost_rows(
 
 def _is_correct(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> np.ndarray:
     """Whether the model is right about each image: bool (N,)."""
-    with undisturbed(model), torch.no_grad():
-        predictions = torch.cat([model(batch).argmax(1) for batch in images.split(batch_size)])
-    correct: np.ndarray = (predictions == labels).cpu().numpy()
+    correct: np.ndarray = (predicted_labels(model, images, batch_size) == labels).cpu().numpy()
     return correct
 
 

@@ -18,16 +18,19 @@ from torch.nn.functional import one_hot
 from tqdm.auto import tqdm
 
 from guardians.attacks.base import Attack
-from guardians.attacks.checks import check_choice, check_flag, check_integer, check_number, labels_from
+from guardians.attacks.checks import check_choice, check_flag, check_images, check_integer, check_number, labels_from
 from guardians.attacks.pgd import ProjectedGradientDescent
 from guardians.attacks.rng import hashed
-from guardians.attacks.search import bfloat16_is_native
+from guardians.attacks.search import InPrecision, bfloat16_is_native
+from guardians.attacks.victim import Victim
 from guardians.data import class_balanced_subset
 
 __all__ = ["AdversarialTrainer", "has_collapsed", "share_standing", "warn_of_collapse"]
 
 logger = logging.getLogger(__name__)
 
+_WATCHABLE = 5000
+"""Images of which a fiftieth tells a collapse from chance."""
 _Batch = tuple[Tensor, Tensor, dict[int, Tensor]]
 """Images, labels, and for attacks on another estimator, by their `id`, the adversarial images found before."""
 
@@ -74,8 +77,8 @@ class AdversarialTrainer(Trainer):
             "auto" is bfloat16 where the device computes in it.
         holdout: images that are not trained on. After each epoch native PGD-10 with the first attack's norm and eps
             attacks them; when robust accuracy falls below half of its best, the log says so, training stops, and the
-            model is that of the best epoch. 0 turns it off. None takes a fiftieth of the images, at most 1,000, where
-            all attacks are native and take a single step, for which alone that is known to happen, else 0.
+            model is that of the best epoch. 0 turns it off. None takes a fiftieth of 5,000 images or more, at most
+            1,000, where all attacks are native and take a single step, for which alone that is known to happen.
         seed: of the order, of the choice of images and of native attacks that have none of their own; None draws from
             `np.random` and torch's global generator.
         verbose: show a progress bar.
@@ -117,6 +120,8 @@ class AdversarialTrainer(Trainer):
             check_integer("holdout", holdout, low=0)
         if seed is not None:
             check_integer("seed", seed, low=0)
+            if seed >= 2**32:
+                raise ValueError(f"seed={seed}: must be below 2**32")
         check_flag("verbose", verbose)
         self.ratio, self.precision, self.holdout, self.seed, self.verbose = ratio, precision, holdout, seed, verbose
         self.robust_accuracies: list[float] = []
@@ -142,6 +147,7 @@ class AdversarialTrainer(Trainer):
             got = f"dtype {images.dtype} and shape {tuple(images.shape)}"
             raise ValueError(f"x has {got}: must be floating-point images, at least one")
         images, labels = images.float(), labels_from(y, len(images), self._classifier.nb_classes)
+        check_images("x", images, Victim(self._classifier))
         images, labels, held_out = self._split(images, labels)
         transferred = {
             id(attack): torch.from_numpy(attack.generate(images.numpy(), y=labels.numpy()))
@@ -178,12 +184,15 @@ class AdversarialTrainer(Trainer):
             raise ValueError("attacks: one is on another estimator than the classifier; with a generator none may be")
         steps = math.ceil(generator.size / generator.batch_size)
 
+        draw = self._draw()
+
         def epoch() -> Iterator[_Batch]:
+            draw.shuffle(np.arange(generator.size))  # of no use, but ART's trainer draws it
             for _ in range(steps):
                 x, y = generator.get_batch()
                 yield torch.as_tensor(x).float(), labels_from(y, len(x), self._classifier.nb_classes), {}
 
-        self._run(epoch, steps, nb_epochs, generator.batch_size, self._draw(), scheduler, None)
+        self._run(epoch, steps, nb_epochs, generator.batch_size, draw, scheduler, None)
 
     def predict(self, x: np.ndarray, **kwargs: Any) -> np.ndarray:
         """The classifier's predictions (N, classes); arguments as of its `predict`."""
@@ -239,7 +248,7 @@ class AdversarialTrainer(Trainer):
             x, target = (
                 torch.from_numpy(part).to(x.device) for part in (processed[0], classifier.reduce_labels(processed[1]))
             )
-        if self._low_precision and x.ndim == 4:
+        if self._low_precision and self._has_channels:
             x = x.contiguous(memory_format=torch.channels_last)
         model.train()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self._low_precision):
@@ -280,8 +289,12 @@ class AdversarialTrainer(Trainer):
             return attack
         attack = copy.copy(attack)
         attack.verbose, attack.batch_size = False, batch_size
-        if attack.precision == "auto":
-            attack.precision = "bfloat16" if self._low_precision else "float32"
+        if attack.precision == "auto" and self._low_precision:
+            # Weights change with every step: to look for a cheaper copy each time would take longer than it saves.
+            attack.precision, attack.victim = "float32", copy.copy(attack.victim)
+            attack.victim.module = InPrecision(
+                attack.victim.module, torch.bfloat16, is_folded=False, channels_last=self._has_channels
+            )
         return attack
 
     @property
@@ -289,6 +302,11 @@ class AdversarialTrainer(Trainer):
         if self.precision == "auto":
             return bfloat16_is_native(self._classifier.device)
         return self.precision == "bfloat16"
+
+    @property
+    def _has_channels(self) -> bool:
+        """Whether there is a channels_last format for the images."""
+        return len(self._classifier.input_shape) == 3
 
     def _is_white_box(self, attack: EvasionAttack) -> bool:
         """Whether it attacks the classifier that is trained."""
@@ -302,7 +320,7 @@ class AdversarialTrainer(Trainer):
         held = self.holdout
         if held is None:
             single_step = all(isinstance(a, ProjectedGradientDescent) and a.max_iter == 1 for a in self.attacks)
-            held = min(1000, len(images) // 50) if single_step else 0
+            held = min(1000, len(images) // 50) if single_step and len(images) >= _WATCHABLE else 0
         if held == 0 or self.ratio == 0:
             return images, labels, None
         if held >= len(images):
@@ -320,7 +338,7 @@ class AdversarialTrainer(Trainer):
             self._classifier,
             trained_on.norm,
             trained_on.eps,
-            np.asarray(trained_on.eps) / 4,
+            np.asarray(trained_on.eps) / 4 if np.any(trained_on.eps) else 1.0,
             max_iter=10,
             batch_size=batch_size,
             seed=0,

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from guardians.attacks.checks import check_integer
 from guardians.attacks.rng import given_keys, hashed
-from guardians.attacks.search import folded_copy
+from guardians.attacks.search import folded_copy, has_hooks
 from guardians.attacks.victim import undisturbed
 
 __all__ = ["RandomEnsemble", "log_probabilities"]
@@ -25,8 +25,8 @@ class RandomEnsemble(nn.Module):
     """A model asked several times about each image, with other random numbers each time; see the subclasses.
 
     Args:
-        model: returns logits. Where no gradient of its parameters is wanted, a copy with batch norm folded into the
-            convolutions stands in for it, if it gives the same logits up to rounding.
+        model: returns logits. On a CPU, where no gradient of its parameters is wanted, a copy with batch norm folded
+            into the convolutions stands in for it, if it gives the same logits up to rounding.
         chunk_size: passes that the model makes at once.
         seed: of all draws; None draws one from torch's global generator.
     """
@@ -73,7 +73,7 @@ class RandomEnsemble(nn.Module):
         # Batch norm that is in training has to see the whole batch.
         chunk_size = len(draws) if self.training else self.chunk_size
         answers = []
-        for first in range(0, len(draws), chunk_size):
+        for first in range(0, max(1, len(draws)), max(1, chunk_size)):
             rows = slice(first, first + chunk_size)
             images = x.index_select(0, torch.from_numpy(image[rows]).to(x.device, non_blocking=True))
             if first and torch.is_grad_enabled():
@@ -85,11 +85,14 @@ class RandomEnsemble(nn.Module):
     def fast_model(self, x: Tensor) -> nn.Module:
         """What a pass of images (N, ...) asks: the model, or its folded copy."""
         tensors = list(chain(self.model.parameters(), self.model.buffers()))
-        if self.training or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+        trains = self.training or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        if trains or x.device.type != "cpu" or not len(x) or has_hooks(self.model):
             return self.model
-        state = [(tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device) for tensor in tensors]
+        # Versions do not tell of changes to `.data`, sums do.
+        state = [(tensor.data_ptr(), tensor._version, tensor.dtype, tensor.detach().sum().item()) for tensor in tensors]
         if self._folded is None or self._folded[0] != state:
-            self._folded = state, self._folded_model(x[:8].detach())
+            with torch.inference_mode(False):
+                self._folded = state, self._folded_model(x[:8].detach().clone())
         return self._folded[1]
 
     def _folded_model(self, x: Tensor) -> nn.Module:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from guardians.attacks.checks import check_choice, check_integer, check_number
+from guardians.attacks.checks import check_choice, check_integer, check_number, labels_from
 from guardians.attacks.rng import hashed
 from guardians.attacks.victim import undisturbed
 from guardians.defences.ensemble import RandomEnsemble, log_probabilities
@@ -77,6 +77,8 @@ class MixupInference(RandomEnsemble):
         check_integer("num_samples", num_samples, low=1)
         check_integer("detection_samples", detection_samples, low=1)
         check_number("threshold", threshold, low=-1, single=True)
+        if threshold > 1:
+            raise ValueError(f"threshold={threshold}: must be in [-1, 1], as detection scores are")
         self.method = method
         self.lam, self.num_samples = float(lam), int(num_samples)
         self.detection_lam, self.detection_samples = float(detection_lam), int(detection_samples)
@@ -93,13 +95,12 @@ class MixupInference(RandomEnsemble):
         Raises:
             ValueError: the images have another shape than those of the pool.
         """
-        if x.shape[1:] != self.pool.shape[1:]:
-            raise ValueError(f"x has shape {tuple(x.shape)}: images of the pool have {tuple(self.pool.shape[1:])}")
+        self._check_shape(x)
         if self.training:
             return log_probabilities(self.model, x)
         keys = self.keys(len(x))
         if self.method != "MI-Combined":
-            predicted = self._predicted(x)
+            predicted = self.predicted(x)
             return self._mixed(x, predicted, keys, self.method, self.lam, self.num_samples)
         unmixed = self._unmixed(x)
         score, predicted = self._score(x, unmixed, keys)
@@ -111,12 +112,20 @@ class MixupInference(RandomEnsemble):
 
         The model's probability of it less that of MI-PL, (N,) in [-1, 1] (Pang et al. 2020, equation 11). Adversarial
         images lose more.
+
+        Raises:
+            ValueError: see `forward`.
         """
+        self._check_shape(x)
         return self._score(x, self._unmixed(x), self.keys(len(x)))[0]
 
     def extra_repr(self) -> str:
         """The arguments."""
         return f"method={self.method}, lam={self.lam:g}, num_samples={self.num_samples}, pool={tuple(self.pool.shape)}"
+
+    def _check_shape(self, x: Tensor) -> None:
+        if x.shape[1:] != self.pool.shape[1:]:
+            raise ValueError(f"x has shape {tuple(x.shape)}: images of the pool have {tuple(self.pool.shape[1:])}")
 
     def _score(self, x: Tensor, unmixed: Tensor, keys: np.ndarray) -> tuple[Tensor, Tensor]:
         """Detection scores and predicted labels, both (N,)."""
@@ -129,7 +138,8 @@ class MixupInference(RandomEnsemble):
         """Log-probabilities of the images themselves."""
         return self.mean_over_passes(lambda images, _: self._ask(images), x, np.zeros((len(x), 1)))
 
-    def _predicted(self, x: Tensor) -> Tensor:
+    def predicted(self, x: Tensor) -> Tensor:
+        """Labels (N,) that the model gives to images (N, ...) as they are."""
         with torch.no_grad():
             return self._unmixed(x).argmax(1)
 
@@ -137,24 +147,29 @@ class MixupInference(RandomEnsemble):
         self, x: Tensor, predicted: Tensor, keys: np.ndarray, method: str, lam: float, num_samples: int
     ) -> Tensor:
         """Log-probabilities of MI-PL or MI-OL."""
-        purpose, sample = METHODS.index(method), np.arange(num_samples)
-        for_label, for_image = (hashed(keys[:, None], purpose, sample, number) for number in range(2))
-        partners = self._partners(predicted, for_label, for_image, method)
 
         def ask(images: Tensor, rows: Tensor) -> Tensor:
             return self._ask(lam * images + (1 - lam) * self.pool.index_select(0, rows).to(images.dtype))
 
-        return self.mean_over_passes(ask, x, partners)
+        return self.mean_over_passes(ask, x, self.partners(predicted, keys, method, num_samples))
 
-    def _partners(self, predicted: Tensor, for_label: np.ndarray, for_image: np.ndarray, method: str) -> Tensor:
-        """Rows of the pool (N, K) for predicted labels (N,) and random numbers (N, K)."""
+    def partners(self, predicted: Tensor, keys: np.ndarray, method: str, num_samples: int) -> Tensor:
+        """Rows of `pool` (N, num_samples) with which images are mixed.
+
+        Args:
+            predicted: the labels (N,) that the model gives to the images.
+            keys: seeds (N,) of the draws, uint64.
+            method: "MI-PL", for partners of the predicted label, or "MI-OL", for others.
+            num_samples: partners of an image.
+        """
         device, classes = self.pool.device, len(self._counts)
+        draws = (hashed(keys[:, None], METHODS.index(method), np.arange(num_samples), number) for number in range(2))
         # The remainder of 63 random bits is uniform up to classes / 2**63.
-        by_label, by_image = (torch.from_numpy((n >> 1).astype(np.int64)).to(device) for n in (for_label, for_image))
-        labels = predicted[:, None].expand_as(by_label)
+        for_label, for_image = (torch.from_numpy((draw >> np.uint64(1)).astype(np.int64)).to(device) for draw in draws)
+        labels = predicted[:, None].expand_as(for_label)
         if method == "MI-OL":
-            labels = (labels + 1 + by_label % (classes - 1)) % classes
-        return self._starts[labels] + by_image % self._counts[labels]
+            labels = (labels + 1 + for_label % (classes - 1)) % classes
+        return self._starts[labels] + for_image % self._counts[labels]
 
     def _ask(self, images: Tensor) -> Tensor:
         return log_probabilities(self.fast_model(images), images)
@@ -166,11 +181,11 @@ def _checked_pool(pool: Any, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
         images, labels = pool
     except (TypeError, ValueError):
         raise TypeError(f"pool of type {type(pool).__name__}: must be a pair of images and labels") from None
-    if not (isinstance(images, Tensor) and isinstance(labels, Tensor) and images.is_floating_point()):
-        raise TypeError("pool: must be a pair of tensors, floating-point images (M, ...) and labels (M,)")
-    if images.ndim < 2 or labels.shape != images.shape[:1] or not len(images):
-        got = f"images {tuple(images.shape)} and labels {tuple(labels.shape)}"
-        raise ValueError(f"pool has {got}: must be at least one image (M, ...) and as many labels (M,)")
+    if not (isinstance(images, Tensor) and images.is_floating_point()):
+        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"pool has images of type {got}: must be a floating-point tensor (M, ...)")
+    if images.ndim < 2 or not len(images):
+        raise ValueError(f"pool has images of shape {tuple(images.shape)}: must be at least one (M, ...)")
     low, high = (float(bound) for bound in images.aminmax())
     if not (low >= 0 and high <= 1):
         raise ValueError(f"pool has values from {low:g} to {high:g}: must be in [0, 1]")
@@ -179,12 +194,15 @@ def _checked_pool(pool: Any, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
             classes = model(images[:1]).shape[1]
     except Exception as error:  # the model is the user's, and may fail in any way
         shape = tuple(images.shape[1:])
-        raise ValueError(f"pool has images of shape {shape}, on which the model fails: {error}") from error
+        raise ValueError(
+            f"pool has {images.dtype} images of shape {shape}, on which the model fails: {error}"
+        ) from error
     if classes < 2:
         raise ValueError(f"the model has {classes} class: needed are two or more")
-    if labels.min() < 0 or labels.max() >= classes:
-        span = f"{int(labels.min())} to {int(labels.max())}"
-        raise ValueError(f"pool has labels from {span}: the model has {classes} classes")
+    try:
+        labels = labels_from(labels, len(images), classes).to(images.device)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"pool has labels that do not fit: {error}") from error
     counts = labels.bincount(minlength=classes)
     if not counts.all():
         missing = ", ".join(map(str, (counts == 0).nonzero().flatten().tolist()))

@@ -67,20 +67,22 @@ class RandomSelfEnsemble(RandomEnsemble):
         check_number("sigma_inner", sigma_inner, low=0, single=True)
         check_integer("n", n, low=1)
         check_flag("share_parameters", share_parameters)
-        convolutions = [path for path, layer in model.named_modules() if isinstance(layer, _ConvNd)]
-        if not convolutions:
+        if not any(isinstance(layer, _ConvNd) for layer in model.modules()):
             raise ValueError(f"model of type {type(model).__name__}: must have a convolution to put noise in front of")
         shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
         self.n = int(n)
         self.model = copy.deepcopy(model, shared if share_parameters else {})
         self._tape = _NoiseTape(float(sigma_init), float(sigma_inner))
-        for path in convolutions:
+        layers = list(self.model.named_modules(remove_duplicate=False))  # a layer may have several names
+        noisy = {
+            layer: nn.Sequential(GaussianNoise(self._tape), layer) for _, layer in layers if isinstance(layer, _ConvNd)
+        }
+        for path, layer in layers:
             parent, _, name = path.rpartition(".")
-            noisy = nn.Sequential(GaussianNoise(self._tape), self.model.get_submodule(path))
-            if path:
-                setattr(self.model.get_submodule(parent), name, noisy)
-            else:
-                self.model = noisy
+            if layer is self.model and layer in noisy:
+                self.model = noisy[layer]
+            elif layer in noisy:
+                setattr(self.model.get_submodule(parent), name, noisy[layer])
 
     def forward(self, x: Tensor) -> Tensor:
         """Log-probabilities (N, classes) of images (N, ...); in training mode those of a single noisy pass."""
@@ -134,6 +136,8 @@ class _NoiseTape:
         self.lengths: dict[tuple[int, ...], int] = {}
         self._buffer = torch.empty(0)  # kept, because the system takes longer to find new memory than the numbers
         self._numbers: Tensor | None = None
+        self._keys = np.empty(0)
+        self._is_measuring = False
         self._position = self._layers_passed = 0
 
     def add_noise(self, x: Tensor) -> Tensor:
@@ -144,17 +148,21 @@ class _NoiseTape:
         self._layers_passed += 1
         if sigma == 0:
             return x
-        length = x[0].numel()
-        first, self._position = self._position, self._position + length
-        if not len(self._numbers):
+        shape = (len(x), *x.shape[2:], x.shape[1])
+        first, self._position = self._position, self._position + math.prod(shape[1:])
+        if self._is_measuring:
             return x
-        noise = self._numbers[:, first : self._position].view(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1)
+        numbers = self._numbers[:, first : self._position]
+        if self._position > self._numbers.shape[1]:  # in training mode there may be more layers
+            numbers = _fill_rows(torch.empty(len(x), math.prod(shape[1:]), device=x.device), hashed(self._keys, first))
+        noise = numbers.view(shape).movedim(-1, 1)
         return torch.add(x, noise.to(x.dtype), alpha=sigma)
 
     @contextmanager
     def measuring(self, shape: tuple[int, ...]) -> Iterator[None]:
         """Learn inside, from a pass without noise, how many numbers images of a shape need."""
-        with self._rewound(torch.empty(0)):
+        with self._rewound(torch.empty(0), np.empty(0)):
+            self._is_measuring = True
             yield
             self.lengths[shape] = self._position
 
@@ -163,23 +171,22 @@ class _NoiseTape:
         """The noise of one pass of images with these keys (N,) inside."""
         size = (len(keys), self.lengths[shape])
         if self._buffer.device != device or self._buffer.numel() < math.prod(size):
-            self._buffer = torch.empty(math.prod(size), device=device)
-        numbers = self._buffer[: math.prod(size)].view(size)
-        _fill_rows(numbers, keys)
-        with self._rewound(numbers):
+            with torch.inference_mode(False):
+                self._buffer = torch.empty(math.prod(size), device=device)
+        with self._rewound(_fill_rows(self._buffer[: math.prod(size)].view(size), keys), keys):
             yield
 
     @contextmanager
-    def _rewound(self, numbers: Tensor) -> Iterator[None]:
-        self._numbers, self._position, self._layers_passed = numbers, 0, 0
+    def _rewound(self, numbers: Tensor, keys: np.ndarray) -> Iterator[None]:
+        self._numbers, self._keys, self._position, self._layers_passed = numbers, keys, 0, 0
         try:
             yield
         finally:
-            self._numbers = None
+            self._numbers, self._is_measuring = None, False
 
 
-def _fill_rows(numbers: Tensor, keys: np.ndarray) -> None:
-    """Standard normal numbers (N, length), a row for each key; on a CPU by as many threads as torch uses.
+def _fill_rows(numbers: Tensor, keys: np.ndarray) -> Tensor:
+    """`numbers` (N, length), now standard normal, a row for each key; on a CPU by as many threads as torch uses.
 
     A CPU's generator takes in 32 bits of a key, so among very many rows some pairs are equal.
     """
@@ -196,3 +203,4 @@ def _fill_rows(numbers: Tensor, keys: np.ndarray) -> None:
         fill(0, threads)
         for other in others:
             other.result()
+    return numbers

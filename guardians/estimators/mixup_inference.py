@@ -23,10 +23,11 @@ class MixupInferenceClassifier(PyTorchClassifier):
         loss, input_shape, nb_classes, optimizer: as of `PyTorchClassifier`; the loss is given log-probabilities, for
             which cross-entropy is right.
         method, lam, num_samples, detection_lam, detection_samples, threshold, chunk_size, seed: as of `MixupInference`.
-        **options: the other arguments of `PyTorchClassifier`, such as `clip_values`.
+        **options: the other arguments of `PyTorchClassifier`, such as `clip_values`. Normalisation belongs into the
+            model: with `preprocessing`, processed images would be mixed with those of the pool as they are.
 
     Raises:
-        TypeError, ValueError: see `MixupInference` and `PyTorchClassifier`.
+        TypeError, ValueError: see `MixupInference` and `PyTorchClassifier`; a ValueError also for `preprocessing`.
     """
 
     def __init__(
@@ -48,6 +49,8 @@ class MixupInferenceClassifier(PyTorchClassifier):
         seed: int | None = None,
         **options: Any,
     ) -> None:
+        if options.get("preprocessing") not in (None, (0.0, 1.0), (0, 1)):
+            raise ValueError(f"preprocessing={options['preprocessing']!r}: must be left out; normalise in the model")
         defence = MixupInference(
             model,
             pool,

@@ -18,7 +18,7 @@ from guardians.adapters.implementations import AttackSpec, CarliniWagnerSpec, bu
 from guardians.attacks.base import Attack
 from guardians.attacks.checks import check_integer
 from guardians.attacks.norms import lp_norm
-from guardians.attacks.victim import Victim, undisturbed
+from guardians.attacks.victim import Victim, predicted_labels
 from guardians.benchmark.counting import CountingModel
 from guardians.benchmark.overhead import timed
 from guardians.benchmark.statistics import paired_difference
@@ -106,7 +106,7 @@ def compare(
     if isinstance(case.spec, CarliniWagnerSpec):
         if case.kind == "dominance":
             return _dominance(case, case.spec, model, x, y, nb_classes, batch_size)
-        correct = _predict(model, x, batch_size) == labels  # the others are not descended from
+        correct = predicted_labels(model, x, batch_size) == labels  # the others are not descended from
         return _exactness(case, case.spec, model, x[correct][:SINGLE_IMAGES], y[correct][:SINGLE_IMAGES], nb_classes)
     rules_of = None if own_rules else case.reference
     steps = None if own_rules else Steps(0, 0, 0.0)
@@ -181,7 +181,7 @@ def _of_runs(
     native_passes, reference_passes = (sum(run.passes for run in side) for side in zip(*runs, strict=True))
     native_seconds, reference_seconds = (sum(run.seconds for run in side) for side in zip(*runs, strict=True))
     native_labels, reference_labels = (
-        _predict(model, images, batch_size) for images in (native_x_adv, reference_x_adv)
+        predicted_labels(model, images, batch_size) for images in (native_x_adv, reference_x_adv)
     )
     return Comparison(
         x=x,
@@ -303,11 +303,6 @@ def _note(case: Case, found: Comparison) -> str:
         rule = CARLINI_WAGNER_RULES[case.reference].__name__
         return f"with the toolkit's {rule}; {len(found.x)} images, each alone"
     return f"native at its defaults; l2_ratio is of the L{case.spec.norm:g} norms where both fool the model"
-
-
-def _predict(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
-    with undisturbed(model), torch.no_grad():
-        return torch.cat([model(batch).argmax(1) for batch in x.split(batch_size)])
 
 
 def _float64_difference(

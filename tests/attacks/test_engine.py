@@ -512,23 +512,25 @@ class Scripted(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("votes", "fooled", "moved"),
+    ("judge_samples", "votes", "fooled", "moved"),
     [
-        ([[1, 1, 0]], True, 0),  # most of the first judgement
-        ([[0, 1, 0], [0, 1, 1]], True, 1),  # not the first, but the second, a step later
-        ([[1, 0, 0], [0, 0, 1], [1, 1, 1]], True, 2),  # after the last step
-        ([[1, 0, 0], [0, 0, 1], [0, 0, 1]], False, 2),
-        ([[1, 1, 0, 0], [1, 0, 1, 1]], True, 1),  # half is not most
+        (3, [[1, 1, 1]], True, 0),  # all of the first judgement
+        (3, [[1, 0], [1, 1, 1]], True, 1),  # not the first, but the second, a step later
+        (3, [[0], [1, 1, 0], [1, 0, 1]], True, 2),  # most, after the last step
+        (3, [[0], [0], [0, 0, 1]], False, 2),
+        (4, [[1, 1, 0], [0], [1, 0, 1, 0]], False, 2),  # half is not most
     ],
 )
-def test_a_random_model_is_fooled_when_most_fresh_draws_are(votes, fooled, moved):
+def test_a_random_model_lets_an_image_go_when_all_draws_are_fooled_and_in_the_end_when_most_are(
+    judge_samples, votes, fooled, moved
+):
     # One pass finds the classes, two that the model is random; each step's pass is fooled, then come the votes.
     script = [0, 0, 1]
     for step, vote in enumerate(votes):
         script += ([1] if step < 2 else []) + vote
     model, x = Scripted(script), torch.full((1, 3, 8, 8), 0.5)
     attack = pgd(model, eps=1.0, eps_step=0.1, max_iter=2, early_stop=True, precision="float32")
-    attack.set_params(judge_samples=len(votes[0]))
+    attack.set_params(judge_samples=judge_samples)
     x_adv = attack(x, torch.tensor([0]))
     assert attack.report.fooled.tolist() == [fooled]
     assert model.passes == len(script)
@@ -918,9 +920,9 @@ def test_a_random_model_is_recognised_next_to_an_infinite_logit(odd):
         torch.manual_seed(0)
         attack = pgd(Odd(small_net()), eps=1e-6, eps_step=1e-6, max_iter=1, early_stop=True, precision="float32")
         attack(some_images(8), some_labels(8))
-    judged = (attack.report.judgement_forward - 2 * PROBE) / 9
-    assert judged >= 1
-    assert judged % 1 == 0
+    assert (
+        attack.report.judgement_forward >= 2 * PROBE + 8 * 9
+    )  # each image by nine draws, when it leaves or in the end
 
 
 def test_a_model_interrupted_in_the_search_comes_back_as_it_was():

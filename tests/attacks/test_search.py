@@ -32,13 +32,13 @@ def pgd(model, **options):
 @pytest.fixture
 def copies_asked(monkeypatch):
     """Images that any copy is asked about, a number a pass."""
-    asked, ask = [], search._Cheap.__call__
+    asked, ask = [], search.InPrecision.__call__
 
     def count(cheap, x):
         asked.append(len(x))
         return ask(cheap, x)
 
-    monkeypatch.setattr(search._Cheap, "__call__", count)
+    monkeypatch.setattr(search.InPrecision, "__call__", count)
     return asked
 
 
@@ -167,7 +167,7 @@ def test_a_folded_copy_has_the_logits_and_gradients_of_the_model(make, side, lef
     ],
 )
 def test_the_precision_is_what_the_copy_computes_in(precision, description, dtype, monkeypatch):
-    seen, ask = set(), search._Cheap.__call__
+    seen, ask = set(), search.InPrecision.__call__
 
     def look(cheap, x):
         hook = cheap.module.get_submodule("3").register_forward_hook(lambda *arguments: seen.add(arguments[2].dtype))
@@ -176,7 +176,7 @@ def test_the_precision_is_what_the_copy_computes_in(precision, description, dtyp
         finally:
             hook.remove()
 
-    monkeypatch.setattr(search._Cheap, "__call__", look)
+    monkeypatch.setattr(search.InPrecision, "__call__", look)
     attack = pgd(traceable_net(), precision=precision)
     attack(some_images(9), some_labels(9))
     assert attack.report.search == description
@@ -625,7 +625,7 @@ def test_float16_keeps_small_gradients():
     net, x = traceable_net(), some_images(8).requires_grad_(True)
     small = 1e-7  # times a probability it is nothing in float16
     (expected,) = torch.autograd.grad(small * net(x).logsumexp(1).sum(), x)
-    logits = search._Cheap(search.folded_copy(net), torch.float16)(x)
+    logits = search.InPrecision(search.folded_copy(net), torch.float16)(x)
     assert logits.dtype == torch.float32
     (got,) = torch.autograd.grad(small * logits.logsumexp(1).sum(), x)
     assert (got - expected).norm() < 0.05 * expected.norm()

@@ -1,0 +1,293 @@
+"""Robust accuracy of models and defences, by attacks that know more and more of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from guardians.attacks import FGSM, PGD, CarliniWagnerL2
+from guardians.attacks.base import Attack
+from guardians.attacks.checks import check_integer
+from guardians.attacks.interfaces import ClassifierAttack
+from guardians.attacks.norms import lp_norm
+from guardians.attacks.rng import hashed
+from guardians.attacks.victim import predicted_labels
+from guardians.benchmark.statistics import wilson_interval
+from guardians.data import Dataset
+from guardians.defences import AveragedMixturePGD, MixupInference, RandomSelfEnsemble
+from guardians.models import load_model, model_card
+from guardians.tables import Table, read_csv
+
+__all__ = ["ATTACKS", "BUNDLED", "DEFENCE_COLUMNS", "RUN_COLUMNS", "Defended", "bundled", "evaluate", "summarise"]
+
+EPS, EPS_STEP = 8 / 255, 2 / 255
+L2_RADIUS = 0.5
+"""Within which Carlini-Wagner's smallest perturbations count."""
+PASSES = 10
+"""Passes of a randomised defence when it answers."""
+SEARCH_PASSES = 4
+"""Passes of a randomised defence for one gradient of an attack; EOT averages `EOT_SAMPLES` such gradients."""
+EOT_SAMPLES = 4
+
+ATTACKS = {
+    "clean": "the images as they are",
+    "transfer": "PGD-40 on the undefended standard model: the attacker knows nothing of the defence",
+    "oblivious": "PGD-40 on the network behind a randomised defence: the attacker knows its weights, not the defence",
+    "FGSM": "on the defence",
+    "PGD-10": "on the defence, from the image",
+    "PGD-40": "on the defence, from the image",
+    "EOT-PGD": f"PGD-40 with gradients averaged over {EOT_SAMPLES} answers of a randomised defence",
+    "adaptive": "made for the defence: PGD-40 with 5 random starts for a model that is not random; PGD-40 on single "
+    f"noisy passes, {SEARCH_PASSES * EOT_SAMPLES} a gradient, from a random start for Random Self-Ensemble; "
+    "`AveragedMixturePGD` for Mixup Inference",
+    "C&W": f"Carlini-Wagner L2 on the defence; an image stands if it takes more than {L2_RADIUS:g} to fool it",
+}
+"""What each attack is; the norm is inf and eps 8/255 but for C&W."""
+
+_MEASURED = {
+    "accuracy": "robust accuracy: fraction classified correctly both clean and attacked, by fresh draws of the defence",
+    "l2_median": "median L2 norm of the perturbations; of C&W, of those that fool the defence",
+    "forward_per_image": "samples that went forward through the defence in the search",
+    "backward_per_image": "samples that went backward through it",
+    "judgement_per_image": "samples that went forward through it for judgement",
+    "seconds": "wall-clock time of the attack on all images",
+}
+_KEY = ("defence", "attack", "data", "n", "seed")
+RUN_COLUMNS = {
+    "defence": "model, or model and defence",
+    "attack": "see `ATTACKS`",
+    "data": "where the images came from, and the first digits of a SHA-256 digest of images and labels",
+    "n": "number of images",
+    "seed": "of the draws of defence and attack",
+    "params": "JSON: passes of the defence when it answers and for a gradient, and draws of EOT",
+    **_MEASURED,
+}
+DEFENCE_COLUMNS = {
+    "defence": RUN_COLUMNS["defence"],
+    "attack": RUN_COLUMNS["attack"],
+    "n": RUN_COLUMNS["n"],
+    "seeds": "number of seeds; 1 where nothing is random",
+    "accuracy": "mean over the seeds of robust accuracy",
+    "accuracy_low": "lower end of its 95% Wilson interval over the images",
+    "accuracy_high": "upper end of it",
+    "seed_sd": "standard deviation of the accuracy over the seeds",
+    "seed_min": "lowest accuracy of a seed",
+    "seed_max": "highest accuracy of a seed",
+    **{name: f"mean over the seeds: {text}" for name, text in _MEASURED.items() if name != "accuracy"},
+    "flags": "flattering: another attack in the same ball leaves an interval that lies below this one's",
+}
+
+
+@dataclass(frozen=True)
+class Defended:
+    """A model, or a defence, to be attacked.
+
+    Attributes:
+        name: for the tables.
+        base: the network, without its defence.
+        defence: makes the randomised defence from the seed of its draws and its number of passes; None where the
+            network is its own defence.
+    """
+
+    name: str
+    base: nn.Module
+    defence: Callable[[int, int], nn.Module] | None = None
+
+    def module(self, seed: int, passes: int) -> nn.Module:
+        """The defence with draws of its own."""
+        return self.base if self.defence is None else self.defence(seed, passes)
+
+    @property
+    def attacks(self) -> list[str]:
+        """Those that tell something new: EOT and obliviousness need something random."""
+        left_out = {"transfer"} if self.name == "standard" else set()
+        return [a for a in ATTACKS if a not in left_out | ({"oblivious", "EOT-PGD"} if self.defence is None else set())]
+
+
+BUNDLED = ("standard", "fgsm-at", "pgd-at", "rse", "mixup+MI-PL", "mixup+MI-OL", "iat+MI-OL")
+
+
+def bundled(name: str, pool: Dataset, device: torch.device | str = "cpu", prefix: str = "resnet9-16") -> Defended:
+    """A bundled model, with the defence that it is made for.
+
+    Args:
+        name: of `BUNDLED`: a recipe, and for Mixup Inference the method.
+        pool: images of Mixup Inference, none of those that are attacked.
+        device: of the model.
+        prefix: architecture of the model.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    recipe, _, method = name.partition("+")
+    base = load_model(f"{prefix}-{recipe}", device=device)
+    if method:
+        clean = pool.as_floats().to(device), pool.labels.to(device)
+        return Defended(name, base, lambda seed, k: MixupInference(base, clean, method, num_samples=k, seed=seed))
+    if recipe == "rse":
+        card = model_card(f"{prefix}-{recipe}")["recipe"]
+        sigmas = card["sigma_init"], card["sigma_inner"]
+        return Defended(name, base, lambda seed, n: RandomSelfEnsemble(base, *sigmas, n, seed=seed))
+    return Defended(name, base)
+
+
+def evaluate(
+    defences: Sequence[Defended],
+    data: Dataset,
+    out: str | os.PathLike[str],
+    *,
+    surrogate: nn.Module,
+    seeds: int = 5,
+    attacks: Sequence[str] = (),
+    batch_size: int = 64,
+    verbose: bool = True,
+) -> pd.DataFrame:
+    """Attack each defence in each way, and append a row for each seed to `out/defences_runs.csv`.
+
+    A row that is on disk is not run again. Whether each image stands goes to `out/defences_outcomes`, and the summary
+    of all rows to `out/defences.csv`.
+
+    Args:
+        defences: what is attacked, in evaluation mode.
+        data: images and labels.
+        out: folder of the tables, created where it does not exist.
+        surrogate: the standard model of the transfer attack.
+        seeds: how often a randomised defence is attacked, with other draws of defence and attack.
+        attacks: only these, of `ATTACKS`; empty for all.
+        batch_size: images in one step of an attack.
+        verbose: show a progress bar.
+
+    Returns:
+        The summary; columns `DEFENCE_COLUMNS`.
+
+    Raises:
+        TypeError, ValueError: an argument is outside what is allowed.
+    """
+    check_integer("seeds", seeds, low=1)
+    check_integer("batch_size", batch_size, low=1)
+    unknown = sorted(set(attacks) - set(ATTACKS))
+    if unknown:
+        raise ValueError(f"attacks={unknown}: unknown; known are {', '.join(ATTACKS)}")
+    table = Table(Path(out) / "defences_runs.csv", RUN_COLUMNS, _KEY)
+    jobs = [
+        (defended, attack, seed)
+        for seed in range(seeds)  # so that a run that is cut short has all defences
+        for defended in defences
+        for attack in defended.attacks
+        if (not attacks or attack in attacks) and (seed == 0 or defended.defence is not None)
+    ]
+    progress = tqdm(jobs, desc="defences", unit="attack", disable=not verbose)
+    for defended, attack, seed in progress:
+        progress.set_postfix_str(f"{defended.name}: {attack}, seed {seed}")
+        key = {"defence": defended.name, "attack": attack, "data": data.identity, "n": len(data), "seed": seed}
+        if key in table:
+            continue
+        device = next(defended.base.parameters()).device
+        images, labels = data.as_floats().to(device), data.labels.to(device)
+        outcome, row = _measure(defended, attack, images, labels, surrogate, seed, batch_size)
+        path = Path(out) / "defences_outcomes" / f"{defended.name}-{attack.replace('&', '')}-{seed}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        outcome.to_csv(path, index_label="index")
+        table.append({**key, **row})
+    summary = summarise(read_csv(table.path))
+    summary.to_csv(Path(out) / "defences.csv", index=False)
+    return summary
+
+
+def summarise(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row for each defence and attack, in the order in which they first stand in the rows of the single seeds."""
+    rows = []
+    for (defence, attack), group in runs.groupby(["defence", "attack"], sort=False):
+        n = int(group["n"].iloc[0])
+        accuracy = group["accuracy"].to_numpy(dtype=float)
+        low, high = wilson_interval(round(float(accuracy.mean()) * n), n)
+        rows.append(
+            {"defence": defence, "attack": attack, "n": n, "seeds": len(group)}
+            | {"accuracy": accuracy.mean(), "accuracy_low": low, "accuracy_high": high}
+            | {"seed_sd": accuracy.std(ddof=1) if len(group) > 1 else np.nan}
+            | {"seed_min": accuracy.min(), "seed_max": accuracy.max()}
+            | {name: group[name].mean() for name in _MEASURED if name != "accuracy"}
+        )
+    frame = pd.DataFrame(rows, columns=[name for name in DEFENCE_COLUMNS if name != "flags"])
+    in_ball = ~frame["attack"].isin(["clean", "C&W"])
+    lowest = frame["defence"].map(frame[in_ball].groupby("defence")["accuracy_high"].min())
+    frame["flags"] = np.where(in_ball & (frame["accuracy_low"] > lowest), "flattering", "")
+    return frame
+
+
+def _measure(
+    defended: Defended, attack: str, x: Tensor, y: Tensor, surrogate: nn.Module, seed: int, batch_size: int
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Outcomes of the single images, and the columns of a row."""
+    x_adv, counts, seconds = x, (0, 0, 0), 0.0
+    if attack != "clean":
+        attacker = _attack(defended, attack, surrogate, seed, batch_size)
+        start = time.perf_counter()
+        x_adv = attacker(x, y)
+        if x_adv.is_cuda:
+            torch.cuda.synchronize(x_adv.device)
+        seconds = time.perf_counter() - start
+        if isinstance(attacker, Attack) and attacker.report is not None:
+            report = attacker.report
+            counts = (report.search_forward, report.search_backward, report.judgement_forward)
+    # Draws that no attack has seen, of the full ensemble.
+    answers = [
+        predicted_labels(defended.module(_defence_seed(seed, number), PASSES), images, batch_size) == y
+        for number, images in enumerate((x, x_adv))
+    ]
+    l2 = lp_norm(x_adv - x, 2).flatten()
+    stands = answers[0] & (answers[1] | (l2 > L2_RADIUS) if attack == "C&W" else answers[1])
+    outcome = pd.DataFrame({"label": y.tolist(), "stands": stands.int().tolist(), "l2": l2.tolist()})
+    fooled = ~answers[1] if attack == "C&W" else torch.ones_like(stands)
+    params = {"passes": PASSES, "search_passes": SEARCH_PASSES, "eot_samples": EOT_SAMPLES}
+    n = len(x)
+    return outcome, {
+        "params": json.dumps({} if defended.defence is None else params),
+        "accuracy": stands.double().mean().item(),
+        "l2_median": l2[fooled].median().item(),
+        "forward_per_image": counts[0] / n,
+        "backward_per_image": counts[1] / n,
+        "judgement_per_image": counts[2] / n,
+        "seconds": seconds,
+    }
+
+
+def _defence_seed(seed: int, number: int) -> int:
+    """Of a defence that answers (0 and 1), or that an attack asks (2)."""
+    return int(hashed(seed, number)) // 2
+
+
+def _attack(defended: Defended, attack: str, surrogate: nn.Module, seed: int, batch_size: int) -> ClassifierAttack:
+    is_random = defended.defence is not None
+    asked = defended.module(_defence_seed(seed, 2), SEARCH_PASSES)
+    classical = partial(PGD, eps=EPS, eps_step=EPS_STEP, seed=seed, batch_size=batch_size, verbose=False)
+    pgd = partial(classical, early_stop=True)
+    if attack in ("transfer", "oblivious"):  # the images shall be as wrong as possible, for they meet another model
+        return classical(surrogate if attack == "transfer" else defended.base, max_iter=40)
+    if attack == "FGSM":
+        return FGSM(asked, eps=EPS, seed=seed, batch_size=batch_size)
+    if attack in ("PGD-10", "PGD-40"):
+        return pgd(asked, max_iter=int(attack.partition("-")[2]))
+    if attack == "EOT-PGD":
+        return pgd(asked, max_iter=40, eot_samples=EOT_SAMPLES, batch_size=EOT_SAMPLES * batch_size)
+    if attack == "C&W":
+        return CarliniWagnerL2(asked, batch_size=batch_size, seed=seed, verbose=False)
+    if not is_random:
+        return pgd(asked, max_iter=40, num_random_init=5)
+    if isinstance(asked, MixupInference):
+        return AveragedMixturePGD(asked, EPS, EPS_STEP, batch_size=batch_size, seed=seed)
+    draws = SEARCH_PASSES * EOT_SAMPLES
+    single = defended.module(_defence_seed(seed, 2), 1)
+    return pgd(single, max_iter=40, num_random_init=1, eot_samples=draws, batch_size=draws * batch_size)

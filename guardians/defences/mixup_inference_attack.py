@@ -1,0 +1,106 @@
+"""The attack that is adaptive to Mixup Inference (Pang et al. 2020, section 4.4)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+from art.estimators.classification import PyTorchClassifier
+from torch import Tensor, nn
+
+from guardians.attacks.checks import check_integer, check_number
+from guardians.attacks.interfaces import ClassifierAttack
+from guardians.attacks.norms import pull_into_ball
+from guardians.attacks.pgd import ProjectedGradientDescent
+from guardians.attacks.rng import hashed
+from guardians.attacks.search import bfloat16_is_native
+from guardians.defences.mixup_inference import MixupInference
+
+__all__ = ["AveragedMixturePGD"]
+
+
+class AveragedMixturePGD(ClassifierAttack):
+    """PGD (inf) on mixtures of an image, whose perturbations are averaged.
+
+        x_adv = clip(x + 1/K sum_k (PGD(x_k) - x_k)),    x_k = lam * x + (1 - lam) * s_k
+
+    with s_k drawn as the defence draws them, PGD on the model without the defence, each perturbation within the ball
+    (Pang et al. 2020, section 4.4, and their code). Against MI-Combined the s_k are those of MI-OL. Native PGD with
+    `eot_samples` on the defence itself is the other attack that should be tried, and is often the stronger one.
+
+    Args:
+        estimator: a `MixupInference`, or an ART classifier with one as its model and without preprocessing.
+        eps: radius of the ball, in the unit of the images.
+        eps_step: step size.
+        max_iter: steps.
+        num_samples: K.
+        batch_size: mixtures in one forward pass.
+        verbose: show a progress bar of finished mixtures.
+        seed: of the mixtures; those of an image depend on (seed, its position).
+
+    Raises:
+        EstimatorError, TypeError, ValueError: see `ClassifierAttack`; a TypeError if the model is no `MixupInference`.
+    """
+
+    attack_params: ClassVar[list[str]] = [
+        *ClassifierAttack.attack_params,
+        "eps",
+        "eps_step",
+        "max_iter",
+        "num_samples",
+        "seed",
+    ]
+
+    def __init__(
+        self,
+        estimator: PyTorchClassifier | nn.Module,
+        eps: float = 8 / 255,
+        eps_step: float = 2 / 255,
+        max_iter: int = 10,
+        num_samples: int = 10,
+        batch_size: int = 128,
+        verbose: bool = False,
+        *,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(estimator, targeted=False, batch_size=batch_size, verbose=verbose)
+        self.eps, self.eps_step, self.max_iter = eps, eps_step, max_iter
+        self.num_samples, self.seed = num_samples, seed
+        self._check_params()
+
+    def _run(self, inputs: dict[str, Tensor], device: torch.device) -> Tensor:
+        x = inputs["x"].to(device)
+        defence = self.victim.module
+        assert isinstance(defence, MixupInference)
+        with torch.no_grad():
+            predicted = torch.cat([defence.predicted(images) for images in x.split(int(self.batch_size))])
+            method = "MI-PL" if defence.method == "MI-PL" else "MI-OL"
+            keys = hashed(self.seed, np.arange(len(x)))
+            partners = defence.partners(predicted, keys, method, int(self.num_samples))
+        labels = inputs["y"].to(device) if "y" in inputs else predicted
+        pgd = ProjectedGradientDescent(
+            defence.model,
+            eps=self.eps,
+            eps_step=self.eps_step,
+            max_iter=self.max_iter,
+            batch_size=self.batch_size,
+            precision="bfloat16" if x.dtype == torch.float32 and bfloat16_is_native(device) else "auto",
+            verbose=self.verbose,
+        )
+        perturbation = torch.zeros_like(x)
+        for rows in partners.unbind(1):
+            mixtures = defence.lam * x + (1 - defence.lam) * defence.pool[rows].to(x.dtype)
+            perturbation += pgd(mixtures, labels) - mixtures
+        x_adv = self.victim.clip(x + perturbation / int(self.num_samples))
+        return pull_into_ball(x_adv, x, torch.tensor(float(self.eps), dtype=torch.float64), np.inf).to(inputs["x"])
+
+    def _check_params(self) -> None:
+        super()._check_params()
+        if not isinstance(self.victim.module, MixupInference):
+            raise TypeError(f"estimator of type {type(self.victim.module).__name__}: must be a MixupInference")
+        check_number("eps", self.eps, low=0, single=True)
+        check_number("eps_step", self.eps_step, low=0, exclusive=True, single=True)
+        check_integer("max_iter", self.max_iter, low=1)
+        check_integer("num_samples", self.num_samples, low=1)
+        check_integer("seed", self.seed, low=0)
