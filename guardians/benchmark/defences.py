@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -19,10 +20,11 @@ from tqdm.auto import tqdm
 
 from guardians.attacks import FGSM, PGD, CarliniWagnerL2
 from guardians.attacks.base import Attack
-from guardians.attacks.checks import check_integer
+from guardians.attacks.checks import check_choice, check_integer
 from guardians.attacks.interfaces import ClassifierAttack
 from guardians.attacks.norms import lp_norm
 from guardians.attacks.rng import hashed
+from guardians.attacks.search import bfloat16_is_native
 from guardians.attacks.victim import predicted_labels
 from guardians.benchmark.statistics import wilson_interval
 from guardians.data import Dataset
@@ -37,9 +39,9 @@ L2_RADIUS = 0.5
 """Within which Carlini-Wagner's smallest perturbations count."""
 PASSES = 10
 """Passes of a randomised defence when it answers."""
-SEARCH_PASSES = 4
+SEARCH_PASSES = 2
 """Passes of a randomised defence for one gradient of an attack; EOT averages `EOT_SAMPLES` such gradients."""
-EOT_SAMPLES = 4
+EOT_SAMPLES = 5
 
 ATTACKS = {
     "clean": "the images as they are",
@@ -48,23 +50,24 @@ ATTACKS = {
     "FGSM": "on the defence",
     "PGD-10": "on the defence, from the image",
     "PGD-40": "on the defence, from the image",
-    "EOT-PGD": f"PGD-40 with gradients averaged over {EOT_SAMPLES} answers of a randomised defence",
-    "adaptive": "made for the defence: PGD-40 with 5 random starts for a model that is not random; PGD-40 on single "
-    f"noisy passes, {SEARCH_PASSES * EOT_SAMPLES} a gradient, from a random start for Random Self-Ensemble; "
-    "`AveragedMixturePGD` for Mixup Inference",
-    "C&W": f"Carlini-Wagner L2 on the defence; an image stands if it takes more than {L2_RADIUS:g} to fool it",
+    "EOT-PGD": f"PGD-20 with gradients averaged over {EOT_SAMPLES} answers of a randomised defence",
+    "adaptive": "made for the defence: PGD-40 with 5 random starts for a model that is not random; for Random "
+    f"Self-Ensemble PGD-20 from a random start, {SEARCH_PASSES * EOT_SAMPLES} single noisy passes a gradient; for "
+    "Mixup Inference `AveragedMixturePGD`",
+    "C&W": f"Carlini-Wagner L2 on the defence, a single seed; an image stands where it takes more than {L2_RADIUS:g}",
 }
 """What each attack is; the norm is inf and eps 8/255 but for C&W."""
 
 _MEASURED = {
-    "accuracy": "robust accuracy: fraction classified correctly both clean and attacked, by fresh draws of the defence",
+    "accuracy": "robust accuracy: fraction classified correctly both clean and attacked, by fresh draws of the defence "
+    "for each; of clean, by one",
     "l2_median": "median L2 norm of the perturbations; of C&W, of those that fool the defence",
-    "forward_per_image": "samples that went forward through the defence in the search",
-    "backward_per_image": "samples that went backward through it",
-    "judgement_per_image": "samples that went forward through it for judgement",
+    "forward_per_image": "samples forward through the model that the attack asks; empty where it does not count",
+    "backward_per_image": "samples backward through it",
+    "judgement_per_image": "samples forward through it for judgement",
     "seconds": "wall-clock time of the attack on all images",
 }
-_KEY = ("defence", "attack", "data", "n", "seed")
+_KEY = ("defence", "attack", "data", "n", "seed", "params")
 RUN_COLUMNS = {
     "defence": "model, or model and defence",
     "attack": "see `ATTACKS`",
@@ -77,6 +80,7 @@ RUN_COLUMNS = {
 DEFENCE_COLUMNS = {
     "defence": RUN_COLUMNS["defence"],
     "attack": RUN_COLUMNS["attack"],
+    "data": RUN_COLUMNS["data"],
     "n": RUN_COLUMNS["n"],
     "seeds": "number of seeds; 1 where nothing is random",
     "accuracy": "mean over the seeds of robust accuracy",
@@ -88,6 +92,10 @@ DEFENCE_COLUMNS = {
     **{name: f"mean over the seeds: {text}" for name, text in _MEASURED.items() if name != "accuracy"},
     "flags": "flattering: another attack in the same ball leaves an interval that lies below this one's",
 }
+
+
+_Found = dict[Any, tuple[Tensor, tuple[float, float, float], float]]
+"""Adversarial images, samples forward, backward and for judgement, and seconds."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +137,9 @@ def bundled(name: str, pool: Dataset, device: torch.device | str = "cpu", prefix
         prefix: architecture of the model.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: it is none of them, or there is no such model.
     """
+    check_choice("name", name, BUNDLED)
     recipe, _, method = name.partition("+")
     base = load_model(f"{prefix}-{recipe}", device=device)
     if method:
@@ -186,18 +195,21 @@ def evaluate(
         for seed in range(seeds)  # so that a run that is cut short has all defences
         for defended in defences
         for attack in defended.attacks
-        if (not attacks or attack in attacks) and (seed == 0 or defended.defence is not None)
+        if (not attacks or attack in attacks) and (seed == 0 or (defended.defence is not None and attack != "C&W"))
     ]
+    found: _Found = {}
     progress = tqdm(jobs, desc="defences", unit="attack", disable=not verbose)
     for defended, attack, seed in progress:
         progress.set_postfix_str(f"{defended.name}: {attack}, seed {seed}")
         key = {"defence": defended.name, "attack": attack, "data": data.identity, "n": len(data), "seed": seed}
+        key["params"] = json.dumps({} if defended.defence is None else _params())
         if key in table:
             continue
         device = next(defended.base.parameters()).device
         images, labels = data.as_floats().to(device), data.labels.to(device)
-        outcome, row = _measure(defended, attack, images, labels, surrogate, seed, batch_size)
-        path = Path(out) / "defences_outcomes" / f"{defended.name}-{attack.replace('&', '')}-{seed}.csv"
+        outcome, row = _measure(defended, attack, images, labels, surrogate, seed, batch_size, found)
+        digest = hashlib.sha256(json.dumps(list(key.values())).encode()).hexdigest()[:8]
+        path = Path(out) / "defences_outcomes" / f"{defended.name}-{attack.replace('&', '')}-{seed}-{digest}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         outcome.to_csv(path, index_label="index")
         table.append({**key, **row})
@@ -209,12 +221,12 @@ def evaluate(
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     """A row for each defence and attack, in the order in which they first stand in the rows of the single seeds."""
     rows = []
-    for (defence, attack), group in runs.groupby(["defence", "attack"], sort=False):
+    for (defence, attack, data), group in runs.groupby(["defence", "attack", "data"], sort=False):
         n = int(group["n"].iloc[0])
         accuracy = group["accuracy"].to_numpy(dtype=float)
         low, high = wilson_interval(round(float(accuracy.mean()) * n), n)
         rows.append(
-            {"defence": defence, "attack": attack, "n": n, "seeds": len(group)}
+            {"defence": defence, "attack": attack, "data": data, "n": n, "seeds": len(group)}
             | {"accuracy": accuracy.mean(), "accuracy_low": low, "accuracy_high": high}
             | {"seed_sd": accuracy.std(ddof=1) if len(group) > 1 else np.nan}
             | {"seed_min": accuracy.min(), "seed_max": accuracy.max()}
@@ -222,26 +234,42 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
         )
     frame = pd.DataFrame(rows, columns=[name for name in DEFENCE_COLUMNS if name != "flags"])
     in_ball = ~frame["attack"].isin(["clean", "C&W"])
-    lowest = frame["defence"].map(frame[in_ball].groupby("defence")["accuracy_high"].min())
-    frame["flags"] = np.where(in_ball & (frame["accuracy_low"] > lowest), "flattering", "")
+    highs = frame["accuracy_high"].where(in_ball).groupby([frame["defence"], frame["data"]])
+    frame["flags"] = np.where(in_ball & (frame["accuracy_low"] > highs.transform("min")), "flattering", "")
     return frame
 
 
 def _measure(
-    defended: Defended, attack: str, x: Tensor, y: Tensor, surrogate: nn.Module, seed: int, batch_size: int
+    defended: Defended,
+    attack: str,
+    x: Tensor,
+    y: Tensor,
+    surrogate: nn.Module,
+    seed: int,
+    batch_size: int,
+    found: _Found,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Outcomes of the single images, and the columns of a row."""
-    x_adv, counts, seconds = x, (0, 0, 0), 0.0
-    if attack != "clean":
+    """Outcomes of the single images, and the columns of a row.
+
+    `found` keeps what attacks have found that know nothing of the defence, nor of its seed, by the model that they ask.
+    """
+    x_adv, counts, seconds = x, (0.0, 0.0, 0.0), 0.0
+    attacked = {"transfer": surrogate, "oblivious": defended.base}.get(attack)
+    if attacked in found:
+        x_adv, counts, seconds = found[attacked]
+    elif attack != "clean":
         attacker = _attack(defended, attack, surrogate, seed, batch_size)
         start = time.perf_counter()
         x_adv = attacker(x, y)
         if x_adv.is_cuda:
             torch.cuda.synchronize(x_adv.device)
         seconds = time.perf_counter() - start
+        counts = (np.nan, np.nan, np.nan)
         if isinstance(attacker, Attack) and attacker.report is not None:
             report = attacker.report
             counts = (report.search_forward, report.search_backward, report.judgement_forward)
+        if attacked is not None:
+            found[attacked] = x_adv, counts, seconds
     # Draws that no attack has seen, of the full ensemble.
     answers = [
         predicted_labels(defended.module(_defence_seed(seed, number), PASSES), images, batch_size) == y
@@ -249,19 +277,23 @@ def _measure(
     ]
     l2 = lp_norm(x_adv - x, 2).flatten()
     stands = answers[0] & (answers[1] | (l2 > L2_RADIUS) if attack == "C&W" else answers[1])
+    if attack == "clean":
+        stands = answers[0]
     outcome = pd.DataFrame({"label": y.tolist(), "stands": stands.int().tolist(), "l2": l2.tolist()})
-    fooled = ~answers[1] if attack == "C&W" else torch.ones_like(stands)
-    params = {"passes": PASSES, "search_passes": SEARCH_PASSES, "eot_samples": EOT_SAMPLES}
+    counted = ~answers[1] if attack == "C&W" else torch.ones_like(stands)
     n = len(x)
     return outcome, {
-        "params": json.dumps({} if defended.defence is None else params),
         "accuracy": stands.double().mean().item(),
-        "l2_median": l2[fooled].median().item(),
+        "l2_median": outcome["l2"][counted.tolist()].median(),
         "forward_per_image": counts[0] / n,
         "backward_per_image": counts[1] / n,
         "judgement_per_image": counts[2] / n,
         "seconds": seconds,
     }
+
+
+def _params() -> dict[str, int]:
+    return {"passes": PASSES, "search_passes": SEARCH_PASSES, "eot_samples": EOT_SAMPLES}
 
 
 def _defence_seed(seed: int, number: int) -> int:
@@ -275,13 +307,14 @@ def _attack(defended: Defended, attack: str, surrogate: nn.Module, seed: int, ba
     classical = partial(PGD, eps=EPS, eps_step=EPS_STEP, seed=seed, batch_size=batch_size, verbose=False)
     pgd = partial(classical, early_stop=True)
     if attack in ("transfer", "oblivious"):  # the images shall be as wrong as possible, for they meet another model
-        return classical(surrogate if attack == "transfer" else defended.base, max_iter=40)
+        precision = "bfloat16" if bfloat16_is_native(next(surrogate.parameters()).device) else "auto"
+        return classical(surrogate if attack == "transfer" else defended.base, max_iter=40, precision=precision)
     if attack == "FGSM":
         return FGSM(asked, eps=EPS, seed=seed, batch_size=batch_size)
     if attack in ("PGD-10", "PGD-40"):
         return pgd(asked, max_iter=int(attack.partition("-")[2]))
     if attack == "EOT-PGD":
-        return pgd(asked, max_iter=40, eot_samples=EOT_SAMPLES, batch_size=EOT_SAMPLES * batch_size)
+        return pgd(asked, max_iter=20, eot_samples=EOT_SAMPLES, batch_size=EOT_SAMPLES * batch_size)
     if attack == "C&W":
         return CarliniWagnerL2(asked, batch_size=batch_size, seed=seed, verbose=False)
     if not is_random:
@@ -290,4 +323,4 @@ def _attack(defended: Defended, attack: str, surrogate: nn.Module, seed: int, ba
         return AveragedMixturePGD(asked, EPS, EPS_STEP, batch_size=batch_size, seed=seed)
     draws = SEARCH_PASSES * EOT_SAMPLES
     single = defended.module(_defence_seed(seed, 2), 1)
-    return pgd(single, max_iter=40, num_random_init=1, eot_samples=draws, batch_size=draws * batch_size)
+    return pgd(single, max_iter=20, num_random_init=1, eot_samples=draws, batch_size=draws * batch_size)

@@ -29,6 +29,8 @@ class AveragedMixturePGD(ClassifierAttack):
     (Pang et al. 2020, section 4.4, and their code). Against MI-Combined the s_k are those of MI-OL. Native PGD with
     `eot_samples` on the defence itself is the other attack that should be tried, and is often the stronger one.
 
+    PGD computes in bfloat16 where the device does; against a float64 model in float64.
+
     Args:
         estimator: a `MixupInference`, or an ART classifier with one as its model and without preprocessing.
         eps: radius of the ball, in the unit of the images.
@@ -87,6 +89,7 @@ class AveragedMixturePGD(ClassifierAttack):
             batch_size=self.batch_size,
             precision="bfloat16" if x.dtype == torch.float32 and bfloat16_is_native(device) else "auto",
             verbose=self.verbose,
+            seed=0,  # of nothing: it starts at the mixture
         )
         perturbation = torch.zeros_like(x)
         for rows in partners.unbind(1):
