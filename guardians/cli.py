@@ -26,7 +26,7 @@ from guardians.models import (
     save_model,
 )
 from guardians.tables import print_table
-from guardians.training import RECIPES, SCHEDULES, Recipe, robust_accuracy, train
+from guardians.training import ENSEMBLE, RECIPES, SCHEDULES, Recipe, robust_accuracy, train
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -82,7 +82,8 @@ def models() -> None:
     names = bundled_models()
     for name in names:
         card = model_card(name)
-        typer.echo(f"{name}: {card['accuracy']:.2%} on {card['test_data']}")
+        defence = f" as {card['defence']['name']}" if "defence" in card else ""
+        typer.echo(f"{name}: {card['accuracy']:.2%}{defence} on {card['test_data']}")
     if not names:
         typer.echo("no models are bundled; name your own as package.module:callable")
 
@@ -279,6 +280,9 @@ def train_command(
         "test_data": f"{len(test_data)} images of {test_data.source}",
         "accuracy": accuracy,
     }
+    if settings.is_noisy:
+        noise = {"sigma_init": settings.sigma_init, "sigma_inner": settings.sigma_inner, "n": ENSEMBLE}
+        card["defence"] = {"name": "RandomSelfEnsemble", **noise}  # without which the accuracy is another one
     if settings.is_adversarial:
         card["robust_accuracy"] = robust_accuracy(model, test_data, 40, eps=settings.eps)
     card["command"] = shlex.join(["guardians", *sys.argv[1:]])

@@ -36,13 +36,13 @@ from guardians.data import Dataset, class_balanced_subset
 from guardians.defences.adversarial_training import has_collapsed, share_standing, warn_of_collapse
 from guardians.defences.random_self_ensemble import RandomSelfEnsemble
 
-__all__ = ["LOG_COLUMNS", "RECIPES", "SCHEDULES", "Recipe", "accuracy", "robust_accuracy", "train"]
+__all__ = ["ENSEMBLE", "LOG_COLUMNS", "RECIPES", "SCHEDULES", "Recipe", "accuracy", "robust_accuracy", "train"]
 
 Weights = dict[str, Tensor]
 
 SCHEDULES = ("one-cycle", "swa")
 LOG_COLUMNS = ("epoch", "learning_rate", "train_loss", "train_accuracy", "test_accuracy", "robust_accuracy", "seconds")
-_ENSEMBLE = 10
+ENSEMBLE = 10
 """Noisy passes whose mean is the answer of a model that is trained with noise."""
 _NOT_NEGATIVE = """
     weight_decay crop_padding cutout attack_steps eps holdout mixup_alpha sigma_init sigma_inner
@@ -318,7 +318,7 @@ def train(
         with autocast:
             update_bn(_float_batches(images, recipe.batch_size), network)
     if isinstance(network, RandomSelfEnsemble):
-        network.n = _ENSEMBLE
+        network.n = ENSEMBLE
     result = accuracy(network, test_data)
     model.to(memory_format=torch.contiguous_format)
     return result

@@ -146,7 +146,7 @@ def bundled(name: str, pool: Dataset, device: torch.device | str = "cpu", prefix
         clean = pool.as_floats().to(device), pool.labels.to(device)
         return Defended(name, base, lambda seed, k: MixupInference(base, clean, method, num_samples=k, seed=seed))
     if recipe == "rse":
-        card = model_card(f"{prefix}-{recipe}")["recipe"]
+        card = model_card(f"{prefix}-{recipe}")["defence"]
         sigmas = card["sigma_init"], card["sigma_inner"]
         return Defended(name, base, lambda seed, n: RandomSelfEnsemble(base, *sigmas, n, seed=seed))
     return Defended(name, base)
