@@ -479,7 +479,7 @@ def test_flags_are_where_intervals_do_not_meet(successes):
 
 
 def test_a_bundled_model_comes_with_its_defence(data, monkeypatch):
-    card = {"recipe": {"sigma_init": 0.3, "sigma_inner": 0.125}}
+    card = {"defence": {"sigma_init": 0.3, "sigma_inner": 0.125}}
     asked = []
     monkeypatch.setattr(defences, "load_model", lambda name, device: asked.append(name) or BASE)
     monkeypatch.setattr(defences, "model_card", lambda name: asked.append(name) or card)

@@ -197,9 +197,10 @@ def layer_noise(module, x):
     for path, part in module.model.named_modules():
         if isinstance(part, GaussianNoise):
             name = path.partition(".")[0]
-            part.register_forward_hook(lambda _, inputs, output, name=name: found.update({name: output - inputs[0]}))
+            keep = found.setdefault(name, []).append
+            part.register_forward_hook(lambda _, inputs, output, keep=keep: keep(output - inputs[0]))
     ask(module.requires_grad_(False), x)
-    return found
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def test_the_first_layer_of_a_forward_pass_has_sigma_init_and_all_others_sigma_inner():
