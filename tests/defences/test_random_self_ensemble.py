@@ -200,7 +200,7 @@ def layer_noise(module, x):
             keep = found.setdefault(name, []).append
             part.register_forward_hook(lambda _, inputs, output, keep=keep: keep(output - inputs[0]))
     ask(module.requires_grad_(False), x)
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    return {name: torch.cat(parts[1:]) for name, parts in found.items()}  # the first pass measures, without noise
 
 
 def test_the_first_layer_of_a_forward_pass_has_sigma_init_and_all_others_sigma_inner():
