@@ -197,11 +197,11 @@ def evaluate(
         for attack in defended.attacks
         if (not attacks or attack in attacks) and (seed == 0 or (defended.defence is not None and attack != "C&W"))
     ]
-    found: _Found = {}
+    identity, found = data.identity, _Found()
     progress = tqdm(jobs, desc="defences", unit="attack", disable=not verbose)
     for defended, attack, seed in progress:
         progress.set_postfix_str(f"{defended.name}: {attack}, seed {seed}")
-        key = {"defence": defended.name, "attack": attack, "data": data.identity, "n": len(data), "seed": seed}
+        key = {"defence": defended.name, "attack": attack, "data": identity, "n": len(data), "seed": seed}
         key["params"] = json.dumps({} if defended.defence is None else _params())
         if key in table:
             continue
@@ -302,13 +302,12 @@ def _defence_seed(seed: int, number: int) -> int:
 
 
 def _attack(defended: Defended, attack: str, surrogate: nn.Module, seed: int, batch_size: int) -> ClassifierAttack:
-    is_random = defended.defence is not None
-    asked = defended.module(_defence_seed(seed, 2), SEARCH_PASSES)
     classical = partial(PGD, eps=EPS, eps_step=EPS_STEP, seed=seed, batch_size=batch_size, verbose=False)
     pgd = partial(classical, early_stop=True)
     if attack in ("transfer", "oblivious"):  # the images shall be as wrong as possible, for they meet another model
         precision = "bfloat16" if bfloat16_is_native(next(surrogate.parameters()).device) else "auto"
         return classical(surrogate if attack == "transfer" else defended.base, max_iter=40, precision=precision)
+    asked = defended.module(_defence_seed(seed, 2), SEARCH_PASSES)
     if attack == "FGSM":
         return FGSM(asked, eps=EPS, seed=seed, batch_size=batch_size)
     if attack in ("PGD-10", "PGD-40"):
@@ -317,7 +316,7 @@ def _attack(defended: Defended, attack: str, surrogate: nn.Module, seed: int, ba
         return pgd(asked, max_iter=20, eot_samples=EOT_SAMPLES, batch_size=EOT_SAMPLES * batch_size)
     if attack == "C&W":
         return CarliniWagnerL2(asked, batch_size=batch_size, seed=seed, verbose=False)
-    if not is_random:
+    if defended.defence is None:
         return pgd(asked, max_iter=40, num_random_init=5)
     if isinstance(asked, MixupInference):
         return AveragedMixturePGD(asked, EPS, EPS_STEP, batch_size=batch_size, seed=seed)

@@ -241,19 +241,16 @@ class AdversarialTrainer(Trainer):
     def _learn(self, x: Tensor, y: Tensor, scheduler: Any) -> None:
         """A step of the optimizer."""
         classifier, model = self._classifier, self._classifier.model
-        target = classifier.reduce_labels(one_hot(y, classifier.nb_classes).float())
+        target = one_hot(y, classifier.nb_classes).float()
         if classifier.preprocessing_operations:
-            one_hot_labels = one_hot(y, classifier.nb_classes).float().cpu().numpy()
-            processed = classifier._apply_preprocessing(x.cpu().numpy(), one_hot_labels, fit=True)
-            x, target = (
-                torch.from_numpy(part).to(x.device) for part in (processed[0], classifier.reduce_labels(processed[1]))
-            )
+            processed = classifier._apply_preprocessing(x.cpu().numpy(), target.cpu().numpy(), fit=True)
+            x, target = (torch.from_numpy(part).to(x.device) for part in processed)
         if self._low_precision and self._has_channels:
             x = x.contiguous(memory_format=torch.channels_last)
         model.train()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self._low_precision):
             logits = model(x)
-        loss = classifier.loss(logits.float(), target)
+        loss = classifier.loss(logits.float(), classifier.reduce_labels(target))
         classifier.optimizer.zero_grad()
         loss.backward()
         classifier.optimizer.step()
