@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CIFAR10, ImageFolder
 
-__all__ = ["CIFAR10_CLASSES", "ENVIRONMENT_VARIABLE", "Dataset", "class_balanced_subset", "load_data"]
+__all__ = ["CIFAR10_CLASSES", "ENVIRONMENT_VARIABLE", "Dataset", "class_balanced_mask", "class_balanced_subset", "load_data"]
 
 ENVIRONMENT_VARIABLE = "GUARDIANS_DATA"
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -120,6 +120,13 @@ def class_balanced_subset(labels: Sequence[int] | np.ndarray, n: int, seed: int 
         members = order[labels[order] == label]
         rank[members] = np.arange(len(members))
     return order[np.lexsort((labels[order], rank[order]))][:n]
+
+
+def class_balanced_mask(labels: Tensor, n: int, seed: int = 0) -> Tensor:
+    """Where the samples of a `class_balanced_subset` are: bool, of the shape (N,) of `labels`."""
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen[torch.from_numpy(class_balanced_subset(labels.numpy(), n, seed))] = True
+    return chosen
 
 
 def _check_size(n: int) -> None:

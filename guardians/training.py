@@ -32,7 +32,7 @@ from guardians.attacks.checks import check_flag
 from guardians.attacks.pgd import ProjectedGradientDescent
 from guardians.attacks.rng import hashed, row_keys
 from guardians.attacks.search import InPrecision, bfloat16_is_native
-from guardians.data import Dataset, class_balanced_subset
+from guardians.data import Dataset, class_balanced_mask, class_balanced_subset
 from guardians.defences.adversarial_training import has_collapsed, share_standing, warn_of_collapse
 from guardians.defences.random_self_ensemble import RandomSelfEnsemble
 
@@ -463,8 +463,7 @@ def _split(data: Dataset, n: int, seed: int) -> tuple[Dataset, Dataset]:
     """The data without `n` images, class-balanced, and those."""
     if n >= len(data):
         raise ValueError(f"holdout={n}: the training set has only {len(data)} images")
-    taken = torch.zeros(len(data), dtype=torch.bool)
-    taken[torch.from_numpy(class_balanced_subset(data.labels.tolist(), n, seed))] = True
+    taken = class_balanced_mask(data.labels, n, seed)
     rest, held_out = (replace(data, images=data.images[rows], labels=data.labels[rows]) for rows in (~taken, taken))
     return rest, held_out
 

@@ -23,7 +23,7 @@ from guardians.attacks.pgd import ProjectedGradientDescent
 from guardians.attacks.rng import hashed
 from guardians.attacks.search import InPrecision, bfloat16_is_native
 from guardians.attacks.victim import Victim
-from guardians.data import class_balanced_subset
+from guardians.data import class_balanced_mask
 
 __all__ = ["AdversarialTrainer", "has_collapsed", "share_standing", "warn_of_collapse"]
 
@@ -324,8 +324,7 @@ class AdversarialTrainer(Trainer):
             raise ValueError(f"holdout={held}: there are only {len(images)} images")
         if not isinstance(self.attacks[0], ProjectedGradientDescent):
             raise ValueError(f"holdout={held}: the first attack must be native FGSM or PGD, whose ball is then watched")
-        taken = torch.zeros(len(images), dtype=torch.bool)
-        taken[torch.from_numpy(class_balanced_subset(labels.numpy(), held, self.seed or 0))] = True
+        taken = class_balanced_mask(labels, held, self.seed or 0)
         return images[~taken], labels[~taken], (images[taken], labels[taken])
 
     def _watch(self, images: Tensor, labels: Tensor, batch_size: int) -> Callable[[], float]:
