@@ -21,7 +21,14 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CIFAR10, ImageFolder
 
-__all__ = ["CIFAR10_CLASSES", "ENVIRONMENT_VARIABLE", "Dataset", "class_balanced_mask", "class_balanced_subset", "load_data"]
+__all__ = [
+    "CIFAR10_CLASSES",
+    "ENVIRONMENT_VARIABLE",
+    "Dataset",
+    "class_balanced_mask",
+    "class_balanced_subset",
+    "load_data",
+]
 
 ENVIRONMENT_VARIABLE = "GUARDIANS_DATA"
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
