@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from guardians.attacks.checks import check_flag
 from guardians.attacks.pgd import ProjectedGradientDescent
 from guardians.attacks.rng import hashed, row_keys
-from guardians.attacks.search import InPrecision, bfloat16_is_native
+from guardians.attacks.search import InPrecision, bfloat16_is_native, folded_view
 from guardians.data import Dataset, class_balanced_mask, class_balanced_subset
 from guardians.defences.adversarial_training import has_collapsed, share_standing, warn_of_collapse
 from guardians.defences.random_self_ensemble import RandomSelfEnsemble
@@ -240,7 +240,8 @@ def train(
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     adversary = None
     if recipe.is_adversarial:
-        adversary = _adversary(InPrecision(network, dtype, is_folded=False, channels_last=True), recipe)
+        view = folded_view(network, images[:8].float() / 255)
+        adversary = _adversary(InPrecision(view, dtype, channels_last=True), recipe)
     start = time.perf_counter() - progress.seconds
     try:
         while progress.epoch < recipe.epochs and not progress.collapsed:

@@ -9,6 +9,8 @@ import torch
 from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
+from guardians.attacks.rng import row_keys
+
 SHAPE = (3, 8, 8)
 CLASSES = 5
 
@@ -113,6 +115,43 @@ class Recorder(nn.Module):
     def images(self, with_gradient: bool | None = None) -> int:
         """Asked about with, without, or either way."""
         return sum(n for n, wanted in self.asked if with_gradient in (None, wanted))
+
+
+class Noted(nn.Module):
+    """Keeps what it is asked about, as `Recorder` does the numbers. It cannot be traced."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.training = net.training
+        self.asked: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert len(x) > 0  # is what cannot be traced
+        self.asked.append(x.detach().clone())
+        return self.net(x)
+
+
+class Viewing(nn.Module):
+    """Views the output of a convolution, which channels_last does not allow, as one row."""
+
+    def __init__(self, net: nn.Sequential) -> None:
+        super().__init__()
+        self.features, self.head = net[:-2], net[-1]
+        self.training = net.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).view(len(x), -1))
+
+
+def ask(module: nn.Module, x: Tensor, keys: np.ndarray | None = None, grad: bool = False) -> Tensor:
+    """The answers of a random module with draws of their own for each of the images, the same at each call."""
+    with row_keys(np.arange(len(x)) if keys is None else keys), torch.set_grad_enabled(grad):
+        return module(x)
+
+
+def close(actual: Tensor, expected: Tensor, atol: float = 1e-12) -> None:
+    torch.testing.assert_close(actual.detach(), expected.detach(), rtol=0, atol=atol)
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

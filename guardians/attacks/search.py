@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 from guardians.attacks.checks import check_choice
-from guardians.attacks.victim import Victim
+from guardians.attacks.victim import Victim, undisturbed
 
 __all__ = [
     "PRECISIONS",
@@ -25,9 +26,11 @@ __all__ = [
     "check_precision",
     "choose_search",
     "folded_copy",
+    "folded_view",
     "has_hooks",
     "is_random",
     "judge_logits",
+    "takes_channels_last",
 ]
 
 logger = logging.getLogger(__name__)
@@ -170,6 +173,16 @@ class InPrecision(nn.Module):
         return _scale_gradient(output.float(), scale)
 
 
+def takes_channels_last(victim: Victim, x: Tensor) -> bool:
+    """Whether a model gives images (N, C, H, W) in channels_last the logits that it gives others, up to rounding.
+
+    On a CPU convolutions are nearly twice as fast in that format, but `Tensor.view` fails on what they return.
+    """
+    with undisturbed(victim.module), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        candidate = InPrecision(victim.module, torch.float32, is_folded=False, channels_last=True)
+        return _agrees(victim, candidate, x, victim.logits(x))
+
+
 def _candidates(victim: Victim, precision: str, device: torch.device, *, is_random: bool) -> Iterator[InPrecision]:
     """The cheapest first."""
     low = _low_precision(precision, device)
@@ -198,27 +211,67 @@ class _Tracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name) or next(m.children(), None) is None
 
 
-def folded_copy(module: nn.Module, keep: tuple[Any, ...] = ()) -> nn.Module | None:
+def folded_copy(module: nn.Module) -> nn.Module | None:
     """A traced copy with every batch norm that follows a convolution folded into it; None where it cannot be traced.
 
     It need not be the same function, as tracing takes one way through what a forward pass decides: compare before use.
 
     Args:
         module: in evaluation mode.
-        keep: objects that the module refers to and that the copy shall refer to as well, not to copies of them.
     """
     try:
-        tracer = _Tracer()
-        graph = tracer.trace(copy.deepcopy(module, {id(kept): kept for kept in keep}))
-        traced = fx.GraphModule(tracer.root, graph)
-        _fold(traced)
+        return _folded(copy.deepcopy(module), fuse_conv_bn_eval)
     except Exception as error:  # a model may fail to be copied or traced in any way it likes
-        logger.debug("not traced: %s", error)
+        logger.debug("not copied or traced: %s", error)
         return None
-    return traced
 
 
-def _fold(traced: fx.GraphModule) -> None:
+def folded_view(module: nn.Module, x: Tensor) -> nn.Module:
+    """What computes a module's logits in evaluation mode with its batch norms folded into its convolutions.
+
+    It has the module's own parts and parameters, and folds them at each pass: it follows when they are trained.
+
+    Args:
+        module: in any mode.
+        x: images (N, ...), on which the view must agree with the module up to the rounding of float32.
+
+    Returns:
+        The module itself where it has hooks, cannot be traced, or does not agree with its view.
+    """
+    if has_hooks(module):
+        return module
+    with undisturbed(module), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        try:
+            view = _folded(module, _FoldedConvolution)
+            expected = module(x)
+            agrees = torch.allclose(view(x), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+        except Exception as error:  # a model may fail to be traced in any way it likes
+            logger.debug("not traced: %s", error)
+            return module
+    return view if agrees else module
+
+
+class _FoldedConvolution(nn.Module):
+    """A convolution and the batch norm that follows it, as one convolution."""
+
+    def __init__(self, conv: _ConvNd, norm: Any) -> None:
+        super().__init__()
+        self.conv, self.norm = conv, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the norm answers in evaluation mode."""
+        conv, norm = self.conv, self.norm
+        statistics = norm.running_mean, norm.running_var, norm.eps
+        weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics, norm.weight, norm.bias)
+        output: Tensor = conv._conv_forward(x, weight, bias)
+        return output
+
+
+def _folded(module: nn.Module, fuse: Callable[[Any, Any], nn.Module]) -> fx.GraphModule:
+    """The module, traced, with `fuse(convolution, batch norm)` in the place of each such pair."""
+    tracer = _Tracer()
+    graph = tracer.trace(module)
+    traced = fx.GraphModule(tracer.root, graph)
     modules = dict(traced.named_modules())
     uses = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
     for node in list(traced.graph.nodes):
@@ -229,10 +282,11 @@ def _fold(traced: fx.GraphModule) -> None:
         pair = type(conv) is _BATCH_NORMS.get(type(norm)) and uses[node.target] == uses[before.target] == 1
         if pair and norm.running_mean is not None:
             parent, _, name = str(before.target).rpartition(".")
-            setattr(traced.get_submodule(parent), name, fuse_conv_bn_eval(conv, norm))
+            setattr(traced.get_submodule(parent), name, fuse(conv, norm))
             node.replace_all_uses_with(before)
             traced.graph.erase_node(node)
     traced.recompile()
+    return traced
 
 
 def has_hooks(module: nn.Module) -> bool:

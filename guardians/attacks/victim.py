@@ -169,16 +169,16 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
 
     The flags are set directly, so a module that overrides `train` does not notice.
     """
-    modes = [(part, part.training) for part in module.modules()]
+    training = [part for part in module.modules() if part.training]
     trainable = [p for p in module.parameters() if p.requires_grad]
     try:
-        for part, _ in modes:
+        for part in training:
             part.training = False
         for parameter in trainable:
             parameter.requires_grad_(False)
         yield
     finally:
-        for part, training in modes:
-            part.training = training
+        for part in training:
+            part.training = True
         for parameter in trainable:
             parameter.requires_grad_(True)

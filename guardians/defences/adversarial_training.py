@@ -21,7 +21,7 @@ from guardians.attacks.base import Attack
 from guardians.attacks.checks import check_choice, check_flag, check_images, check_integer, check_number, labels_from
 from guardians.attacks.pgd import ProjectedGradientDescent
 from guardians.attacks.rng import hashed
-from guardians.attacks.search import InPrecision, bfloat16_is_native
+from guardians.attacks.search import InPrecision, bfloat16_is_native, folded_view, takes_channels_last
 from guardians.attacks.victim import Victim
 from guardians.data import class_balanced_mask
 
@@ -211,6 +211,7 @@ class AdversarialTrainer(Trainer):
     ) -> None:
         """Train on the batches of each epoch, and stop where robustness collapses."""
         model, device = self._classifier.model, self._classifier.device
+        self._channels_last = self._low_precision and takes_channels_last(Victim(self._classifier), self._probe)
         attacks = [self._prepared(attack, batch_size) for attack in self.attacks]
         self.robust_accuracies = []
         best, best_epoch, step = 0.0, 0, 0
@@ -245,7 +246,7 @@ class AdversarialTrainer(Trainer):
         if classifier.preprocessing_operations:
             processed = classifier._apply_preprocessing(x.cpu().numpy(), target.cpu().numpy(), fit=True)
             x, target = (torch.from_numpy(part).to(x.device) for part in processed)
-        if self._low_precision and self._has_channels:
+        if self._channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         model.train()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self._low_precision):
@@ -287,11 +288,10 @@ class AdversarialTrainer(Trainer):
         attack = copy.copy(attack)
         attack.verbose, attack.batch_size = False, batch_size
         if attack.precision == "auto" and self._low_precision:
-            # Weights change with every step: to look for a cheaper copy each time would take longer than it saves.
+            # Weights change with every step, which a copy would not follow.
             attack.precision, attack.victim = "float32", copy.copy(attack.victim)
-            attack.victim.module = InPrecision(
-                attack.victim.module, torch.bfloat16, is_folded=False, channels_last=self._has_channels
-            )
+            view = folded_view(attack.victim.module, self._probe)
+            attack.victim.module = InPrecision(view, torch.bfloat16, channels_last=self._channels_last)
         return attack
 
     @property
@@ -301,9 +301,10 @@ class AdversarialTrainer(Trainer):
         return self.precision == "bfloat16"
 
     @property
-    def _has_channels(self) -> bool:
-        """Whether there is a channels_last format for the images."""
-        return len(self._classifier.input_shape) == 3
+    def _probe(self) -> Tensor:
+        """Images on which memory formats and a folded view are tried."""
+        images = torch.rand(8, *self._classifier.input_shape, generator=torch.Generator().manual_seed(0))
+        return Victim(self._classifier).clip(images.to(self._classifier.device))
 
     def _is_white_box(self, attack: EvasionAttack) -> bool:
         """Whether it attacks the classifier that is trained."""

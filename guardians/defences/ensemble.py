@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from guardians.attacks.checks import check_integer
 from guardians.attacks.rng import given_keys, hashed
-from guardians.attacks.search import folded_copy, has_hooks
-from guardians.attacks.victim import undisturbed
+from guardians.attacks.search import InPrecision, folded_view, has_hooks, takes_channels_last
+from guardians.attacks.victim import Victim
 
 __all__ = ["RandomEnsemble", "log_probabilities"]
 
@@ -28,8 +27,8 @@ class RandomEnsemble(nn.Module):
     """A model asked several times about each image, with other random numbers each time; see the subclasses.
 
     Args:
-        model: returns logits. On a CPU, where no gradient of its parameters is wanted, a copy with batch norm folded
-            into the convolutions stands in for it, if it gives the same logits up to rounding.
+        model: returns logits. On a CPU, where no gradient of its parameters is wanted, batch norm is folded into the
+            convolutions, if that gives the same logits up to rounding.
         chunk_size: passes that the model makes at once.
         seed: of all draws; None draws one from torch's global generator.
     """
@@ -46,7 +45,8 @@ class RandomEnsemble(nn.Module):
         self.chunk_size = int(chunk_size)
         self.seed = int(torch.randint(2**62, ())) if seed is None else int(seed)
         self.images_seen = 0
-        self._folded: tuple[Any, nn.Module] | None = None
+        self._parts: list[nn.Module] = []
+        self._asked: list[nn.Module] = []  # a list, because they are no parts of this module
 
     def keys(self, n: int) -> np.ndarray:
         """The seeds (n,) of the draws for a batch of `n` images, uint64.
@@ -87,38 +87,23 @@ class RandomEnsemble(nn.Module):
         return torch.cat(answers).view(n, passes, -1).logsumexp(1) - math.log(passes)
 
     def fast_model(self, x: Tensor) -> nn.Module:
-        """What a pass of images (N, ...) asks: the model, or its folded copy."""
-        tensors = list(chain(self.model.parameters(), self.model.buffers()))
-        trains = self.training or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-        if trains or x.device.type != "cpu" or not len(x) or has_hooks(self.model):
+        """What a pass of images (N, ...) asks: the model or its folded view, in the fastest memory format."""
+        if not len(x):
             return self.model
-        # Versions do not tell of changes to `.data`, sums do.
-        state = [(tensor.data_ptr(), tensor._version, tensor.dtype, tensor.detach().sum().item()) for tensor in tensors]
-        if self._folded is None or self._folded[0] != state:
+        parts = list(self.model.modules())
+        if parts != self._parts:
             with torch.inference_mode(False):
-                self._folded = state, self._folded_model(x[:8].detach().clone())
-        return self._folded[1]
-
-    def _folded_model(self, x: Tensor) -> nn.Module:
-        """The copy, or the model itself where there is none that agrees with it on `x`."""
-        with undisturbed(self.model), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            folded = folded_copy(self.model, self._kept())
-            if folded is None:
-                return self.model
-            if x.ndim == 4:
-                folded.to(memory_format=torch.channels_last)
-            expected = self.model(x)
-            agrees = torch.allclose(folded(x), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
-        return folded if agrees else self.model
-
-    def _kept(self) -> tuple[Any, ...]:
-        """What the folded copy shares with the model."""
-        return ()
+                images = x[:8].detach().clone()
+                channels_last = x.device.type == "cpu" and takes_channels_last(Victim(self.model), images)
+                modules = self.model, folded_view(self.model, images)
+                self._asked = [InPrecision(m, torch.float32, channels_last=channels_last) for m in modules]
+                self._parts = parts
+        trains = any(part.training for part in parts)
+        trains |= torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.model.parameters())
+        return self._asked[0 if trains or x.device.type != "cpu" or has_hooks(self.model) else 1]
 
 
 def log_probabilities(model: nn.Module, x: Tensor) -> Tensor:
     """Of one pass of images (N, ...): (N, classes), in float32 or higher."""
-    if x.ndim == 4:  # the memory format in which convolutions on a CPU are fastest
-        x = x.contiguous(memory_format=torch.channels_last)
     logits = model(x)
     return log_softmax(logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits, dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,8 @@ from guardians.defences.ensemble import RandomEnsemble, log_probabilities
 
 __all__ = ["GaussianNoise", "RandomSelfEnsemble"]
 
+logger = logging.getLogger(__name__)
+
 
 class RandomSelfEnsemble(RandomEnsemble):
     """A model with Gaussian noise in front of each convolution, asked `n` times (Liu et al. 2018, algorithm 1).
@@ -30,7 +33,8 @@ class RandomSelfEnsemble(RandomEnsemble):
 
     In training mode it is the noisy model itself, asked once, which is how it is trained (same algorithm). The noise is
     in the unit of what a convolution is given: behind a layer that divides images by a standard deviation of 0.25, a
-    `sigma_init` of 0.8 is noise of 0.2 on the images.
+    `sigma_init` of 0.8 is noise of 0.2 on the images. Noise is in front of convolutions that a forward pass calls as
+    modules; where it computes with the weights of one itself, the log warns that there is none.
 
     Args:
         model: returns logits (N, classes) for images (N, ...). It is copied and stays as it is.
@@ -74,9 +78,7 @@ class RandomSelfEnsemble(RandomEnsemble):
         self.model = copy.deepcopy(model, shared if share_parameters else {})
         self._tape = _NoiseTape(float(sigma_init), float(sigma_inner))
         layers = list(self.model.named_modules(remove_duplicate=False))  # a layer may have several names
-        noisy = {
-            layer: nn.Sequential(GaussianNoise(self._tape), layer) for _, layer in layers if isinstance(layer, _ConvNd)
-        }
+        noisy = {layer: _Noisy(GaussianNoise(self._tape), layer) for _, layer in layers if isinstance(layer, _ConvNd)}
         for path, layer in layers:
             parent, _, name = path.rpartition(".")
             if layer is self.model and layer in noisy:
@@ -98,14 +100,29 @@ class RandomSelfEnsemble(RandomEnsemble):
         """Log-probabilities of images (M, ...), each with the noise of its key."""
         shape = tuple(x.shape[1:])
         if shape not in self._tape.lengths:
-            with undisturbed(self.model), torch.no_grad(), self._tape.measuring(shape):
+            with undisturbed(self.model), torch.no_grad(), self._tape.measuring(shape) as reached:
                 self.model(x[:1])
+            parts = self.model.named_modules()
+            silent = [name for name, part in parts if isinstance(part, _Noisy) and part[0] not in reached]
+            if silent:
+                logger.warning("a forward pass does not call %s: no noise is in front of them", ", ".join(silent))
         model = self.fast_model(x)
         with self._tape.wound(keys, shape, x.device):
             return log_probabilities(model, x)
 
-    def _kept(self) -> tuple[Any, ...]:
-        return (self._tape,)
+
+class _Noisy(nn.Sequential):
+    """Noise and the convolution behind it; it has the attributes of the convolution for a model that reads them."""
+
+    def __init__(self, noise: nn.Module, convolution: nn.Module) -> None:
+        super().__init__()
+        self.append(noise).append(convolution).train(convolution.training)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("1"), name)
 
 
 class GaussianNoise(nn.Module):
@@ -117,7 +134,7 @@ class GaussianNoise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` with noise on it."""
-        return self._tape.add_noise(x)
+        return self._tape.add_noise(x, self)
 
 
 class _NoiseTape:
@@ -137,20 +154,22 @@ class _NoiseTape:
         self._buffer = torch.empty(0)  # kept, because the system takes longer to find new memory than the numbers
         self._numbers: Tensor | None = None
         self._keys = np.empty(0)
-        self._is_measuring = False
+        self._reached: set[nn.Module] | None = None
         self._position = self._layers_passed = 0
 
-    def add_noise(self, x: Tensor) -> Tensor:
+    def add_noise(self, x: Tensor, layer: nn.Module) -> Tensor:
         """`x` (N, C, ...) with the noise of the next layer; `x` itself outside of a pass."""
         if self._numbers is None:
             return x
+        if self._reached is not None:
+            self._reached.add(layer)
         sigma = self.sigma_inner if self._layers_passed else self.sigma_init
         self._layers_passed += 1
         if sigma == 0:
             return x
         shape = (len(x), *x.shape[2:], x.shape[1])
         first, self._position = self._position, self._position + math.prod(shape[1:])
-        if self._is_measuring:
+        if self._reached is not None:
             return x
         numbers = self._numbers[:, first : self._position]
         if self._position > self._numbers.shape[1]:  # in training mode there may be more layers
@@ -159,11 +178,11 @@ class _NoiseTape:
         return torch.add(x, noise.to(x.dtype), alpha=sigma)
 
     @contextmanager
-    def measuring(self, shape: tuple[int, ...]) -> Iterator[None]:
-        """Learn inside, from a pass without noise, how many numbers images of a shape need."""
+    def measuring(self, shape: tuple[int, ...]) -> Iterator[set[nn.Module]]:
+        """Learn inside, from a pass without noise, how many numbers an image of a shape needs, by which layers."""
         with self._rewound(torch.empty(0), np.empty(0)):
-            self._is_measuring = True
-            yield
+            self._reached = set()
+            yield self._reached
             self.lengths[shape] = self._position
 
     @contextmanager
@@ -182,7 +201,7 @@ class _NoiseTape:
         try:
             yield
         finally:
-            self._numbers, self._is_measuring = None, False
+            self._numbers = self._reached = None
 
 
 def _fill_rows(numbers: Tensor, keys: np.ndarray) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from models_for_tests import (
     CLASSES,
     Recorder,
+    Viewing,
     is_fooled,
     small_net,
     snapshot,
@@ -14,7 +15,7 @@ from models_for_tests import (
     some_labels,
     traceable_net,
 )
-from torch import nn
+from torch import fx, nn
 
 from guardians.attacks import FGSM, PGD, search
 from guardians.attacks.search import bfloat16_is_native
@@ -156,6 +157,36 @@ def test_a_folded_copy_has_the_logits_and_gradients_of_the_model(make, side, lef
     assert (got - expected).abs().max() <= 1e-10 * expected.abs().max()
     wanted, found = (torch.autograd.grad(logits.logsumexp(1).sum(), x)[0] for logits in (expected, got))
     assert (found - wanted).norm() <= 1e-10 * wanted.norm()
+
+
+@pytest.mark.parametrize(("make", "side", "left"), FOLDED.values(), ids=FOLDED)
+def test_a_folded_view_follows_the_model_that_is_trained(make, side, left):
+    model = seeded(make).double()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(3, 3, side, side, generator=generator, dtype=torch.float64)
+    before = snapshot(model)
+    view = search.folded_view(model, x)
+    assert snapshot(model) == before
+    assert left is None or used_norms(view) == left
+    for _ in range(2):
+        expected = model(x)
+        assert (view(x) - expected).abs().max() <= 1e-10 * expected.abs().max()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model.train()(x).logsumexp(1).sum().backward()  # changes running statistics too
+        optimizer.step()
+        model.eval()
+        assert not torch.allclose(model(x), expected)
+
+
+def test_without_a_view_that_agrees_the_model_is_its_own():
+    x = torch.rand(3, 3, 8, 8)
+    model = seeded(SharedNorm)
+    assert search.folded_view(model, x) is not model
+    model.register_forward_hook(lambda *_: None)
+    assert search.folded_view(model, x) is model  # the hook would not be asked
+    for make in (Branching, Counting, TracedOtherwise):
+        model = make(traceable_net())
+        assert search.folded_view(model, x) is model
 
 
 @pytest.mark.parametrize(
@@ -461,17 +492,6 @@ class Counting(Recorder):
         return self.net(x)
 
 
-class Viewing(nn.Module):
-    """Views the output of a convolution, which channels_last does not allow, as one row."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.features, self.head = net[:-2], net[-1]
-
-    def forward(self, x):
-        return self.head(self.features(x).view(len(x), -1))
-
-
 class _Float32Only(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -492,6 +512,11 @@ class Uncastable(nn.Module):
 
     def forward(self, x):
         return self.head(_Float32Only.apply(self.features(x)).flatten(1))
+
+
+class TracedOtherwise(Recorder):
+    def forward(self, x):
+        return self.net(2 * x if isinstance(x, fx.Proxy) else x)
 
 
 class Uncopyable(Recorder):

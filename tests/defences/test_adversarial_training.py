@@ -10,7 +10,7 @@ from art.attacks import evasion as art_attacks
 from art.data_generators import NumpyDataGenerator, PyTorchDataGenerator
 from art.defences.trainer import AdversarialTrainer as ArtTrainer
 from art.defences.trainer import AdversarialTrainerMadryPGD
-from models_for_tests import CLASSES, SmallNet, art_classifier, small_net, some_images
+from models_for_tests import CLASSES, SmallNet, Viewing, art_classifier, small_net, some_images, traceable_net
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -461,6 +461,29 @@ class TestRobustness:
         assert losses["bfloat16"] < before - 0.1
         assert losses["bfloat16"] == pytest.approx(losses["float32"], abs=0.05)
         assert not torch.equal(vectors["float32"], vectors["bfloat16"])
+
+    def test_in_bfloat16_the_attack_follows_the_model(self, monkeypatch):
+        """Batch norm is folded into the convolutions for it, which is to change nothing but rounding."""
+        views, view_of = [], adversarial_training.folded_view
+
+        def note(module, x):
+            views.append(view_of(module, x))
+            return views[-1]
+
+        monkeypatch.setattr(f"{MODULE}.folded_view", note)
+        classifier = trainable(traceable_net(), lr=0.1)
+        before = weights(classifier)
+        after = fitted(ours(classifier, FGSM(classifier, eps=EPS), precision="bfloat16"))
+        assert (after - before).norm() > 0.1
+        (view,), model = views, classifier.model.eval()
+        assert view is not model
+        torch.testing.assert_close(view(torch.from_numpy(X)), model(torch.from_numpy(X)), rtol=1e-5, atol=1e-5)
+
+    def test_a_model_that_channels_last_breaks(self):
+        classifier = trainable(Viewing(traceable_net()))
+        before = weights(classifier)
+        attack = FGSM(classifier, eps=EPS)
+        assert not torch.equal(fitted(ours(classifier, attack, precision="bfloat16")), before)
 
     @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
     def test_precision_is_that_of_attack_and_training(self, monkeypatch, precision):

@@ -9,6 +9,10 @@ from hypothesis import strategies as st
 from models_for_tests import (
     CLASSES,
     SHAPE,
+    Noted,
+    Viewing,
+    ask,
+    close,
     linear_model,
     small_net,
     snapshot,
@@ -41,16 +45,6 @@ def make_pool(dtype=torch.float32):
 def mi(net, method="MI-OL", lam=0.6, num_samples=7, pool=None, **options):
     pool = make_pool(next(net.parameters()).dtype) if pool is None else pool
     return MixupInference(net, pool, method, lam, num_samples, **{"seed": SEED, **options})
-
-
-def ask(module, x, keys=None, grad=False):
-    """With draws of their own for each of the images, the same at each call."""
-    with row_keys(np.arange(len(x)) if keys is None else keys), torch.set_grad_enabled(grad):
-        return module(x)
-
-
-def close(actual, expected, atol=1e-12):
-    torch.testing.assert_close(actual.detach(), expected.detach(), rtol=0, atol=atol)
 
 
 def softmax(logits):
@@ -97,25 +91,17 @@ def literal_mi(net, x, keys, method, lam, num_samples, pool, threshold=0.2):
     return torch.stack(answers)
 
 
-class Noted(nn.Module):
-    """A model that keeps what it is asked about, as `Recorder` does the numbers."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-        self.training = net.training
-        self.asked = []
-
-    def forward(self, x):
-        assert len(x) > 0  # cannot be traced
-        self.asked.append(x.detach().clone())
-        return self.net(x)
+def test_a_model_that_channels_last_breaks():
+    net, x = Viewing(traceable_net(dtype=torch.float64)), some_images(4, dtype=torch.float64)
+    expected = mi(traceable_net(dtype=torch.float64))
+    close(ask(mi(net), x), ask(expected, x))
 
 
 def mixtures(method, lam, num_samples, x, pool, **options):
     """The mixtures (N, K, ...) that a model is asked about, and the labels that it predicts for `x`."""
     net = Noted(small_net(dtype=x.dtype))
     module = mi(net, method, lam, num_samples, pool, **options)
+    ask(module, x)  # the first time it tries on some images in which memory format the model answers
     net.asked.clear()
     ask(module, x)
     asked = torch.cat(net.asked)
@@ -235,6 +221,7 @@ def test_the_model_is_asked_about_each_image_and_each_mixture_once():
     counts = {"MI-PL": 1 + 7, "MI-OL": 1 + 7, "MI-Combined": 1 + 4 + 7}
     for method, count in counts.items():
         module = mi(net, method, detection_samples=4)
+        ask(module, some_images(N))
         net.asked.clear()
         ask(module, some_images(N))
         assert sum(map(len, net.asked)) == N * count

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from models_for_tests import CLASSES, SHAPE, small_net, snapshot, some_images, some_labels
+from models_for_tests import CLASSES, SHAPE, Noted, close, small_net, snapshot, some_images, some_labels
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -19,21 +19,6 @@ POOL_SEED = 77
 ASKED_OF = {"MI-PL": "MI-PL", "MI-OL": "MI-OL", "MI-Combined": "MI-OL"}
 
 methods = pytest.mark.parametrize("method", ASKED_OF)
-
-
-class Noted(nn.Module):
-    """A model that keeps what it is asked about."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-        self.training = net.training
-        self.asked = []
-
-    def forward(self, x):
-        assert len(x) > 0  # cannot be traced
-        self.asked.append(x.detach().clone())
-        return self.net(x)
 
 
 def mi(method="MI-OL", dtype=torch.float64, net=None, **options):
@@ -86,16 +71,12 @@ def literal(defence, x, y, method, eps, eps_step, max_iter, num_samples, seed):
     return torch.stack(found)
 
 
-def close(actual, expected, atol=1e-10):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
-
-
 @methods
 @pytest.mark.parametrize("y", [some_labels(N), None], ids=["labels", "predictions"])
 def test_is_the_literal_loop(method, y):
     x, defence = images(), mi(method)
     x_adv = attack(defence)(x, y)
-    close(x_adv, literal(defence, x, y, ASKED_OF[method], **QUICK))
+    close(x_adv, literal(defence, x, y, ASKED_OF[method], **QUICK), 1e-10)
     assert (x_adv - x).abs().max() > 0.02
     if y is None:
         close(x_adv, attack(defence)(x, predicted_labels(defence.model, x)), 0)

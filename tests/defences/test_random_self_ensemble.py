@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 import torch
 from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing
-from models_for_tests import CLASSES, SHAPE, small_net, snapshot, some_images, some_labels, traceable_net
+from models_for_tests import (
+    CLASSES,
+    SHAPE,
+    Viewing,
+    ask,
+    close,
+    small_net,
+    snapshot,
+    some_images,
+    some_labels,
+    traceable_net,
+)
 from torch import nn
 from torch.nn import functional as F
 
@@ -78,16 +89,6 @@ def literal_rse(net, x, keys, n=4, sigmas=(0.2, 0.1)):
 
 def rse(net, sigma_init=0.2, sigma_inner=0.1, n=4, **options):
     return RandomSelfEnsemble(net, sigma_init, sigma_inner, n, **{"seed": SEED, **options})
-
-
-def ask(module, x, keys=None, grad=False):
-    """With draws of their own for each of the images, the same at each call."""
-    with row_keys(np.arange(len(x)) if keys is None else keys), torch.set_grad_enabled(grad):
-        return module(x)
-
-
-def close(actual, expected, atol=1e-12):
-    torch.testing.assert_close(actual.detach(), expected.detach(), rtol=0, atol=atol)
 
 
 def calls_of(module):
@@ -193,14 +194,15 @@ class Registered(nn.Module):
 
 def layer_noise(module, x):
     """Output less input of each noise layer, by its name."""
+    ask(module.requires_grad_(False), x)  # the first time other passes come before
     found = {}
     for path, part in module.model.named_modules():
         if isinstance(part, GaussianNoise):
             name = path.partition(".")[0]
             keep = found.setdefault(name, []).append
             part.register_forward_hook(lambda _, inputs, output, keep=keep: keep(output - inputs[0]))
-    ask(module.requires_grad_(False), x)
-    return {name: torch.cat(parts[1:]) for name, parts in found.items()}  # the first pass measures, without noise
+    ask(module, x)
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def test_the_first_layer_of_a_forward_pass_has_sigma_init_and_all_others_sigma_inner():
@@ -414,16 +416,16 @@ def test_keys_that_are_given_come_before_the_count():
     assert module.images_seen == N
 
 
-# The copy with folded batch norm
+# The view with folded batch norm
 
 
 def asked_itself(module, x, grad):
-    """Whether the model itself answers, and not its folded copy."""
+    """Whether the model itself answers, and not its folded view."""
     with torch.set_grad_enabled(grad):
-        return module.fast_model(x) is module.model
+        return module.fast_model(x).module is module.model
 
 
-def test_a_folded_copy_answers_where_no_gradient_of_parameters_is_wanted():
+def test_a_folded_view_answers_where_no_gradient_of_parameters_is_wanted():
     x = some_images(N)
     module = rse(traceable_net())
     assert not asked_itself(module, x, grad=False)
@@ -437,13 +439,15 @@ def test_a_folded_copy_answers_where_no_gradient_of_parameters_is_wanted():
     assert asked_itself(hooked, x, grad=False)
 
 
-def test_the_copy_is_bit_for_bit_stable():
+def test_the_view_is_bit_for_bit_stable():
     module, x = rse(traceable_net()), some_images(N)
     answers = ask(module, x)
-    copies = module._folded[1]
+    with torch.no_grad():
+        view = module.fast_model(x)
     ask(module, x, grad=True).sum().backward()
     assert torch.equal(ask(module, x), answers)
-    assert module._folded[1] is copies
+    with torch.no_grad():
+        assert module.fast_model(x) is view
 
 
 def change_by_state_dict(module):
@@ -479,7 +483,7 @@ def change_of_tensor(module):
     "change",
     [change_by_state_dict, change_by_optimiser, change_by_training, change_in_place, change_of_data, change_of_tensor],
 )
-def test_the_copy_follows_the_weights(change):
+def test_the_view_follows_the_weights(change):
     module, x = rse(traceable_net()), some_images(N)
     before = ask(module, x)
     change(module)
@@ -509,6 +513,13 @@ def test_parameters_get_their_gradients_from_the_model_itself():
 
 
 # Other models
+
+
+def test_norms_in_training_mode_are_not_folded():
+    module, x = rse(traceable_net(dtype=torch.float64), 0, 0), some_images(N, dtype=torch.float64)
+    layers_of(module.model)[1].train()
+    expected = copy.deepcopy(module.model)(x).log_softmax(1)
+    close(ask(module, x), expected)
 
 
 class Undecided(nn.Module):
@@ -544,6 +555,40 @@ def test_a_model_that_asks_more_convolutions_in_training():
     for mode in (False, True, False, True):
         first, second = (ask(module.train(mode), x, np.arange(N) + i) for i in range(2))
         assert ((first - second).abs().amax(1) > 0).all()  # noise is there
+
+
+def test_a_model_that_channels_last_breaks():
+    net, x = Viewing(traceable_net(dtype=torch.float64)), some_images(N, dtype=torch.float64)
+    close(rse(net)(x), literal_rse(net, x, plain_keys(N)))
+    assert rse(net).train()(x).isfinite().all()
+
+
+class ReadsItsConvolution(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.norm = net, net[1]
+        self.training = net.training
+
+    def forward(self, x):
+        first = self.net[0]
+        assert first.out_channels == len(first.weight) == 8
+        hidden = F.conv2d(x, first.weight, first.bias, first.stride, first.padding)
+        return self.net[2:](self.norm(hidden))
+
+
+def test_a_model_that_reads_its_convolutions(caplog):
+    """What it computes with their weights has no noise in front, which is said once; the next one is the first then."""
+    net, x = traceable_net(dtype=torch.float64), some_images(N, dtype=torch.float64)
+    module = rse(ReadsItsConvolution(net), 0.3, 5.0, n=1)
+    answers = ask(module, x)
+    ask(module, x)
+    assert [record.message for record in caplog.records] == [
+        "a forward pass does not call net.0: no noise is in front of them"
+    ]
+    keys = hashed(hashed(SEED, np.arange(N)), 0)
+    noise = torch.cat([noises_of(key, [(8, 8, 8)])[0] for key in keys])
+    expected = net[3:](net[:3](x) + 0.3 * noise)
+    close(answers, expected.log_softmax(1))
 
 
 def test_images_of_one_dimension():
