@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from guardians.attacks import FGSM, PGD, CarliniWagnerL2
-from guardians.attacks.base import Attack
+from guardians.attacks.base import Attack, State
 from guardians.attacks.checks import check_choice, check_integer
 from guardians.attacks.interfaces import ClassifierAttack
 from guardians.attacks.norms import lp_norm
+from guardians.attacks.objectives import margin
 from guardians.attacks.rng import hashed
 from guardians.attacks.search import bfloat16_is_native
 from guardians.attacks.victim import predicted_labels
@@ -43,6 +43,9 @@ SEARCH_PASSES = 2
 """Passes of a randomised defence for one gradient of an attack; EOT averages `EOT_SAMPLES` such gradients."""
 EOT_SAMPLES = 5
 
+RANDOM_STARTS = 5
+"""Of the adaptive attack on a model that is not random."""
+
 ATTACKS = {
     "clean": "the images as they are",
     "transfer": "PGD-40 on the undefended standard model: the attacker knows nothing of the defence",
@@ -51,9 +54,9 @@ ATTACKS = {
     "PGD-10": "on the defence, from the image",
     "PGD-40": "on the defence, from the image",
     "EOT-PGD": f"PGD-20 with gradients averaged over {EOT_SAMPLES} answers of a randomised defence",
-    "adaptive": "made for the defence: PGD-40 with 5 random starts for a model that is not random; for Random "
-    f"Self-Ensemble PGD-20 from a random start, {SEARCH_PASSES * EOT_SAMPLES} single noisy passes a gradient; for "
-    "Mixup Inference `AveragedMixturePGD`",
+    "adaptive": f"made for the defence: for a model that is not random PGD-40 with {RANDOM_STARTS} random starts on "
+    "the margin between logits; for Random Self-Ensemble PGD-20 from a random start, with "
+    f"{SEARCH_PASSES * EOT_SAMPLES} single noisy passes a gradient; for Mixup Inference `AveragedMixturePGD`",
     "C&W": f"Carlini-Wagner L2 on the defence, a single seed; an image stands where it takes more than {L2_RADIUS:g}",
 }
 """What each attack is; the norm is inf and eps 8/255 but for C&W."""
@@ -74,7 +77,8 @@ RUN_COLUMNS = {
     "data": "where the images came from, and the first digits of a SHA-256 digest of images and labels",
     "n": "number of images",
     "seed": "of the draws of defence and attack",
-    "params": "JSON: passes of the defence when it answers and for a gradient, and draws of EOT",
+    "params": "JSON: of a randomised defence its passes when it answers and for a gradient, and draws of EOT; of the "
+    "adaptive attack on another model its loss and random starts",
     **_MEASURED,
 }
 DEFENCE_COLUMNS = {
@@ -82,6 +86,7 @@ DEFENCE_COLUMNS = {
     "attack": RUN_COLUMNS["attack"],
     "data": RUN_COLUMNS["data"],
     "n": RUN_COLUMNS["n"],
+    "params": RUN_COLUMNS["params"],
     "seeds": "number of seeds; 1 where nothing is random",
     "accuracy": "mean over the seeds of robust accuracy",
     "accuracy_low": "lower end of its 95% Wilson interval over the images",
@@ -202,7 +207,7 @@ def evaluate(
     for defended, attack, seed in progress:
         progress.set_postfix_str(f"{defended.name}: {attack}, seed {seed}")
         key = {"defence": defended.name, "attack": attack, "data": identity, "n": len(data), "seed": seed}
-        key["params"] = json.dumps({} if defended.defence is None else _params())
+        key["params"] = json.dumps(_params(defended, attack))
         if key in table:
             continue
         device = next(defended.base.parameters()).device
@@ -220,13 +225,14 @@ def evaluate(
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     """A row for each defence and attack, in the order in which they first stand in the rows of the single seeds."""
-    rows = []
-    for (defence, attack, data), group in runs.groupby(["defence", "attack", "data"], sort=False):
+    rows, names = [], [name for name in _KEY if name != "seed"]
+    for same, group in runs.groupby(names, sort=False):
         n = int(group["n"].iloc[0])
         accuracy = group["accuracy"].to_numpy(dtype=float)
         low, high = wilson_interval(round(float(accuracy.mean()) * n), n)
         rows.append(
-            {"defence": defence, "attack": attack, "data": data, "n": n, "seeds": len(group)}
+            dict(zip(names, same, strict=True))
+            | {"seeds": len(group)}
             | {"accuracy": accuracy.mean(), "accuracy_low": low, "accuracy_high": high}
             | {"seed_sd": accuracy.std(ddof=1) if len(group) > 1 else np.nan}
             | {"seed_min": accuracy.min(), "seed_max": accuracy.max()}
@@ -292,8 +298,10 @@ def _measure(
     }
 
 
-def _params() -> dict[str, int]:
-    return {"passes": PASSES, "search_passes": SEARCH_PASSES, "eot_samples": EOT_SAMPLES}
+def _params(defended: Defended, attack: str) -> dict[str, Any]:
+    if defended.defence is not None:
+        return {"passes": PASSES, "search_passes": SEARCH_PASSES, "eot_samples": EOT_SAMPLES}
+    return {"loss": "margin", "num_random_init": RANDOM_STARTS} if attack == "adaptive" else {}
 
 
 def _defence_seed(seed: int, number: int) -> int:
@@ -302,11 +310,15 @@ def _defence_seed(seed: int, number: int) -> int:
 
 
 def _attack(defended: Defended, attack: str, surrogate: nn.Module, seed: int, batch_size: int) -> ClassifierAttack:
-    classical = partial(PGD, eps=EPS, eps_step=EPS_STEP, seed=seed, batch_size=batch_size, verbose=False)
-    pgd = partial(classical, early_stop=True)
+    common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "verbose": False}
+
+    def pgd(model: nn.Module, kind: type[PGD] = PGD, **options: Any) -> PGD:
+        return kind(model, **{"eps": EPS, "eps_step": EPS_STEP, "early_stop": True, **common, **options})
+
     if attack in ("transfer", "oblivious"):  # the images shall be as wrong as possible, for they meet another model
+        asked = surrogate if attack == "transfer" else defended.base
         precision = "bfloat16" if bfloat16_is_native(next(surrogate.parameters()).device) else "auto"
-        return classical(surrogate if attack == "transfer" else defended.base, max_iter=40, precision=precision)
+        return pgd(asked, max_iter=40, early_stop=False, precision=precision)
     asked = defended.module(_defence_seed(seed, 2), SEARCH_PASSES)
     if attack == "FGSM":
         return FGSM(asked, eps=EPS, seed=seed, batch_size=batch_size)
@@ -315,11 +327,18 @@ def _attack(defended: Defended, attack: str, surrogate: nn.Module, seed: int, ba
     if attack == "EOT-PGD":
         return pgd(asked, max_iter=20, eot_samples=EOT_SAMPLES, batch_size=EOT_SAMPLES * batch_size)
     if attack == "C&W":
-        return CarliniWagnerL2(asked, batch_size=batch_size, seed=seed, verbose=False)
+        return CarliniWagnerL2(asked, **common)
     if defended.defence is None:
-        return pgd(asked, max_iter=40, num_random_init=5)
+        return pgd(asked, _MarginPGD, max_iter=40, num_random_init=RANDOM_STARTS)
     if isinstance(asked, MixupInference):
-        return AveragedMixturePGD(asked, EPS, EPS_STEP, batch_size=batch_size, seed=seed)
+        return AveragedMixturePGD(asked, EPS, EPS_STEP, **common)
     draws = SEARCH_PASSES * EOT_SAMPLES
     single = defended.module(_defence_seed(seed, 2), 1)
     return pgd(single, max_iter=20, num_random_init=1, eot_samples=draws, batch_size=draws * batch_size)
+
+
+class _MarginPGD(PGD):
+    """PGD on the margin between the largest other logit and the label's, which no softmax flattens."""
+
+    def objective(self, logits: Tensor, y: Tensor, state: State) -> Tensor:
+        return margin(logits, y, targeted=self.targeted)
