@@ -33,8 +33,8 @@ from guardians.defences import MixupInference, RandomSelfEnsemble
 from guardians.tables import read_csv
 
 N, SEEDS = 8, 2
-OF_FIXED = ["clean", "transfer", "FGSM", "PGD-10", "PGD-40", "adaptive", "C&W"]
-OF_RANDOM = ["clean", "transfer", "oblivious", "FGSM", "PGD-10", "PGD-40", "EOT-PGD", "adaptive", "C&W"]
+OF_FIXED = ["clean", "transfer", "FGSM", "PGD-10", "PGD-40", "adaptive", "PGD-L2", "C&W"]
+OF_RANDOM = ["clean", "transfer", "oblivious", "FGSM", "PGD-10", "PGD-40", "EOT-PGD", "adaptive", "PGD-L2", "C&W"]
 BASE = small_net()
 
 
@@ -180,7 +180,8 @@ def test_outcomes_are_those_of_the_rows(whole):
         if row.attack not in ("clean", "C&W"):
             low, high = (table["l2"].quantile(0.5, interpolation=kind) for kind in ("lower", "higher"))
             assert low <= row.l2_median <= high
-            assert (table["l2"] <= 8 / 255 * (3 * 8 * 8) ** 0.5 * (1 + 1e-6)).all()
+            largest = 0.5 if row.attack == "PGD-L2" else 8 / 255 * (3 * 8 * 8) ** 0.5
+            assert (table["l2"] <= largest * (1 + 1e-6)).all()
     assert rows["accuracy"].nunique() > 2
 
 
@@ -331,6 +332,8 @@ def test_answers_are_draws_that_no_attack_has_seen(defended, attack, tmp_path, m
         (RSE, "adaptive", "ProjectedGradientDescent", {"max_iter": 20, "eot_samples": 4, "num_random_init": 1}),
         (MI, "adaptive", "AveragedMixturePGD", {"eps_step": 2 / 255, "batch_size": 5}),
         (FIXED, "FGSM", "FastGradientMethod", {"early_stop": False, "num_random_init": 0}),
+        (FIXED, "PGD-L2", "ProjectedGradientDescent", {"norm": 2, "eps": 0.5, "max_iter": 20, "eot_samples": 1}),
+        (RSE, "PGD-L2", "ProjectedGradientDescent", {"norm": 2, "eps": 0.5, "eot_samples": 2, "batch_size": 10}),
         (MI, "C&W", "CarliniWagnerL2", {"batch_size": 5}),
     ],
 )
@@ -339,7 +342,7 @@ def test_attacks_are_as_described(defended, attack, kind, expected):
     assert type(found).__name__ == kind
     assert {name: getattr(found, name) for name in expected} == expected
     assert found.seed == 7
-    if attack != "C&W":
+    if attack not in ("PGD-L2", "C&W"):
         assert found.eps == 8 / 255
 
 
@@ -456,25 +459,27 @@ def test_a_summary_is_over_the_seeds():
     assert frame["seconds"].tolist() == [2, 0, 0]
 
 
+IN_INF, IN_L2 = ("FGSM", "PGD-40", "adaptive"), ("PGD-L2", "C&W")
+
+
 def test_flattering_is_what_another_attack_in_the_ball_refutes():
-    accuracies = {"clean": 1.0, "FGSM": 0.9, "PGD-10": 0.52, "PGD-40": 0.5, "EOT-PGD": 0.64, "C&W": 0.0}
-    others = {"clean": 1.0, "FGSM": 0.9, "C&W": 0.1}
+    accuracies = {"clean": 1.0, "FGSM": 0.9, "PGD-10": 0.52, "PGD-40": 0.5, "EOT-PGD": 0.64, "PGD-L2": 0.0}
+    others = {"clean": 1.0, "FGSM": 0.9, "PGD-L2": 0.1, "C&W": 0.4}
     rows = [("a", attack, 0, accuracy) for attack, accuracy in accuracies.items()]
     rows += [("b", attack, 0, accuracy) for attack, accuracy in others.items()]
     flags = summarise(made_up(rows)).set_index(["defence", "attack"])["flags"]
-    assert flags[flags != ""].to_dict() == {("a", "FGSM"): "flattering"}
+    assert flags[flags != ""].to_dict() == {("a", "FGSM"): "flattering", ("b", "C&W"): "flattering"}
 
 
 @settings(max_examples=30)
-@given(st.fixed_dictionaries({attack: st.integers(0, 40) for attack in ("clean", "C&W", "FGSM", "PGD-40", "adaptive")}))
+@given(st.fixed_dictionaries({attack: st.integers(0, 40) for attack in ("clean", *IN_INF, *IN_L2)}))
 def test_flags_are_where_intervals_do_not_meet(successes):
     rows = [("a", attack, 0, count / 40) for attack, count in successes.items()]
     flags = summarise(made_up(rows, n=40)).set_index("attack")["flags"].to_dict()
     intervals = {attack: wilson_interval(count, 40) for attack, count in successes.items()}
-    inside = ("FGSM", "PGD-40", "adaptive")
     for attack, (low, _) in intervals.items():
-        refuted = attack in inside and any(low > intervals[other][1] for other in inside)
-        assert flags[attack] == ("flattering" if refuted else "")
+        ball = next((ball for ball in (IN_INF, IN_L2) if attack in ball), ())
+        assert flags[attack] == ("flattering" if any(low > intervals[other][1] for other in ball) else "")
 
 
 # The bundled models
