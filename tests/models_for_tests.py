@@ -144,6 +144,29 @@ class Viewing(nn.Module):
         return self.head(self.features(x).view(len(x), -1))
 
 
+class _Float32Only(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        assert x.dtype == torch.float32
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+class Uncastable(nn.Module):
+    """What it does in the middle is for float32 alone."""
+
+    def __init__(self, net: nn.Sequential) -> None:
+        super().__init__()
+        self.features, self.head = net[:-2], net[-1]
+        self.training = net.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(_Float32Only.apply(self.features(x)).flatten(1))
+
+
 def ask(module: nn.Module, x: Tensor, keys: np.ndarray | None = None, grad: bool = False) -> Tensor:
     """The answers of a random module with draws of their own for each of the images, the same at each call."""
     with row_keys(np.arange(len(x)) if keys is None else keys), torch.set_grad_enabled(grad):

@@ -30,7 +30,7 @@ __all__ = [
     "has_hooks",
     "is_random",
     "judge_logits",
-    "takes_channels_last",
+    "works_in",
 ]
 
 logger = logging.getLogger(__name__)
@@ -173,13 +173,13 @@ class InPrecision(nn.Module):
         return _scale_gradient(output.float(), scale)
 
 
-def takes_channels_last(victim: Victim, x: Tensor) -> bool:
-    """Whether a model gives images (N, C, H, W) in channels_last the logits that it gives others, up to rounding.
+def works_in(victim: Victim, x: Tensor, dtype: torch.dtype, *, channels_last: bool) -> bool:
+    """Whether a model gives the same logits of images (N, ...), up to rounding, in a precision and a memory format.
 
-    On a CPU convolutions are nearly twice as fast in that format, but `Tensor.view` fails on what they return.
+    On a CPU convolutions are nearly twice as fast in channels_last, but `Tensor.view` fails on what they return.
     """
     with undisturbed(victim.module), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        candidate = InPrecision(victim.module, torch.float32, is_folded=False, channels_last=True)
+        candidate = InPrecision(victim.module, dtype, is_folded=False, channels_last=channels_last)
         return _agrees(victim, candidate, x, victim.logits(x))
 
 

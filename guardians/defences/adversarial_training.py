@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from guardians.attacks.base import Attack
 from guardians.attacks.checks import check_choice, check_flag, check_images, check_integer, check_number, labels_from
 from guardians.attacks.pgd import ProjectedGradientDescent
 from guardians.attacks.rng import hashed
-from guardians.attacks.search import InPrecision, bfloat16_is_native, folded_view, takes_channels_last
+from guardians.attacks.search import InPrecision, bfloat16_is_native, folded_view, works_in
 from guardians.attacks.victim import Victim
 from guardians.data import class_balanced_mask
 
@@ -74,7 +75,7 @@ class AdversarialTrainer(Trainer):
             are run once, before training (Tramer et al. 2018). Native ones are the fastest.
         ratio: share of the images of each batch that are replaced by adversarial ones, rounded up; 0 is plain training.
         precision: of the training and of native attacks: "float32"; "bfloat16", under autocast and in channels_last;
-            "auto" is bfloat16 where the device computes in it.
+            "auto" is bfloat16 where the device computes in it, and the model can be asked so.
         holdout: images that are not trained on. After each epoch native PGD-10 with the first attack's norm and eps
             attacks them; when robust accuracy falls below half of its best, the log says so, training stops, and the
             model is that of the best epoch. 0 turns it off. None takes a fiftieth of 5,000 images or more, at most
@@ -211,7 +212,11 @@ class AdversarialTrainer(Trainer):
     ) -> None:
         """Train on the batches of each epoch, and stop where robustness collapses."""
         model, device = self._classifier.model, self._classifier.device
-        self._channels_last = self._low_precision and takes_channels_last(Victim(self._classifier), self._probe)
+        works = partial(works_in, Victim(self._classifier), self._probe, torch.bfloat16)
+        self._low_precision = self.precision == "bfloat16"
+        if self.precision == "auto":
+            self._low_precision = bfloat16_is_native(device) and works(channels_last=False)
+        self._channels_last = self._low_precision and works(channels_last=True)
         attacks = [self._prepared(attack, batch_size) for attack in self.attacks]
         self.robust_accuracies = []
         best, best_epoch, step = 0.0, 0, 0
@@ -293,12 +298,6 @@ class AdversarialTrainer(Trainer):
             view = folded_view(attack.victim.module, self._probe)
             attack.victim.module = InPrecision(view, torch.bfloat16, channels_last=self._channels_last)
         return attack
-
-    @property
-    def _low_precision(self) -> bool:
-        if self.precision == "auto":
-            return bfloat16_is_native(self._classifier.device)
-        return self.precision == "bfloat16"
 
     @property
     def _probe(self) -> Tensor:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from guardians.attacks.checks import check_integer
 from guardians.attacks.rng import given_keys, hashed
-from guardians.attacks.search import InPrecision, folded_view, has_hooks, takes_channels_last
+from guardians.attacks.search import InPrecision, folded_view, has_hooks, works_in
 from guardians.attacks.victim import Victim
 
 __all__ = ["RandomEnsemble", "log_probabilities"]
@@ -94,7 +94,8 @@ class RandomEnsemble(nn.Module):
         if parts != self._parts:
             with torch.inference_mode(False):
                 images = x[:8].detach().clone()
-                channels_last = x.device.type == "cpu" and takes_channels_last(Victim(self.model), images)
+                channels_last = x.device.type == "cpu"
+                channels_last &= works_in(Victim(self.model), images, torch.float32, channels_last=True)
                 modules = self.model, folded_view(self.model, images)
                 self._asked = [InPrecision(m, torch.float32, channels_last=channels_last) for m in modules]
                 self._parts = parts

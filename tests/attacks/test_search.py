@@ -7,6 +7,7 @@ import torch
 from models_for_tests import (
     CLASSES,
     Recorder,
+    Uncastable,
     Viewing,
     is_fooled,
     small_net,
@@ -490,28 +491,6 @@ class Counting(Recorder):
     def forward(self, x):
         self.seen = getattr(self, "seen", 0) + len(x)
         return self.net(x)
-
-
-class _Float32Only(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        assert x.dtype == torch.float32
-        return x * 1
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
-
-
-class Uncastable(nn.Module):
-    """What it does in the middle is for float32 alone."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.features, self.head = net[:-2], net[-1]
-
-    def forward(self, x):
-        return self.head(_Float32Only.apply(self.features(x)).flatten(1))
 
 
 class TracedOtherwise(Recorder):

@@ -10,7 +10,16 @@ from art.attacks import evasion as art_attacks
 from art.data_generators import NumpyDataGenerator, PyTorchDataGenerator
 from art.defences.trainer import AdversarialTrainer as ArtTrainer
 from art.defences.trainer import AdversarialTrainerMadryPGD
-from models_for_tests import CLASSES, SmallNet, Viewing, art_classifier, small_net, some_images, traceable_net
+from models_for_tests import (
+    CLASSES,
+    SmallNet,
+    Uncastable,
+    Viewing,
+    art_classifier,
+    small_net,
+    some_images,
+    traceable_net,
+)
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -485,10 +494,19 @@ class TestRobustness:
         attack = FGSM(classifier, eps=EPS)
         assert not torch.equal(fitted(ours(classifier, attack, precision="bfloat16")), before)
 
+    def test_auto_is_float32_where_the_model_knows_nothing_else(self, monkeypatch):
+        monkeypatch.setattr(f"{MODULE}.bfloat16_is_native", lambda device: True)
+        found = []
+        for precision in ("auto", "float32"):
+            classifier = trainable(Uncastable(traceable_net()))
+            found.append(fitted(ours(classifier, FGSM(classifier, eps=EPS), precision=precision)))
+        assert torch.equal(*found)
+
     @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
     def test_precision_is_that_of_attack_and_training(self, monkeypatch, precision):
         """Whatever the device would rather compute in; an attack's own wish comes first."""
         monkeypatch.setattr("guardians.attacks.search.bfloat16_is_native", lambda device: True)
+        monkeypatch.setattr(f"{MODULE}.works_in", lambda *_, **__: True)  # which would ask in either
         dtypes = {}
 
         class Noting(SmallNet):
