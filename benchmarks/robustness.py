@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from guardians.benchmark.defences import ATTACKS, BUNDLED, bundled, evaluate
+from guardians.benchmark.defences import ATTACKS, BUNDLED, as_markdown, bundled, evaluate
 from guardians.data import ENVIRONMENT_VARIABLE, load_data
 from guardians.models import load_model
 from guardians.tables import print_table
@@ -27,6 +27,7 @@ def main(
     batch_size: int = 64,
     device: str = "cpu",
     out: Path = Path("results"),
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the README.")] = False,
 ) -> None:
     """Attack each defence in each way."""
     clean = load_data(data, "train", pool)
@@ -39,6 +40,9 @@ def main(
         attacks=attack,
         batch_size=batch_size,
     )
+    if markdown:
+        print(as_markdown(summary))
+        return
     columns = ["defence", "attack", "n", "seeds", "accuracy", "accuracy_low", "accuracy_high", "seed_sd", "flags"]
     print_table(summary, columns, "Robust accuracy")
 

@@ -32,7 +32,17 @@ from guardians.defences import AveragedMixturePGD, MixupInference, RandomSelfEns
 from guardians.models import load_model, model_card
 from guardians.tables import Table, read_csv
 
-__all__ = ["ATTACKS", "BUNDLED", "DEFENCE_COLUMNS", "RUN_COLUMNS", "Defended", "bundled", "evaluate", "summarise"]
+__all__ = [
+    "ATTACKS",
+    "BUNDLED",
+    "DEFENCE_COLUMNS",
+    "RUN_COLUMNS",
+    "Defended",
+    "as_markdown",
+    "bundled",
+    "evaluate",
+    "summarise",
+]
 
 EPS, EPS_STEP = 8 / 255, 2 / 255
 L2_RADIUS = 0.5
@@ -244,6 +254,21 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     highs = frame["accuracy_high"].groupby([frame["defence"], frame["data"], ball])
     frame["flags"] = np.where(frame["accuracy_low"] > highs.transform("min"), "flattering", "")
     return frame
+
+
+def as_markdown(summary: pd.DataFrame) -> str:
+    """A row for each defence and a column for each attack: accuracy in percent ± its deviation over the seeds.
+
+    A star is the flag "flattering".
+    """
+    lines = ["| model or defence | " + " | ".join(ATTACKS) + " |", "| --- " * (1 + len(ATTACKS)) + "|"]
+    for defence in sorted(summary["defence"].unique(), key=lambda name: (*BUNDLED, name).index(name)):
+        cells = dict.fromkeys(ATTACKS, "")
+        for row in summary[summary["defence"] == defence].itertuples():
+            spread = "" if np.isnan(row.seed_sd) else f" ± {100 * row.seed_sd:.1f}"
+            cells[row.attack] = f"{100 * row.accuracy:.1f}{spread}{'*' if row.flags else ''}"
+        lines.append(f"| {defence} | " + " | ".join(cells.values()) + " |")
+    return "\n".join(lines)
 
 
 def _measure(

@@ -23,6 +23,7 @@ from guardians.benchmark.defences import (
     DEFENCE_COLUMNS,
     RUN_COLUMNS,
     Defended,
+    as_markdown,
     bundled,
     evaluate,
     summarise,
@@ -480,6 +481,16 @@ def test_flags_are_where_intervals_do_not_meet(successes):
     for attack, (low, _) in intervals.items():
         ball = next((ball for ball in (IN_INF, IN_L2) if attack in ball), ())
         assert flags[attack] == ("flattering" if any(low > intervals[other][1] for other in ball) else "")
+
+
+def test_the_table_of_the_readme():
+    rows = [("rse", "FGSM", 0, 0.5), ("standard", "clean", 0, 0.9), ("rse", "FGSM", 1, 0.6), ("rse", "PGD-40", 0, 0.1)]
+    assert as_markdown(summarise(made_up(rows, n=100))).splitlines() == [
+        "| model or defence | " + " | ".join(ATTACKS) + " |",
+        "| --- " * 11 + "|",
+        "| standard | 90.0 |  |  |  |  |  |  |  |  |  |",
+        "| rse |  |  |  | 55.0 ± 7.1* |  | 10.0 |  |  |  |  |",
+    ]
 
 
 # The bundled models
