@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -169,16 +169,20 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
 
     The flags are set directly, so a module that overrides `train` does not notice.
     """
-    training = [part for part in module.modules() if part.training]
+    modes = [(part, part.training) for part in module.modules()]
     trainable = [p for p in module.parameters() if p.requires_grad]
     try:
-        for part in training:
-            part.training = False
+        _set_modes((part, False) for part, _ in modes)
         for parameter in trainable:
             parameter.requires_grad_(False)
         yield
     finally:
-        for part in training:
-            part.training = True
+        _set_modes(modes)
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    for part, training in modes:
+        if part.training != training:  # to set an attribute of a module takes long
+            part.training = training

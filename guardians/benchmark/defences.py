@@ -52,7 +52,6 @@ PASSES = 10
 SEARCH_PASSES = 2
 """Passes of a randomised defence for one gradient of an attack; EOT averages `EOT_SAMPLES` such gradients."""
 EOT_SAMPLES = 5
-
 RANDOM_STARTS = 5
 """Of the adaptive attack on a model that is not random."""
 
