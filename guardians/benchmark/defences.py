@@ -67,9 +67,11 @@ ATTACKS = {
     "the margin between logits; for Random Self-Ensemble PGD-20 from a random start, with "
     f"{SEARCH_PASSES * EOT_SAMPLES} single noisy passes a gradient; for Mixup Inference `AveragedMixturePGD`",
     "PGD-L2": f"PGD-20 in norm 2, eps {L2_RADIUS:g}; gradients of a randomised defence averaged as in EOT-PGD",
-    "C&W": f"Carlini-Wagner L2 on the defence, a single seed; an image stands where it takes more than {L2_RADIUS:g}",
+    "C&W": f"Carlini-Wagner L2 on the defence; an image stands where it takes more than {L2_RADIUS:g}",
 }
-"""What each attack is; the norm is inf and eps 8/255 but for PGD-L2 and C&W."""
+"""What each attack is; the norm is inf and eps 8/255 but for `IN_L2`."""
+IN_L2 = ("PGD-L2", "C&W")
+"""Those in norm 2; they are run with a single seed."""
 
 _MEASURED = {
     "accuracy": "robust accuracy: fraction classified correctly both clean and attacked, by fresh draws of the defence "
@@ -188,7 +190,7 @@ def evaluate(
         data: images and labels.
         out: folder of the tables, created where it does not exist.
         surrogate: the standard model of the transfer attack.
-        seeds: how often a randomised defence is attacked, with other draws of defence and attack.
+        seeds: how often a randomised defence is attacked, with other draws of defence and attack; but in norm 2 once.
         attacks: only these, of `ATTACKS`; empty for all.
         batch_size: images in one step of an attack.
         verbose: show a progress bar.
@@ -210,7 +212,7 @@ def evaluate(
         for seed in range(seeds)  # so that a run that is cut short has all defences
         for defended in defences
         for attack in defended.attacks
-        if (not attacks or attack in attacks) and (seed == 0 or (defended.defence is not None and attack != "C&W"))
+        if (not attacks or attack in attacks) and (seed == 0 or (defended.defence is not None and attack not in IN_L2))
     ]
     identity, found = data.identity, _Found()
     progress = tqdm(jobs, desc="defences", unit="attack", disable=not verbose)
@@ -249,7 +251,7 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
             | {name: group[name].mean() for name in _MEASURED if name != "accuracy"}
         )
     frame = pd.DataFrame(rows, columns=[name for name in DEFENCE_COLUMNS if name != "flags"])
-    ball = frame["attack"].map({"clean": "none", "PGD-L2": "2", "C&W": "2"}).fillna("inf")
+    ball = frame["attack"].map({"clean": "none", **dict.fromkeys(IN_L2, "2")}).fillna("inf")
     highs = frame["accuracy_high"].groupby([frame["defence"], frame["data"], ball])
     frame["flags"] = np.where(frame["accuracy_low"] > highs.transform("min"), "flattering", "")
     return frame

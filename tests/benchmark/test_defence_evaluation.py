@@ -81,7 +81,7 @@ def run(out, defended=(FIXED, RSE, MI), data=None, **options):
 
 def seeds_of(attack):
     """Of a randomised defence."""
-    return 1 if attack == "C&W" else SEEDS
+    return 1 if attack in ("PGD-L2", "C&W") else SEEDS
 
 
 def runs_in(out):
