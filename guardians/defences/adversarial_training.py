@@ -74,8 +74,9 @@ class AdversarialTrainer(Trainer):
         attacks: an attack, or a list of attacks that take turns batch by batch; untargeted. Those on another estimator
             are run once, before training (Tramer et al. 2018). Native ones are the fastest.
         ratio: share of the images of each batch that are replaced by adversarial ones, rounded up; 0 is plain training.
-        precision: of the training and of native attacks: "float32"; "bfloat16", under autocast and in channels_last;
-            "auto" is bfloat16 where the device computes in it, and the model can be asked so.
+        precision: of the training and of native attacks. "float32" computes as ART does; "bfloat16" under autocast and
+            in channels_last, with batch norm folded into the convolutions for attacks; "auto" likewise, in bfloat16
+            where the device computes in it and the model can be asked so, else in float32.
         holdout: images that are not trained on. After each epoch native PGD-10 with the first attack's norm and eps
             attacks them; when robust accuracy falls below half of its best, the log says so, training stops, and the
             model is that of the best epoch. 0 turns it off. None takes a fiftieth of 5,000 images or more, at most
@@ -212,11 +213,7 @@ class AdversarialTrainer(Trainer):
     ) -> None:
         """Train on the batches of each epoch, and stop where robustness collapses."""
         model, device = self._classifier.model, self._classifier.device
-        works = partial(works_in, Victim(self._classifier), self._probe, torch.bfloat16)
-        self._low_precision = self.precision == "bfloat16"
-        if self.precision == "auto":
-            self._low_precision = bfloat16_is_native(device) and works(channels_last=False)
-        self._channels_last = self._low_precision and works(channels_last=True)
+        self._choose_precision()
         attacks = [self._prepared(attack, batch_size) for attack in self.attacks]
         self.robust_accuracies = []
         best, best_epoch, step = 0.0, 0, 0
@@ -244,6 +241,15 @@ class AdversarialTrainer(Trainer):
                     best, best_epoch = self.robust_accuracies[-1], number
                     best_weights = copy.deepcopy(model.state_dict())
 
+    def _choose_precision(self) -> None:
+        """The dtype and the memory format in which the model is trained and attacked."""
+        works, device = partial(works_in, Victim(self._classifier), self._probe), self._classifier.device
+        self._dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+        if self.precision == "auto" and bfloat16_is_native(device) and works(torch.bfloat16, channels_last=False):
+            self._dtype = torch.bfloat16
+        gains = self.precision != "float32" and (self._dtype == torch.bfloat16 or device.type == "cpu")
+        self._channels_last = gains and works(self._dtype, channels_last=True)
+
     def _learn(self, x: Tensor, y: Tensor, scheduler: Any) -> None:
         """A step of the optimizer."""
         classifier, model = self._classifier, self._classifier.model
@@ -254,7 +260,7 @@ class AdversarialTrainer(Trainer):
         if self._channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         model.train()
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self._low_precision):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
             logits = model(x)
         loss = classifier.loss(logits.float(), classifier.reduce_labels(target))
         classifier.optimizer.zero_grad()
@@ -292,11 +298,11 @@ class AdversarialTrainer(Trainer):
             return attack
         attack = copy.copy(attack)
         attack.verbose, attack.batch_size = False, batch_size
-        if attack.precision == "auto" and self._low_precision:
+        if attack.precision == "auto" and self.precision != "float32":
             # Weights change with every step, which a copy would not follow.
             attack.precision, attack.victim = "float32", copy.copy(attack.victim)
             view = folded_view(attack.victim.module, self._probe)
-            attack.victim.module = InPrecision(view, torch.bfloat16, channels_last=self._channels_last)
+            attack.victim.module = InPrecision(view, self._dtype, channels_last=self._channels_last)
         return attack
 
     @property
