@@ -132,13 +132,17 @@ class Noted(nn.Module):
         return self.net(x)
 
 
-class Viewing(nn.Module):
-    """Views the output of a convolution, which channels_last does not allow, as one row."""
+class Split(nn.Module):
+    """A net in two: what comes before it flattens its features, and its last layer."""
 
     def __init__(self, net: nn.Sequential) -> None:
         super().__init__()
         self.features, self.head = net[:-2], net[-1]
         self.training = net.training
+
+
+class Viewing(Split):
+    """Views the output of a convolution, which channels_last does not allow, as one row."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x).view(len(x), -1))
@@ -155,13 +159,8 @@ class _Float32Only(torch.autograd.Function):
         return gradients[0]
 
 
-class Uncastable(nn.Module):
+class Uncastable(Split):
     """What it does in the middle is for float32 alone."""
-
-    def __init__(self, net: nn.Sequential) -> None:
-        super().__init__()
-        self.features, self.head = net[:-2], net[-1]
-        self.training = net.training
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(_Float32Only.apply(self.features(x)).flatten(1))

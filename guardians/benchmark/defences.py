@@ -239,11 +239,11 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     """A row for each defence and attack, in the order in which they first stand in the rows of the single seeds."""
     rows, names = [], [name for name in _KEY if name != "seed"]
     for same, group in runs.groupby(names, sort=False):
-        n = int(group["n"].iloc[0])
+        known = dict(zip(names, same, strict=True))
         accuracy = group["accuracy"].to_numpy(dtype=float)
-        low, high = wilson_interval(round(float(accuracy.mean()) * n), n)
+        low, high = wilson_interval(round(float(accuracy.mean()) * known["n"]), known["n"])
         rows.append(
-            dict(zip(names, same, strict=True))
+            known
             | {"seeds": len(group)}
             | {"accuracy": accuracy.mean(), "accuracy_low": low, "accuracy_high": high}
             | {"seed_sd": accuracy.std(ddof=1) if len(group) > 1 else np.nan}
@@ -339,8 +339,9 @@ def _defence_seed(seed: int, number: int) -> int:
 def _attack(defended: Defended, attack: str, surrogate: nn.Module, seed: int, batch_size: int) -> ClassifierAttack:
     common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "verbose": False}
 
-    def pgd(model: nn.Module, kind: type[PGD] = PGD, **options: Any) -> PGD:
-        return kind(model, **{"eps": EPS, "eps_step": EPS_STEP, "early_stop": True, **common, **options})
+    def pgd(model: nn.Module, kind: type[PGD] = PGD, draws: int = 1, **options: Any) -> PGD:
+        expectation = {"eot_samples": draws, "batch_size": draws * batch_size}
+        return kind(model, **{"eps": EPS, "eps_step": EPS_STEP, "early_stop": True, **common, **expectation, **options})
 
     if attack in ("transfer", "oblivious"):  # the images shall be as wrong as possible, for they meet another model
         asked = surrogate if attack == "transfer" else defended.base
@@ -352,20 +353,18 @@ def _attack(defended: Defended, attack: str, surrogate: nn.Module, seed: int, ba
     if attack in ("PGD-10", "PGD-40"):
         return pgd(asked, max_iter=int(attack.partition("-")[2]))
     if attack == "EOT-PGD":
-        return pgd(asked, max_iter=20, eot_samples=EOT_SAMPLES, batch_size=EOT_SAMPLES * batch_size)
+        return pgd(asked, max_iter=20, draws=EOT_SAMPLES)
     if attack == "PGD-L2":
         draws = 1 if defended.defence is None else EOT_SAMPLES
-        ball: dict[str, Any] = {"norm": 2, "eps": L2_RADIUS, "eps_step": L2_RADIUS / 5}
-        return pgd(asked, max_iter=20, eot_samples=draws, batch_size=draws * batch_size, **ball)
+        return pgd(asked, max_iter=20, draws=draws, norm=2, eps=L2_RADIUS, eps_step=L2_RADIUS / 5)
     if attack == "C&W":
         return CarliniWagnerL2(asked, **common)
     if defended.defence is None:
         return pgd(asked, _MarginPGD, max_iter=40, num_random_init=RANDOM_STARTS)
     if isinstance(asked, MixupInference):
         return AveragedMixturePGD(asked, EPS, EPS_STEP, **common)
-    draws = SEARCH_PASSES * EOT_SAMPLES
     single = defended.module(_defence_seed(seed, 2), 1)
-    return pgd(single, max_iter=20, num_random_init=1, eot_samples=draws, batch_size=draws * batch_size)
+    return pgd(single, max_iter=20, num_random_init=1, draws=SEARCH_PASSES * EOT_SAMPLES)
 
 
 class _MarginPGD(PGD):
