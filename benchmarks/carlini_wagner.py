@@ -13,10 +13,10 @@ from typing import Annotated
 import torch
 import typer
 
-from guardians.attacks.victim import undisturbed
 from guardians.benchmark.figures import plot_accuracy_by_const, plot_frontier, plot_perturbations
 from guardians.benchmark.minimum_norm import correct_images, measure_consts, measure_minimum_norm, perturb
 from guardians.data import ENVIRONMENT_VARIABLE, Dataset, load_data
+from guardians.engine.victim import undisturbed
 from guardians.models import load_model
 from guardians.tables import print_table
 

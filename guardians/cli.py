@@ -13,9 +13,9 @@ import typer
 from torch import nn
 
 from guardians import __version__
-from guardians.attacks.checks import check_choice, check_integer
-from guardians.attacks.victim import Victim
 from guardians.data import ENVIRONMENT_VARIABLE, Dataset, load_data
+from guardians.engine.checks import check_choice, check_integer
+from guardians.engine.victim import Victim
 from guardians.models import (
     ARCHITECTURES,
     build_model,

@@ -28,13 +28,13 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm.auto import tqdm
 
-from guardians.attacks.checks import check_flag
 from guardians.attacks.pgd import ProjectedGradientDescent
-from guardians.attacks.rng import hashed, row_keys
-from guardians.attacks.search import InPrecision, bfloat16_is_native, folded_view
 from guardians.data import Dataset, class_balanced_mask, class_balanced_subset
 from guardians.defences.adversarial_training import has_collapsed, share_standing, warn_of_collapse
 from guardians.defences.random_self_ensemble import RandomSelfEnsemble
+from guardians.engine.checks import check_flag
+from guardians.engine.rng import hashed, row_keys
+from guardians.engine.search import InPrecision, bfloat16_is_native, folded_view
 
 __all__ = ["ENSEMBLE", "LOG_COLUMNS", "RECIPES", "SCHEDULES", "Recipe", "accuracy", "robust_accuracy", "train"]
 

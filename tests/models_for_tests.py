@@ -9,7 +9,7 @@ import torch
 from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
-from guardians.attacks.rng import row_keys
+from guardians.engine.rng import row_keys
 
 SHAPE = (3, 8, 8)
 CLASSES = 5

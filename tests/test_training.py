@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from guardians import training
-from guardians.attacks.rng import hashed, row_keys
-from guardians.attacks.search import bfloat16_is_native
 from guardians.data import Dataset
 from guardians.defences import RandomSelfEnsemble
+from guardians.engine.rng import hashed, row_keys
+from guardians.engine.search import bfloat16_is_native
 from guardians.training import LOG_COLUMNS, RECIPES, Recipe, accuracy, robust_accuracy, train
 
 RECIPE = Recipe(epochs=3, batch_size=16, peak_lr=0.05, crop_padding=1, cutout=2)

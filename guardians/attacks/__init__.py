@@ -1,9 +1,9 @@
 """Native attacks: ART objects that are also plain callables on tensors."""
 
-from guardians.attacks.base import Attack
 from guardians.attacks.carlini_wagner import CarliniL2Method, CarliniLInfMethod, CarliniWagnerL2, CarliniWagnerLinf
 from guardians.attacks.fgsm import FGSM, FastGradientMethod
 from guardians.attacks.pgd import PGD, ProjectedGradientDescent
+from guardians.engine.attack import Attack
 
 __all__ = [
     "FGSM",

@@ -14,12 +14,12 @@ import torch
 from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
-from guardians.attacks.base import Attack, State
 from guardians.attacks.boxes import BOXES, Box, NoBox
-from guardians.attacks.checks import check_choice, check_flag, check_integer, check_number
 from guardians.attacks.norms import lp_norm, per_image
 from guardians.attacks.objectives import OBJECTIVE_FUNCTIONS, TAKE_CONFIDENCE, largest_other, margin
-from guardians.attacks.rng import SampleRng
+from guardians.engine.attack import Attack, State
+from guardians.engine.checks import check_choice, check_flag, check_integer, check_number
+from guardians.engine.rng import SampleRng
 
 __all__ = ["CarliniL2Method", "CarliniLInfMethod", "CarliniWagnerL2", "CarliniWagnerLinf"]
 

@@ -9,11 +9,11 @@ import torch
 from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
-from guardians.attacks.base import State
-from guardians.attacks.checks import check_flag
 from guardians.attacks.norms import per_image
 from guardians.attacks.pgd import ProjectedGradientDescent
-from guardians.attacks.rng import SampleRng
+from guardians.engine.attack import State
+from guardians.engine.checks import check_flag
+from guardians.engine.rng import SampleRng
 
 __all__ = ["FGSM", "FastGradientMethod"]
 

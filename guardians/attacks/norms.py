@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guardians.attacks.rng import SampleRng
+from guardians.engine.rng import SampleRng
 
 __all__ = [
     "as_norm",

@@ -10,8 +10,6 @@ from art.estimators.classification import PyTorchClassifier
 from scipy.stats import truncnorm
 from torch import Tensor, nn
 
-from guardians.attacks.base import Attack, State
-from guardians.attacks.checks import check_flag, check_integer, check_number
 from guardians.attacks.norms import (
     as_norm,
     ball_bounds,
@@ -22,7 +20,9 @@ from guardians.attacks.norms import (
     steepest_ascent,
     steepest_ascent_in_box,
 )
-from guardians.attacks.rng import SampleRng
+from guardians.engine.attack import Attack, State
+from guardians.engine.checks import check_flag, check_integer, check_number
+from guardians.engine.rng import SampleRng
 
 __all__ = ["PGD", "ProjectedGradientDescent"]
 

@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from guardians.attacks import FGSM, PGD, CarliniWagnerL2
-from guardians.attacks.base import Attack, State
-from guardians.attacks.checks import check_choice, check_integer
-from guardians.attacks.interfaces import ClassifierAttack
 from guardians.attacks.norms import lp_norm
 from guardians.attacks.objectives import margin
-from guardians.attacks.rng import hashed
-from guardians.attacks.search import bfloat16_is_native
-from guardians.attacks.victim import predicted_labels
 from guardians.benchmark.statistics import wilson_interval
 from guardians.data import Dataset
 from guardians.defences import AveragedMixturePGD, MixupInference, RandomSelfEnsemble
+from guardians.engine.attack import Attack, State
+from guardians.engine.checks import check_choice, check_integer
+from guardians.engine.interfaces import ClassifierAttack
+from guardians.engine.rng import hashed
+from guardians.engine.search import bfloat16_is_native
+from guardians.engine.victim import predicted_labels
 from guardians.models import load_model, model_card
 from guardians.tables import Table, read_csv
 
@@ -239,7 +239,7 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     """A row for each defence and attack, in the order in which they first stand in the rows of the single seeds."""
     rows, names = [], [name for name in _KEY if name != "seed"]
     for same, group in runs.groupby(names, sort=False):
-        known = dict(zip(names, same, strict=True))
+        known: dict[str, Any] = dict(zip(names, same, strict=True))
         accuracy = group["accuracy"].to_numpy(dtype=float)
         low, high = wilson_interval(round(float(accuracy.mean()) * known["n"]), known["n"])
         rows.append(

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from guardians.adapters.implementations import CarliniWagnerSpec, TensorAttack, build_attack
 from guardians.attacks import CarliniWagnerL2
-from guardians.attacks.base import Attack
-from guardians.attacks.checks import check_integer
 from guardians.attacks.norms import lp_norm
-from guardians.attacks.victim import predicted_labels, undisturbed
 from guardians.benchmark.counting import CountingModel
 from guardians.benchmark.overhead import forward_backward, timed
 from guardians.data import Dataset
+from guardians.engine.attack import Attack
+from guardians.engine.checks import check_integer
+from guardians.engine.victim import predicted_labels, undisturbed
 from guardians.tables import Table, read_csv
+from guardians.toolkits.implementations import CarliniWagnerSpec, TensorAttack, build_attack
 
 __all__ = [
     "CONST_COLUMNS",
@@ -125,7 +125,7 @@ def _paper(searches: int, steps: int) -> Contender:
 
 def _ddn(steps: int) -> Contender:
     def build(model: nn.Module, nb_classes: int, shape: tuple[int, ...], batch_size: int) -> TensorAttack:
-        from guardians.adapters.foolbox import FoolboxAttack, foolbox
+        from guardians.toolkits.foolbox import FoolboxAttack, foolbox
 
         return FoolboxAttack(model, foolbox.attacks.DDNAttack(steps=steps), batch_size=batch_size)
 

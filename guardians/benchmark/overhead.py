@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from guardians.adapters.implementations import IMPLEMENTATIONS, AttackSpec, build_attack
-from guardians.attacks.checks import check_integer
-from guardians.attacks.victim import undisturbed
+from guardians.engine.checks import check_integer
+from guardians.engine.victim import undisturbed
+from guardians.toolkits.implementations import IMPLEMENTATIONS, AttackSpec, build_attack
 
 __all__ = ["OVERHEAD_COLUMNS", "bare_loop", "forward_backward", "measure_overhead", "paired_times", "timed"]
 

@@ -27,7 +27,16 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from guardians import __version__
-from guardians.adapters.implementations import (
+from guardians.attacks.norms import as_norm
+from guardians.benchmark.counting import CountingModel, peak_memory
+from guardians.benchmark.statistics import wilson_interval
+from guardians.data import Dataset
+from guardians.engine.attack import Attack
+from guardians.engine.checks import check_flag, check_integer, check_number
+from guardians.engine.search import check_precision
+from guardians.engine.victim import Victim, predicted_labels, undisturbed
+from guardians.tables import BENCHMARK_COLUMNS, Table, as_written
+from guardians.toolkits.implementations import (
     IMPLEMENTATIONS,
     AttackSpec,
     TensorAttack,
@@ -35,15 +44,6 @@ from guardians.adapters.implementations import (
     build_prediction,
     is_available,
 )
-from guardians.attacks.base import Attack
-from guardians.attacks.checks import check_flag, check_integer, check_number
-from guardians.attacks.norms import as_norm
-from guardians.attacks.search import check_precision
-from guardians.attacks.victim import Victim, predicted_labels, undisturbed
-from guardians.benchmark.counting import CountingModel, peak_memory
-from guardians.benchmark.statistics import wilson_interval
-from guardians.data import Dataset
-from guardians.tables import BENCHMARK_COLUMNS, Table, as_written
 
 __all__ = ["ATTACKS", "KEY", "outcome_path", "run_benchmark", "summarise"]
 
@@ -143,7 +143,7 @@ def run_benchmark(
         seed: of the random starts.
         device: of the model, where images are sent; None takes the model's.
         early_stop: let native attacks leave an image as soon as the model is fooled by it; see
-            `guardians.attacks.base.Attack`. The toolkits take all steps.
+            `guardians.engine.attack.Attack`. The toolkits take all steps.
         precision: what native attacks search in: "auto", "float32", "bfloat16" or "float16"; see there.
         verbose: show a progress bar.
 

@@ -18,16 +18,16 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
-from guardians.adapters.implementations import IMPLEMENTATIONS, AttackSpec, build_attack
 from guardians.attacks import PGD
-from guardians.attacks.checks import check_integer, check_number
-from guardians.attacks.engine import PROBE, Report, Run
-from guardians.attacks.victim import predicted_labels, undisturbed
 from guardians.benchmark.counting import CountingModel, peak_memory
 from guardians.benchmark.overhead import bare_loop, forward_backward, timed
 from guardians.benchmark.statistics import paired_difference, wilson_interval
 from guardians.data import Dataset, class_balanced_subset
+from guardians.engine.checks import check_integer, check_number
+from guardians.engine.loop import PROBE, Report, Run
+from guardians.engine.victim import predicted_labels, undisturbed
 from guardians.models import load_model
+from guardians.toolkits.implementations import IMPLEMENTATIONS, AttackSpec, build_attack
 
 __all__ = [
     "COST_COLUMNS",

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from tqdm.auto import tqdm
 
-from guardians.attacks.base import Attack
-from guardians.attacks.checks import check_choice, check_flag, check_images, check_integer, check_number, labels_from
 from guardians.attacks.pgd import ProjectedGradientDescent
-from guardians.attacks.rng import hashed
-from guardians.attacks.search import InPrecision, bfloat16_is_native, folded_view, works_in
-from guardians.attacks.victim import Victim
 from guardians.data import class_balanced_mask
+from guardians.engine.attack import Attack
+from guardians.engine.checks import check_choice, check_flag, check_images, check_integer, check_number, labels_from
+from guardians.engine.rng import hashed
+from guardians.engine.search import InPrecision, bfloat16_is_native, folded_view, works_in
+from guardians.engine.victim import Victim
 
 __all__ = ["AdversarialTrainer", "has_collapsed", "share_standing", "warn_of_collapse"]
 

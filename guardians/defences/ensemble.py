@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 from torch.utils.checkpoint import checkpoint
 
-from guardians.attacks.checks import check_integer
-from guardians.attacks.rng import given_keys, hashed
-from guardians.attacks.search import InPrecision, folded_view, has_hooks, works_in
-from guardians.attacks.victim import Victim
+from guardians.engine.checks import check_integer
+from guardians.engine.rng import given_keys, hashed
+from guardians.engine.search import InPrecision, folded_view, has_hooks, works_in
+from guardians.engine.victim import Victim
 
 __all__ = ["RandomEnsemble", "log_probabilities"]
 
@@ -51,7 +51,7 @@ class RandomEnsemble(nn.Module):
     def keys(self, n: int) -> np.ndarray:
         """The seeds (n,) of the draws for a batch of `n` images, uint64.
 
-        They come from the keys that a native attack gives (`guardians.attacks.rng.row_keys`), or else from the numbers
+        They come from the keys that a native attack gives (`guardians.engine.rng.row_keys`), or else from the numbers
         of the images among all that the module was given: a data set that is read in order has the same draws in
         batches of any size.
         """
@@ -87,7 +87,7 @@ class RandomEnsemble(nn.Module):
         return torch.cat(answers).view(n, passes, -1).logsumexp(1) - math.log(passes)
 
     def fast_model(self, x: Tensor) -> nn.Module:
-        """What a pass of images (N, ...) asks: the model; on a CPU it or its folded view, in the fastest memory format."""
+        """What a pass of images (N, ...) asks: the model; on a CPU it or its folded view, in the fastest format."""
         if x.device.type != "cpu" or not len(x):
             return self.model
         parts = list(self.model.modules())

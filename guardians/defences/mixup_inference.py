@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from guardians.attacks.checks import check_choice, check_integer, check_number, labels_from
-from guardians.attacks.rng import hashed
-from guardians.attacks.victim import undisturbed
 from guardians.defences.ensemble import RandomEnsemble, log_probabilities
+from guardians.engine.checks import check_choice, check_integer, check_number, labels_from
+from guardians.engine.rng import hashed
+from guardians.engine.victim import undisturbed
 
 __all__ = ["METHODS", "MixupInference"]
 

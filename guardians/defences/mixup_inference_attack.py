@@ -9,13 +9,13 @@ import torch
 from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
-from guardians.attacks.checks import check_integer, check_number
-from guardians.attacks.interfaces import ClassifierAttack
 from guardians.attacks.norms import pull_into_ball
 from guardians.attacks.pgd import ProjectedGradientDescent
-from guardians.attacks.rng import hashed
-from guardians.attacks.search import bfloat16_is_native
 from guardians.defences.mixup_inference import MixupInference
+from guardians.engine.checks import check_integer, check_number
+from guardians.engine.interfaces import ClassifierAttack
+from guardians.engine.rng import hashed
+from guardians.engine.search import bfloat16_is_native
 
 __all__ = ["AveragedMixturePGD"]
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from guardians.attacks.checks import check_flag, check_integer, check_number
-from guardians.attacks.rng import hashed
-from guardians.attacks.victim import undisturbed
 from guardians.defences.ensemble import RandomEnsemble, log_probabilities
+from guardians.engine.checks import check_flag, check_integer, check_number
+from guardians.engine.rng import hashed
+from guardians.engine.victim import undisturbed
 
 __all__ = ["GaussianNoise", "RandomSelfEnsemble"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from guardians.adapters.implementations import CarliniWagnerSpec, build_attack
 from guardians.attacks.norms import lp_norm
 from guardians.parity.comparison import Recorder, Trajectory
 from guardians.parity.rules import CARLINI_WAGNER_RULES
+from guardians.toolkits.implementations import CarliniWagnerSpec, build_attack
 
 __all__ = ["is_dominated", "largest_difference", "runs_of_one"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from guardians.adapters.implementations import AttackSpec, CarliniWagnerSpec, is_available
+from guardians.toolkits.implementations import AttackSpec, CarliniWagnerSpec, is_available
 
 __all__ = ["REFERENCES", "Case", "cases"]
 

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from guardians.adapters.implementations import AttackSpec, build_attack
 from guardians.attacks import ProjectedGradientDescent
-from guardians.attacks.base import State
-from guardians.attacks.engine import value_and_gradient
-from guardians.attacks.rng import SampleRng
-from guardians.attacks.victim import undisturbed
 from guardians.benchmark.counting import CountingModel
+from guardians.engine.attack import State
+from guardians.engine.loop import value_and_gradient
+from guardians.engine.rng import SampleRng
+from guardians.engine.victim import undisturbed
 from guardians.parity.rules import OneCoordinateStep, native_class
+from guardians.toolkits.implementations import AttackSpec, build_attack
 
 __all__ = [
     "FLOAT64_TOLERANCE",

@@ -14,15 +14,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from guardians.adapters.implementations import AttackSpec, CarliniWagnerSpec, build_attack
-from guardians.attacks.base import Attack
-from guardians.attacks.checks import check_integer
 from guardians.attacks.norms import lp_norm
-from guardians.attacks.victim import Victim, predicted_labels
 from guardians.benchmark.counting import CountingModel
 from guardians.benchmark.overhead import timed
 from guardians.benchmark.statistics import paired_difference
 from guardians.data import Dataset
+from guardians.engine.attack import Attack
+from guardians.engine.checks import check_integer
+from guardians.engine.victim import Victim, predicted_labels
 from guardians.parity.carlini_wagner import is_dominated, largest_difference, runs_of_one
 from guardians.parity.cases import Case, cases
 from guardians.parity.comparison import (
@@ -37,6 +36,7 @@ from guardians.parity.comparison import (
 )
 from guardians.parity.rules import CARLINI_WAGNER_RULES, rules_for
 from guardians.tables import PARITY_COLUMNS, Table
+from guardians.toolkits.implementations import AttackSpec, CarliniWagnerSpec, build_attack
 
 __all__ = ["Comparison", "compare", "run_parity", "target_labels"]
 

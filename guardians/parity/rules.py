@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from guardians.adapters.implementations import AttackSpec
 from guardians.attacks import CarliniWagnerL2, FastGradientMethod, ProjectedGradientDescent
-from guardians.attacks.base import State
 from guardians.attacks.boxes import Box, ChangeOfVariables
 from guardians.attacks.norms import as_norm, lp_norm, project, steepest_ascent
-from guardians.attacks.rng import SampleRng
+from guardians.engine.attack import State
+from guardians.engine.rng import SampleRng
+from guardians.toolkits.implementations import AttackSpec
 
 __all__ = ["CARLINI_WAGNER_RULES", "OneCoordinateStep", "native_class", "rules_for"]
 

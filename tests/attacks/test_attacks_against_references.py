@@ -10,7 +10,7 @@ from scipy import stats
 from torch import nn
 
 from guardians.attacks import FGSM, PGD
-from guardians.attacks.victim import Victim
+from guardians.engine.victim import Victim
 
 INF = float("inf")
 

@@ -17,7 +17,7 @@ from guardians.attacks.norms import (
     steepest_ascent,
     steepest_ascent_in_box,
 )
-from guardians.attacks.rng import SampleRng
+from guardians.engine.rng import SampleRng
 
 INF = float("inf")
 NORMS = [1, 1.5, 2, 3, INF]

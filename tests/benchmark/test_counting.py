@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from guardians.adapters.implementations import AttackSpec, build_attack
 from guardians.benchmark.counting import CountingModel, peak_memory
+from guardians.toolkits.implementations import AttackSpec, build_attack
 
 
 @pytest.fixture

@@ -15,8 +15,6 @@ from torch import nn
 
 from guardians.attacks import PGD, CarliniWagnerL2
 from guardians.attacks.norms import lp_norm
-from guardians.attacks.search import bfloat16_is_native
-from guardians.attacks.victim import predicted_labels
 from guardians.benchmark import defences
 from guardians.benchmark.defences import (
     ATTACKS,
@@ -31,6 +29,8 @@ from guardians.benchmark.defences import (
 from guardians.benchmark.statistics import wilson_interval
 from guardians.data import Dataset
 from guardians.defences import MixupInference, RandomSelfEnsemble
+from guardians.engine.search import bfloat16_is_native
+from guardians.engine.victim import predicted_labels
 from guardians.tables import read_csv
 
 N, SEEDS = 8, 2

@@ -507,7 +507,7 @@ class TestRobustness:
     @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
     def test_precision_is_that_of_attack_and_training(self, monkeypatch, precision):
         """Whatever the device would rather compute in; an attack's own wish comes first."""
-        monkeypatch.setattr("guardians.attacks.search.bfloat16_is_native", lambda device: True)
+        monkeypatch.setattr("guardians.engine.search.bfloat16_is_native", lambda device: True)
         monkeypatch.setattr(f"{MODULE}.works_in", lambda *_, **__: True)  # which would ask in either
         dtypes = {}
 

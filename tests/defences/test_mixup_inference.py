@@ -23,9 +23,9 @@ from models_for_tests import (
 from torch import nn
 from torch.nn.functional import log_softmax, nll_loss
 
-from guardians.attacks.rng import hashed, row_keys
 from guardians.defences import MixupInference
 from guardians.defences.mixup_inference import METHODS
+from guardians.engine.rng import hashed, row_keys
 
 N, SEED = 8, 5
 BETWEEN = 0.008

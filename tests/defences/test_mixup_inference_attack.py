@@ -7,9 +7,9 @@ from models_for_tests import CLASSES, SHAPE, Noted, close, small_net, snapshot, 
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from guardians.attacks.rng import hashed
-from guardians.attacks.victim import predicted_labels
 from guardians.defences import AveragedMixturePGD, MixupInference, RandomSelfEnsemble
+from guardians.engine.rng import hashed
+from guardians.engine.victim import predicted_labels
 from guardians.estimators import MixupInferenceClassifier
 
 N, LAM, SEED = 6, 0.6, 3

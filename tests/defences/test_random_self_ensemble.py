@@ -21,9 +21,9 @@ from models_for_tests import (
 from torch import nn
 from torch.nn import functional as F
 
-from guardians.attacks.rng import hashed, row_keys
 from guardians.defences import RandomSelfEnsemble
 from guardians.defences.random_self_ensemble import GaussianNoise
+from guardians.engine.rng import hashed, row_keys
 
 N, SEED = 6, 11
 NAN, INF = float("nan"), float("inf")

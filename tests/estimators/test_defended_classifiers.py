@@ -17,8 +17,8 @@ from models_for_tests import (
 from torch import nn
 
 from guardians.attacks import FGSM, PGD
-from guardians.attacks.victim import Victim
 from guardians.defences import AdversarialTrainer, MixupInference, RandomSelfEnsemble
+from guardians.engine.victim import Victim
 from guardians.estimators import MixupInferenceClassifier, RandomSelfEnsembleClassifier
 
 N = 10

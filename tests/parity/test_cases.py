@@ -3,9 +3,9 @@ from collections import Counter
 import pytest
 from models_for_tests import CLASSES, small_net, some_images, some_labels
 
-from guardians.adapters.implementations import is_available
 from guardians.parity import REFERENCES, cases, compare
 from guardians.parity.comparison import FLOAT64_TOLERANCE
+from guardians.toolkits.implementations import is_available
 
 for toolkit in ("torchattacks", "foolbox"):
     pytest.importorskip(toolkit)

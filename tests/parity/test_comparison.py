@@ -5,10 +5,10 @@ import torch
 from models_for_tests import CLASSES, small_net, some_images, some_labels
 from torch import nn
 
-from guardians.adapters.implementations import AttackSpec
 from guardians.attacks.norms import as_norm, project
 from guardians.parity import Case, cases, compare, comparison, harness
 from guardians.parity.comparison import Steps, Trajectory, compare_steps, native_attack, record
+from guardians.toolkits.implementations import AttackSpec
 
 for toolkit in ("torchattacks", "foolbox"):
     pytest.importorskip(toolkit)

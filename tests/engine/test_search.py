@@ -18,11 +18,12 @@ from models_for_tests import (
 )
 from torch import fx, nn
 
-from guardians.attacks import FGSM, PGD, search
-from guardians.attacks.search import bfloat16_is_native
+from guardians.attacks import FGSM, PGD
+from guardians.engine import search
+from guardians.engine.search import bfloat16_is_native
 from guardians.models import resnet9, resnet18, wide_resnet
 
-LOGGER = "guardians.attacks.search"
+LOGGER = "guardians.engine.search"
 CPU = torch.device("cpu")
 
 

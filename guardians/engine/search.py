@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
-from guardians.attacks.checks import check_choice
-from guardians.attacks.victim import Victim, undisturbed
+from guardians.engine.checks import check_choice
+from guardians.engine.victim import Victim, undisturbed
 
 __all__ = [
     "PRECISIONS",

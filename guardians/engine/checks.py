@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guardians.attacks.victim import Victim
+from guardians.engine.victim import Victim
 
 __all__ = [
     "check_choice",

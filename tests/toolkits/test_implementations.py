@@ -8,8 +8,8 @@ import torch
 from models_for_tests import CLASSES, SHAPE
 from torch.nn.functional import cross_entropy
 
-from guardians.adapters.implementations import IMPLEMENTATIONS, AttackSpec, build_attack, is_available
 from guardians.attacks import Attack
+from guardians.toolkits.implementations import IMPLEMENTATIONS, AttackSpec, build_attack, is_available
 
 INF = float("inf")
 FGSM = AttackSpec("FGSM", INF, eps=0.03, eps_step=0.01)
@@ -180,7 +180,7 @@ def test_options_of_native_are_checked(options, error, message, net):
 
 @pytest.fixture
 def without_toolkits(monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("guardians.adapters")]:
+    for name in [name for name in sys.modules if name.startswith("guardians.toolkits")]:
         monkeypatch.delitem(sys.modules, name)
     for name in ("torchattacks", "foolbox"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -188,8 +188,8 @@ def without_toolkits(monkeypatch):
 
 @pytest.mark.usefixtures("without_toolkits")
 def test_toolkits_that_are_not_installed_are_needed_only_when_used(net, x, y):
-    import guardians.adapters
-    from guardians.adapters import implementations
+    import guardians.toolkits
+    from guardians.toolkits import implementations
 
     options = {"nb_classes": CLASSES, "input_shape": SHAPE, "batch_size": 5}
     for name in ("native", "ART"):
@@ -199,13 +199,13 @@ def test_toolkits_that_are_not_installed_are_needed_only_when_used(net, x, y):
         with pytest.raises(ImportError, match=rf"{name} is not installed: pip install guardians\[parity\]"):
             implementations.build_attack(name, PGD, net, **options)
         with pytest.raises(ImportError, match=r"guardians\[parity\]"):
-            getattr(guardians.adapters, adapter)
+            getattr(guardians.toolkits, adapter)
 
 
 def test_the_package_exports_the_adapters():
-    import guardians.adapters
-    from guardians.adapters.art import ArtAttack
+    import guardians.toolkits
+    from guardians.toolkits.art import ArtAttack
 
-    assert guardians.adapters.ArtAttack is ArtAttack
+    assert guardians.toolkits.ArtAttack is ArtAttack
     with pytest.raises(AttributeError, match="Nothing"):
-        _ = guardians.adapters.Nothing
+        _ = guardians.toolkits.Nothing

@@ -7,7 +7,8 @@ from models_for_tests import SHAPE
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from guardians.attacks import FGSM, PGD, CarliniWagnerL2, CarliniWagnerLinf, engine
+from guardians.attacks import FGSM, PGD, CarliniWagnerL2, CarliniWagnerLinf
+from guardians.engine import loop
 
 INF = float("inf")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -45,7 +46,7 @@ def reads(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "numpy", numpy)
     # Autograd's own threads look for the real device, and fake tensors have no pinned memory.
     monkeypatch.setattr(torch.autograd, "grad", gradient)
-    monkeypatch.setattr(engine._Queue, "_moved", lambda queue, value: value.to(queue._device, copy=True))
+    monkeypatch.setattr(loop._Queue, "_moved", lambda queue, value: value.to(queue._device, copy=True))
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield read
 
@@ -67,9 +68,9 @@ def batches(*sizes, labels=True, start=False):
 
 
 def run(attack, data):
-    report, indices = engine.Report(), []
+    report, indices = loop.Report(), []
     with torch.no_grad():
-        for finished in engine.stream(attack, data, seed=0, device=CUDA, report=report):
+        for finished in loop.stream(attack, data, seed=0, device=CUDA, report=report):
             assert isinstance(finished.x_adv, FakeTensor)
             assert finished.x_adv.device == CUDA
             assert finished.x_adv.shape == (len(finished.index), *SHAPE)
@@ -129,9 +130,9 @@ def test_retiring_refilling_and_restarting_stay_on_the_device(norm, options, rea
         assert one.shape == other.shape
         return bool(random.random() < 0.5)
 
-    monkeypatch.setattr(engine, "_on_host", on_host)
+    monkeypatch.setattr(loop, "_on_host", on_host)
     monkeypatch.setattr(torch, "equal", equal)
-    monkeypatch.setattr(engine.Run, "_probe", lambda run, x: None)  # compares values
+    monkeypatch.setattr(loop.Run, "_probe", lambda run, x: None)  # compares values
     report = run(pgd(norm=norm, early_stop=True, **options), batches(3, 2, 2, start=True))
     assert reads == []
     assert report.judgement_forward > 0
@@ -153,11 +154,11 @@ def test_what_a_copy_fails_is_searched_again_on_the_device(share, reads, monkeyp
             asked.append(len(images))
             return copy(images)
 
-        run.search = engine.Search(logits, "copy", is_cheap=True)
+        run.search = loop.Search(logits, "copy", is_cheap=True)
 
-    monkeypatch.setattr(engine, "_on_host", on_host)
+    monkeypatch.setattr(loop, "_on_host", on_host)
     monkeypatch.setattr(torch, "equal", lambda one, other: False)
-    monkeypatch.setattr(engine.Run, "_probe", search_with_a_copy)
+    monkeypatch.setattr(loop.Run, "_probe", search_with_a_copy)
     report = run(pgd(norm=INF, early_stop=True, num_random_init=2), batches(3, 2, 2))
     assert reads == []
     assert N <= sum(asked) < report.search_forward
@@ -179,8 +180,8 @@ def test_minimum_norm_attacks_stay_on_the_device(attack_class, options, box, rea
     def on_host(values):
         return values if isinstance(values, np.ndarray) else random.random(tuple(values.shape)) < 0.25
 
-    monkeypatch.setattr(engine, "_on_host", on_host)
-    monkeypatch.setattr(engine.Run, "_probe", lambda run, x: None)
+    monkeypatch.setattr(loop, "_on_host", on_host)
+    monkeypatch.setattr(loop.Run, "_probe", lambda run, x: None)
     attack = attack_class(fake_net(), box=box, batch_size=3, verbose=False, **options)
     attack.victim.nb_classes = 5
     run(attack, batches(3, 2, 2))

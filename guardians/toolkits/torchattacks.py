@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
-from guardians.adapters.base import ToolkitAttack
-from guardians.attacks.victim import Victim
+from guardians.engine.victim import Victim
+from guardians.toolkits.base import ToolkitAttack
 
 try:
     import torchattacks

@@ -13,9 +13,9 @@ from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
 from guardians.attacks import FGSM, PGD, CarliniWagnerL2, CarliniWagnerLinf
-from guardians.attacks.base import Attack
-from guardians.attacks.checks import check_choice
-from guardians.attacks.victim import Victim
+from guardians.engine.attack import Attack
+from guardians.engine.checks import check_choice
+from guardians.engine.victim import Victim
 
 __all__ = ["IMPLEMENTATIONS", "AttackSpec", "CarliniWagnerSpec", "build_attack", "build_prediction", "is_available"]
 
@@ -136,7 +136,7 @@ def build_attack(
         batch_size: images in one forward pass.
         seed: of random starts: every call draws the same, and the global generators are left as they were. None
             draws anew at every call, from the global generators of torch and (ART) numpy.
-        early_stop, precision: of a native attack, see `guardians.attacks.base.Attack`; Carlini-Wagner has no
+        early_stop, precision: of a native attack, see `guardians.engine.attack.Attack`; Carlini-Wagner has no
             early_stop. The toolkits stop at no image early and compute in the model's own float32.
 
     Returns:
@@ -187,11 +187,11 @@ def build_prediction(
         classifier = _art_classifier(model, nb_classes, input_shape)
         return lambda x: torch.from_numpy(classifier.predict(x.cpu().numpy(), batch_size=batch_size)).to(x)
     if implementation == "torchattacks":
-        from guardians.adapters.torchattacks import torchattacks
+        from guardians.toolkits.torchattacks import torchattacks
 
         logits = torchattacks.attack.Attack("clean", model).get_logits
     elif implementation == "foolbox":
-        from guardians.adapters.foolbox import foolbox
+        from guardians.toolkits.foolbox import foolbox
 
         logits = foolbox.PyTorchModel(model, bounds=(0, 1), device=Victim(model).device)
 
@@ -256,7 +256,7 @@ def _art(
 ) -> TensorAttack:
     from art.attacks.evasion import CarliniL2Method, CarliniLInfMethod, FastGradientMethod, ProjectedGradientDescent
 
-    from guardians.adapters.art import ArtAttack
+    from guardians.toolkits.art import ArtAttack
 
     classifier = _art_classifier(model, nb_classes, input_shape)
     if isinstance(spec, CarliniWagnerSpec):
@@ -273,7 +273,7 @@ def _art(
 
 
 def _torchattacks(spec: AttackSpec | CarliniWagnerSpec, model: nn.Module, batch_size: int) -> TensorAttack:
-    from guardians.adapters.torchattacks import TorchattacksAttack, torchattacks
+    from guardians.toolkits.torchattacks import TorchattacksAttack, torchattacks
 
     arguments: dict[str, Any]
     if isinstance(spec, CarliniWagnerSpec):
@@ -290,7 +290,7 @@ def _torchattacks(spec: AttackSpec | CarliniWagnerSpec, model: nn.Module, batch_
 
 
 def _foolbox(spec: AttackSpec | CarliniWagnerSpec, model: nn.Module, batch_size: int) -> TensorAttack:
-    from guardians.adapters.foolbox import FoolboxAttack, foolbox
+    from guardians.toolkits.foolbox import FoolboxAttack, foolbox
 
     if isinstance(spec, CarliniWagnerSpec):
         arguments = spec.arguments(

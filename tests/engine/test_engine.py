@@ -25,9 +25,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 
 from guardians.attacks import FGSM, PGD
-from guardians.attacks.engine import value_and_gradient
 from guardians.attacks.norms import ball_bounds, pull_into_ball, random_in_ball
-from guardians.attacks.rng import SampleRng
+from guardians.engine.loop import value_and_gradient
+from guardians.engine.rng import SampleRng
 
 INF = float("inf")
 PROBE = 8
@@ -489,7 +489,7 @@ def test_draws_that_judge_a_random_model_are_its_own_and_counted(model, judge_sa
 @pytest.mark.parametrize("precision", ["auto", "bfloat16"])
 def test_a_random_model_is_not_copied(precision, monkeypatch):
     copied = []
-    monkeypatch.setattr("guardians.attacks.search.folded_copy", copied.append)
+    monkeypatch.setattr("guardians.engine.search.folded_copy", copied.append)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pgd(Noisy(traceable_net()), eps=0.1, eps_step=0.1, max_iter=2, early_stop=True, precision=precision)(

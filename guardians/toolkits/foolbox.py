@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
-from guardians.adapters.base import ToolkitAttack
-from guardians.attacks.checks import check_number
+from guardians.engine.checks import check_number
+from guardians.toolkits.base import ToolkitAttack
 
 try:
     import foolbox

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from guardians.attacks.rng import SampleRng, given_keys, hashed, row_keys
+from guardians.engine.rng import SampleRng, given_keys, hashed, row_keys
 
 DRAW = {
     "uniform": lambda rng: rng.uniform((3, 4)),

@@ -11,7 +11,7 @@ from models_for_tests import CLASSES, SHAPE, art_classifier
 from torch import nn
 from torch.nn.functional import one_hot
 
-from guardians.adapters.torchattacks import TorchattacksAttack
+from guardians.toolkits.torchattacks import TorchattacksAttack
 
 PGD = {"eps": 0.05, "alpha": 0.02, "steps": 3, "random_start": False}
 

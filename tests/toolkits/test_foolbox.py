@@ -9,7 +9,7 @@ from models_for_tests import CLASSES, art_classifier, small_net
 from torch import nn
 from torch.nn.functional import one_hot
 
-from guardians.adapters.foolbox import FoolboxAttack
+from guardians.toolkits.foolbox import FoolboxAttack
 
 
 def pgd():

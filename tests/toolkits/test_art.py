@@ -6,8 +6,8 @@ from art.estimators.classification import BlackBoxClassifierNeuralNetwork
 from models_for_tests import CLASSES, SHAPE, art_classifier
 from torch.nn.functional import one_hot
 
-from guardians.adapters.art import ArtAttack
 from guardians.attacks import PGD
+from guardians.toolkits.art import ArtAttack
 
 
 def pgd(estimator, **options):

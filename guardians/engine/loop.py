@@ -3,7 +3,7 @@
 Each sample under search has a row in the state of a `_Pool`. A sample that is finished leaves at once and the next one
 takes its row, so that the model always sees full batches; a restart keeps the row.
 
-The search may ask a cheaper copy of the user's model, see `guardians.attacks.search`. Whether a sample is fooled is
+The search may ask a cheaper copy of the user's model, see `guardians.engine.search`. Whether a sample is fooled is
 decided by the user's model on the image that is returned. A sample that the cheap search takes for fooled and the
 user's model does not goes on; when its search ends in vain, the user's own model searches it again from the start.
 """
@@ -20,12 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guardians.attacks.norms import lp_norm, per_image
-from guardians.attacks.rng import SampleRng, hashed, row_keys
-from guardians.attacks.search import Search, choose_search, is_random, judge_logits
+from guardians.engine.rng import SampleRng, hashed, row_keys
+from guardians.engine.search import Search, choose_search, is_random, judge_logits
 
 if TYPE_CHECKING:
-    from guardians.attacks.base import Attack, State
+    from guardians.engine.attack import Attack, State
 
 __all__ = ["PROBE", "Finished", "Report", "Run", "stream", "value_and_gradient"]
 
@@ -299,7 +298,7 @@ class _Pool:
         if attack.early_stop or self.failed is not None:
             flags = [run.reached(logits, y), state["at_fixed_point"], ~logits.isfinite().all(-1).all(0)]
             if self.failed is not None and gradient is not None:
-                steepest = lp_norm(gradient, float("inf")).flatten()
+                steepest = gradient.flatten(1).abs().amax(1)
                 flags[-1] |= ~((steepest > 0) & steepest.isfinite())
             reached, at_fixed_point, broken = _on_host(torch.stack(flags))
             reached &= ~over
@@ -371,7 +370,7 @@ class _Pool:
         stands = np.zeros(len(rows), dtype=bool) if fooled is None else ~fooled
         if attack.minimises_norm and stands.any():
             ended["doubted"] |= _on_host((images != ended["x"]).flatten(1).any(1))
-            stays = per_image(torch.from_numpy(stands).to(images.device, non_blocking=True), images)
+            stays = torch.from_numpy(stands).to(images.device, non_blocking=True).view(-1, *(1,) * (images.ndim - 1))
             images = torch.where(stays, ended["x"], images)
         restarts = stands & (ended["restart"] + 1 < attack.restarts)
         failed = stands & ~restarts & ended["doubted"] if self.failed is not None else np.zeros_like(stands)

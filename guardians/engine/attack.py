@@ -12,13 +12,13 @@ from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from guardians.attacks import engine
-from guardians.attacks.checks import check_flag, check_integer
-from guardians.attacks.engine import Finished, Report
-from guardians.attacks.interfaces import ClassifierAttack
-from guardians.attacks.rng import SampleRng
-from guardians.attacks.search import check_precision
-from guardians.attacks.victim import undisturbed
+from guardians.engine import loop
+from guardians.engine.checks import check_flag, check_integer
+from guardians.engine.interfaces import ClassifierAttack
+from guardians.engine.loop import Finished, Report
+from guardians.engine.rng import SampleRng
+from guardians.engine.search import check_precision
+from guardians.engine.victim import undisturbed
 
 __all__ = ["Attack", "State"]
 
@@ -203,7 +203,7 @@ class Attack(ClassifierAttack):
         seed = int(torch.randint(2**62, ())) if self.seed is None else int(self.seed)
         device = device or self.victim.device
         self.report = Report()
-        search = engine.stream(self, batches, seed=seed, device=device, report=self.report)
+        search = loop.stream(self, batches, seed=seed, device=device, report=self.report)
         done = fooled = 0
         with tqdm(total=total, desc=type(self).__name__, unit="image", disable=not self.verbose, leave=False) as bar:
             while True:

@@ -10,8 +10,8 @@ from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from guardians.attacks.interfaces import ClassifierAttack
-from guardians.attacks.victim import Victim
+from guardians.engine.interfaces import ClassifierAttack
+from guardians.engine.victim import Victim
 
 __all__ = ["Logits", "ToolkitAttack"]
 

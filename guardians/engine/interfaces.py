@@ -13,9 +13,9 @@ from art.estimators.classification import ClassifierMixin, PyTorchClassifier
 from art.estimators.pytorch import PyTorchEstimator
 from torch import Tensor, nn
 
-from guardians.attacks.checks import check_device, check_flag, check_images, check_integer, labels_from, mask_from
-from guardians.attacks.rng import hashed, row_keys
-from guardians.attacks.victim import Victim, undisturbed
+from guardians.engine.checks import check_device, check_flag, check_images, check_integer, labels_from, mask_from
+from guardians.engine.rng import hashed, row_keys
+from guardians.engine.victim import Victim, undisturbed
 
 __all__ = ["ClassifierAttack"]
 

@@ -10,8 +10,8 @@ from art.attacks import EvasionAttack
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from guardians.attacks.checks import labels_from
-from guardians.attacks.victim import undisturbed
+from guardians.engine.checks import labels_from
+from guardians.engine.victim import undisturbed
 
 __all__ = ["ArtAttack"]
 
