@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Annotated, Any, ClassVar
 
 import torch
-from art.estimators.classification import PyTorchClassifier
-from torch import Tensor, nn
+from torch import Tensor
 
 from guardians.attacks.boxes import BOXES, Box, NoBox
-from guardians.attacks.norms import lp_norm, per_image
+from guardians.attacks.norms import lp_norm
 from guardians.attacks.objectives import OBJECTIVE_FUNCTIONS, TAKE_CONFIDENCE, largest_other, margin
-from guardians.engine.attack import Attack, State
-from guardians.engine.checks import check_choice, check_flag, check_integer, check_number
-from guardians.engine.rng import SampleRng
+from guardians.engine.attack import Attack
+from guardians.engine.checks import check_choice, check_number
+from guardians.engine.interfaces import Estimator
+from guardians.engine.parameters import KW_ONLY, Count, Flag, Number, OptionalCount, Positive, Size
+from guardians.engine.state import Answer, Progress, State, per_image
 
 __all__ = ["CarliniL2Method", "CarliniLInfMethod", "CarliniWagnerL2", "CarliniWagnerLinf"]
 
@@ -28,7 +30,7 @@ _ADAM_EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
-class Answer:
+class Descent:
     """What the model's answer at the query says of each sample.
 
     Attributes:
@@ -47,83 +49,53 @@ class Answer:
 
 
 class _CarliniWagner(Attack):
-    """What the two norms share: variables in a box, an objective function, Adam, and the best image so far."""
+    """What the two norms share: variables in a box, an objective function, and Adam."""
 
-    attack_params: ClassVar[list[str]] = [
-        *(name for name in Attack.attack_params if name != "early_stop"),
-        "confidence",
-        "learning_rate",
-        "max_iter",
-        "initial_const",
-        "box",
-        "objective_function",
-    ]
-    _options: ClassVar[tuple[str, ...]] = ("mask",)
-    _norm: ClassVar[float]
+    _: KW_ONLY
+    box: Annotated[str, partial(check_choice, known=tuple(BOXES))] = "tanh"
+    objective_function: Annotated[str, partial(check_choice, known=tuple(OBJECTIVE_FUNCTIONS))] = "f6"
 
-    def __init__(
-        self,
-        classifier: PyTorchClassifier | nn.Module,
-        *,
-        confidence: float,
-        learning_rate: float,
-        max_iter: int,
-        initial_const: float,
-        box: str,
-        objective_function: str,
-        **options: Any,
-    ) -> None:
-        super().__init__(classifier, **options)
-        self.confidence = confidence
-        self.learning_rate = learning_rate
-        self.max_iter = max_iter
-        self.initial_const = initial_const
-        self.box = box
-        self.objective_function = objective_function
-        self._boxes: dict[tuple[str, torch.device, torch.dtype], Box] = {}
+    _options: ClassVar[tuple[str, ...]] = ("mask", "first_index")
+    keeps: ClassVar[str] = "nearest"
 
-    @property
-    def minimises_norm(self) -> bool:
-        """Yes."""
-        return True
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._made_for: Any = None
 
-    def start(self, x: Tensor, y: Tensor, rng: SampleRng, **options: Tensor) -> State:
-        """The variables of the image; no best image yet."""
+    def start(self, state: State) -> None:
+        """The variables of the image."""
+        x = state.x
         number = torch.zeros(len(x), dtype=x.dtype, device=x.device)
-        state: State = {"x": x, "y": y, "image": x.clone(), "best": x.clone()}
-        if "mask" in options:
-            state["fixed"] = ~options["mask"]
-        home = self.boundary(x).variable(x)
-        state |= {"home": home, "variable": home.clone(), "mean": torch.zeros_like(x), "square": torch.zeros_like(x)}
-        state |= {"step": number, "const": torch.full_like(number, self.initial_const)}
-        return state | {"best_distance": torch.full_like(number, torch.inf)}
+        state.image = x.clone()
+        state.home = self.boundary(x).variable(x)
+        state.variable = state.home.clone()
+        state.mean, state.square = torch.zeros_like(x), torch.zeros_like(x)
+        state.step, state.const = number, torch.full_like(number, self.initial_const)
 
     def query(self, state: State) -> Tensor:
         """The image of the variables."""
-        return state["image"]
+        return state.image
 
     def objective(self, logits: Tensor, y: Tensor, state: State) -> Tensor:
         """-f, which is ascended."""
         return -self.f(self.objective_function, logits, y, state)
 
-    def update(self, state: State, logits: Tensor, gradient: Tensor | None) -> Tensor:
-        """Keep the query where it is the best image so far, then a step of Adam; done when the search is over."""
-        assert gradient is not None
-        answer = self._answer(state, logits, gradient)
-        better = answer.reached & (answer.distance < state["best_distance"])
-        state["best"] = torch.where(per_image(better, state["x"]), state["image"], state["best"])
-        state["best_distance"] = torch.where(better, answer.distance, state["best_distance"])
-        done = self.advance(state, logits, answer)
-        image = self.boundary(state["x"]).image(state["variable"])
-        state["image"] = torch.where(state["fixed"], state["x"], image) if "fixed" in state else image
-        return done | (state["best_distance"] == 0)
-
-    def result(self, state: State) -> Tensor:
-        """The nearest image that fooled the model, or where none did the image itself."""
-        return state["best"]
+    def update(self, state: State, answer: Answer) -> Progress:
+        """A step of Adam; done when the search is over, or nothing can be nearer."""
+        assert answer.gradient is not None
+        assert answer.distance is not None
+        descent = -answer.gradient.nan_to_num(nan=0, posinf=0, neginf=0)
+        if state.mask is not None:
+            descent = descent.masked_fill(~state.mask, 0)
+        offset = self.boundary(state.x).offset(state.variable, state.x)
+        found = Descent(answer.fooled, -answer.value, descent, offset, answer.distance)
+        done = self.advance(state, answer.logits, found)
+        image = self.boundary(state.x).image(state.variable)
+        state.image = image if state.mask is None else torch.where(state.mask, image, state.x)
+        return Progress(done | (state.best_distance == 0))
 
     @abstractmethod
-    def advance(self, state: State, logits: Tensor, answer: Answer) -> Tensor:
+    def advance(self, state: State, logits: Tensor, answer: Descent) -> Tensor:
         """Move the variables, and steer what the norm steers; whose search is over: bool (N,)."""
 
     def f(self, name: str, logits: Tensor, y: Tensor, state: State) -> Tensor:
@@ -142,10 +114,11 @@ class _CarliniWagner(Attack):
 
     def boundary(self, x: Tensor) -> Box:
         """The box of images such as `x`, made once, as its bounds have to be moved to the device."""
-        bounds, key = self.victim.clip_values, (self.box, x.device, x.dtype)
-        if key not in self._boxes:
-            self._boxes[key] = NoBox(x) if bounds is None else BOXES[self.box](bounds, x)
-        return self._boxes[key]
+        bounds = self.victim.clip_values
+        made_for = (self.box, x.device, x.dtype, bounds)
+        if self._made_for != made_for:
+            self._boundary, self._made_for = NoBox(x) if bounds is None else BOXES[self.box](bounds, x), made_for
+        return self._boundary
 
     def descend(
         self, state: State, of_model: Tensor, of_distance: Tensor, rate: Tensor, betas: tuple[float, float]
@@ -159,48 +132,28 @@ class _CarliniWagner(Attack):
             rate: learning rates (N,).
             betas: how much of the moments is kept.
         """
-        box, x, variable = self.boundary(state["x"]), state["x"], state["variable"]
-        gradient = box.gradient(per_image(state["const"], x) * of_model, of_distance, variable)
-        if "fixed" in state:
-            gradient = gradient.masked_fill(state["fixed"], 0)
-        state["step"] = state["step"] + 1
-        step = per_image(state["step"], x)
-        state["mean"] = torch.lerp(gradient, state["mean"], betas[0])
-        state["square"] = torch.lerp(gradient.square(), state["square"], betas[1])
-        scale = (state["square"] / (1 - betas[1] ** step)).sqrt_().add_(_ADAM_EPSILON)
-        change = (state["mean"] * (per_image(rate, x) / (1 - betas[0] ** step))).div_(scale)
-        state["variable"] = box.confine(variable - change)
+        box, x, variable = self.boundary(state.x), state.x, state.variable
+        gradient = box.gradient(per_image(state.const, x) * of_model, of_distance, variable)
+        if state.mask is not None:
+            gradient = gradient.masked_fill(~state.mask, 0)
+        state.step = state.step + 1
+        step = per_image(state.step, x)
+        state.mean = torch.lerp(gradient, state.mean, betas[0])
+        state.square = torch.lerp(gradient.square(), state.square, betas[1])
+        scale = (state.square / (1 - betas[1] ** step)).sqrt_().add_(_ADAM_EPSILON)
+        change = (state.mean * (per_image(rate, x) / (1 - betas[0] ** step))).div_(scale)
+        state.variable = box.confine(variable - change)
 
     def forget(self, state: State, rows: Tensor, *, position: bool) -> None:
         """Start anew with some samples (N,): fresh moments, and with `position` at the image."""
-        images = per_image(rows, state["x"])
+        images = per_image(rows, state.x)
         if position:
-            state["variable"] = torch.where(images, state["home"], state["variable"])
-        for name in ("mean", "square"):
-            state[name] = state[name].masked_fill(images, 0)
-        state["step"] = state["step"].masked_fill(rows, 0)
-
-    def _answer(self, state: State, logits: Tensor, gradient: Tensor) -> Answer:
-        x, y = state["x"], state["y"]
-        descent = -gradient.nan_to_num(nan=0, posinf=0, neginf=0)
-        if "fixed" in state:
-            descent = descent.masked_fill(state["fixed"], 0)
-        return Answer(
-            reached=self.reached(logits, y),
-            f=-self.objective(logits, y, state),
-            gradient=descent,
-            offset=self.boundary(x).offset(state["variable"], x),
-            distance=lp_norm(state["image"] - x, self._norm).flatten(),
-        )
+            state.variable = torch.where(images, state.home, state.variable)
+        state.mean, state.square = state.mean.masked_fill(images, 0), state.square.masked_fill(images, 0)
+        state.step = state.step.masked_fill(rows, 0)
 
     def _check_params(self) -> None:
         super()._check_params()
-        check_number("confidence", self.confidence, low=0, single=True)
-        check_number("learning_rate", self.learning_rate, low=0, exclusive=True, single=True)
-        check_integer("max_iter", self.max_iter, low=1)
-        check_number("initial_const", self.initial_const, low=0, exclusive=True, single=True)
-        check_choice("box", self.box, BOXES)
-        check_choice("objective_function", self.objective_function, OBJECTIVE_FUNCTIONS)
         if self.confidence > 0 and self.objective_function not in TAKE_CONFIDENCE:
             raise ValueError(
                 f"confidence={self.confidence}: must be 0 for objective_function={self.objective_function!r}; "
@@ -256,66 +209,27 @@ class CarliniWagnerL2(_CarliniWagner):
         EstimatorError, TypeError, ValueError: see `Attack`.
     """
 
-    attack_params: ClassVar[list[str]] = [
-        *_CarliniWagner.attack_params,
-        "binary_search_steps",
-        "max_halving",
-        "max_doubling",
-        "adaptive",
-        "abort_early",
-    ]
-    _norm: ClassVar[float] = 2.0
+    classifier: Estimator
+    confidence: Number = 0.0
+    targeted: Flag = False
+    learning_rate: Number = 0.1
+    binary_search_steps: Size = 10
+    max_iter: Size = 10
+    initial_const: Positive = 0.01
+    max_halving: Count = 5
+    max_doubling: Count = 5
+    batch_size: OptionalCount = None
+    verbose: Flag = True
+    _: KW_ONLY
+    adaptive: Flag = True
+    abort_early: Flag = True
 
-    def __init__(
-        self,
-        classifier: PyTorchClassifier | nn.Module,
-        confidence: float = 0.0,
-        targeted: bool = False,
-        learning_rate: float = 0.1,
-        binary_search_steps: int = 10,
-        max_iter: int = 10,
-        initial_const: float = 0.01,
-        max_halving: int = 5,
-        max_doubling: int = 5,
-        batch_size: int = 32,
-        verbose: bool = True,
-        *,
-        box: str = "tanh",
-        objective_function: str = "f6",
-        adaptive: bool = True,
-        abort_early: bool = True,
-        seed: int | None = None,
-        precision: str = "auto",
-        judge_samples: int | None = None,
-        eot_samples: int = 1,
-    ) -> None:
-        super().__init__(
-            classifier,
-            confidence=confidence,
-            targeted=targeted,
-            learning_rate=learning_rate,
-            max_iter=max_iter,
-            initial_const=initial_const,
-            batch_size=batch_size,
-            verbose=verbose,
-            box=box,
-            objective_function=objective_function,
-            seed=seed,
-            precision=precision,
-            judge_samples=judge_samples,
-            eot_samples=eot_samples,
-        )
-        self.binary_search_steps = binary_search_steps
-        self.max_halving = max_halving
-        self.max_doubling = max_doubling
-        self.adaptive = adaptive
-        self.abort_early = abort_early
-        self._check_params()
+    norm = 2.0
 
-    def start(self, x: Tensor, y: Tensor, rng: SampleRng, **options: Tensor) -> State:
+    def start(self, state: State) -> None:
         """The variables of the image, and what the search for c keeps."""
-        state = super().start(x, y, rng, **options)
-        return state | self._search_for_const.start(state)
+        super().start(state)
+        self._search_for_const.start(state)
 
     def objective(self, logits: Tensor, y: Tensor, state: State) -> Tensor:
         """-f, which is ascended; the gap of the logits while distances are measured."""
@@ -328,20 +242,13 @@ class CarliniWagnerL2(_CarliniWagner):
         """The class (N,) to which an untargeted attack goes."""
         return self._search_for_const.rival(logits, y, state)
 
-    def advance(self, state: State, logits: Tensor, answer: Answer) -> Tensor:
+    def advance(self, state: State, logits: Tensor, answer: Descent) -> Tensor:
         """As the search for c does."""
         return self._search_for_const.advance(state, logits, answer)
 
     @property
     def _search_for_const(self) -> _SearchForConst:
         return (_NearestClasses if self.adaptive else _BinarySearch)(self)
-
-    def _check_params(self) -> None:
-        super()._check_params()
-        for name in ("binary_search_steps", "max_halving", "max_doubling"):
-            check_integer(name, getattr(self, name), low=1)
-        check_flag("adaptive", self.adaptive)
-        check_flag("abort_early", self.abort_early)
 
 
 class _SearchForConst(ABC):
@@ -351,8 +258,8 @@ class _SearchForConst(ABC):
         self.attack = attack
 
     @abstractmethod
-    def start(self, state: State) -> State:
-        """What it keeps of each sample."""
+    def start(self, state: State) -> None:
+        """Its own columns."""
 
     def measures(self, state: State) -> Tensor | None:
         """Whose distance to a class is being measured, bool (N,); None where nobody's is."""
@@ -363,7 +270,7 @@ class _SearchForConst(ABC):
         return largest_other(logits, y)
 
     @abstractmethod
-    def advance(self, state: State, logits: Tensor, answer: Answer) -> Tensor:
+    def advance(self, state: State, logits: Tensor, answer: Descent) -> Tensor:
         """See `_CarliniWagner.advance`."""
 
 
@@ -372,47 +279,46 @@ class _BinarySearch(_SearchForConst):
 
     _betas = (0.9, 0.999)
 
-    def start(self, state: State) -> State:
+    def start(self, state: State) -> None:
         """The search has not begun."""
-        number = torch.zeros_like(state["const"])
-        infinite = torch.full_like(number, torch.inf)
-        bounds = {"lower": number.clone(), "upper": infinite.clone()}
-        return {**bounds, "search": number.clone(), "found": number.bool(), "last_loss": infinite}
+        state.lower, state.search = torch.zeros_like(state.const), torch.zeros_like(state.const)
+        state.upper, state.last_loss = (torch.full_like(state.const, torch.inf) for _ in range(2))
+        state.found = torch.zeros_like(state.const, dtype=torch.bool)
 
-    def advance(self, state: State, logits: Tensor, answer: Answer) -> Tensor:
+    def advance(self, state: State, logits: Tensor, answer: Descent) -> Tensor:
         """A step, and where it was the last of a descent the next c."""
         attack = self.attack
-        state["found"] = state["found"] | answer.reached
+        state.found = state.found | answer.reached
         over = self._stalls(state, answer)
-        rate = torch.full_like(state["const"], attack.learning_rate)
+        rate = torch.full_like(state.const, attack.learning_rate)
         attack.descend(state, answer.gradient, 2 * answer.offset, rate, self._betas)
-        over |= state["step"] >= attack.max_iter
+        over |= state.step >= attack.max_iter
         self._bisect(state, over)
         attack.forget(state, over, position=True)
-        return state["search"] >= attack.binary_search_steps
+        return state.search >= attack.binary_search_steps
 
-    def _stalls(self, state: State, answer: Answer) -> Tensor:
+    def _stalls(self, state: State, answer: Descent) -> Tensor:
         """Whether a tenth of the descent has not lowered the loss: bool (N,)."""
         if not self.attack.abort_early:
-            return torch.zeros_like(state["found"])
-        checked = state["step"] % max(self.attack.max_iter // 10, 1) == 0
-        loss, last = state["const"] * answer.f + answer.distance**2, state["last_loss"]
-        state["last_loss"] = torch.where(checked, loss, last)
+            return torch.zeros_like(state.found)
+        checked = state.step % max(self.attack.max_iter // 10, 1) == 0
+        loss, last = state.const * answer.f + answer.distance**2, state.last_loss
+        state.last_loss = torch.where(checked, loss, last)
         return checked & (loss > last - 1e-4 * last.abs())
 
     def _bisect(self, state: State, over: Tensor) -> None:
         """The next c of the samples whose descent is over."""
-        const, found, searches = state["const"], state["found"], self.attack.binary_search_steps
-        state["upper"] = torch.where(over & found, torch.minimum(state["upper"], const), state["upper"])
-        state["lower"] = torch.where(over & ~found, torch.maximum(state["lower"], const), state["lower"])
-        between = (state["lower"] + state["upper"]) / 2
-        following = torch.where(state["upper"].isfinite(), between, 10 * const)
-        state["search"] = state["search"] + over
+        const, found, searches = state.const, state.found, self.attack.binary_search_steps
+        state.upper = torch.where(over & found, torch.minimum(state.upper, const), state.upper)
+        state.lower = torch.where(over & ~found, torch.maximum(state.lower, const), state.lower)
+        between = (state.lower + state.upper) / 2
+        following = torch.where(state.upper.isfinite(), between, 10 * const)
+        state.search = state.search + over
         if searches >= 10:
-            following = torch.where(state["search"] == searches - 1, state["upper"], following)
-        state["const"] = torch.where(over, following.clamp_max(_LARGEST_CONST), const)
-        state["found"] = found & ~over
-        state["last_loss"] = state["last_loss"].masked_fill(over, torch.inf)
+            following = torch.where(state.search == searches - 1, state.upper, following)
+        state.const = torch.where(over, following.clamp_max(_LARGEST_CONST), const)
+        state.found = found & ~over
+        state.last_loss = state.last_loss.masked_fill(over, torch.inf)
 
 
 class _NearestClasses(_SearchForConst):
@@ -443,99 +349,93 @@ class _NearestClasses(_SearchForConst):
         self.descents = max(1, min(attack.binary_search_steps, left // self._shortest_descent, self.classes))
         self.steps = left // self.descents
 
-    def start(self, state: State) -> State:
+    def start(self, state: State) -> None:
         """No class is known."""
-        number = torch.zeros_like(state["const"])
-        infinite = torch.full_like(number, torch.inf)
-        return {
-            "rivals": torch.full_like(state["y"], -1)[:, None].repeat(1, self.classes),
-            "nearness": infinite[:, None].repeat(1, self.classes),
-            "measured": torch.zeros_like(state["y"]),
-            "descent": torch.zeros_like(state["y"]),
-            "progress": number.clone(),
-            "stalled": number.clone(),
-            "nearest": infinite,
-        }
+        state.rivals = torch.full_like(state.y, -1)[:, None].repeat(1, self.classes)
+        state.nearness = torch.full_like(state.const, torch.inf)[:, None].repeat(1, self.classes)
+        state.measured, state.descent = torch.zeros_like(state.y), torch.zeros_like(state.y)
+        state.progress, state.stalled = torch.zeros_like(state.const), torch.zeros_like(state.const)
+        state.nearest = torch.full_like(state.const, torch.inf)
 
     def rival(self, logits: Tensor, y: Tensor, state: State) -> Tensor:
         """The class to be measured, or gone to; where any is reached on the way, that one."""
-        column = torch.where(self.measures(state), state["measured"], state["descent"])
-        chosen, largest = _pick(state["rivals"], column), largest_other(logits, y)
+        column = torch.where(self.measures(state), state.measured, state.descent)
+        chosen, largest = _pick(state.rivals, column), largest_other(logits, y)
         return torch.where((chosen < 0) | self.attack.reached(logits, y), largest, chosen)
 
-    def advance(self, state: State, logits: Tensor, answer: Answer) -> Tensor:
+    def advance(self, state: State, logits: Tensor, answer: Descent) -> Tensor:
         """Measure a class, or go a step towards one, and where that was the last step of a descent to the next."""
         measures = self.measures(state)
         self._measure(state, logits, answer, measures)
         if self.attack.binary_search_steps > 1:
             self._follow(state, answer)
-        rate = self._first_rate(state) * self._last_step ** state["progress"]
+        rate = self._first_rate(state) * self._last_step**state.progress
         self.attack.descend(state, answer.gradient, 2 * answer.offset, rate, self._betas)
         over = self._descent_is_over(state, answer) & ~measures
 
-        following = state["descent"] + over
+        following = state.descent + over
         goes_on = following < self.descents
         if self.attack.abort_early:
-            nearness = _pick(state["nearness"], following.clamp_max(self.classes - 1))
-            best = state["best_distance"]
+            nearness = _pick(state.nearness, following.clamp_max(self.classes - 1))
+            best = state.best_distance
             goes_on &= (self._curvature * nearness < best) | best.isinf()
-        state["descent"] = torch.where(goes_on, following, state["descent"])
+        state.descent = torch.where(goes_on, following, state.descent)
         anew = measures | over
         self.attack.forget(state, anew, position=True)
-        for name, value in (("progress", 0), ("stalled", 0), ("nearest", torch.inf)):
-            state[name] = state[name].masked_fill(anew, value)
+        state.progress, state.stalled = state.progress.masked_fill(anew, 0), state.stalled.masked_fill(anew, 0)
+        state.nearest = state.nearest.masked_fill(anew, torch.inf)
         return over & ~goes_on
 
     def measures(self, state: State) -> Tensor:
         """Whose classes are not all measured yet: bool (N,)."""
-        return state["measured"] < self.classes
+        return state.measured < self.classes
 
-    def _measure(self, state: State, logits: Tensor, answer: Answer, measures: Tensor) -> None:
+    def _measure(self, state: State, logits: Tensor, answer: Descent, measures: Tensor) -> None:
         """Note how far the class is that was asked about; when all are known, sort them."""
-        column = state["measured"].clamp_max(self.classes - 1)[:, None]
+        column = state.measured.clamp_max(self.classes - 1)[:, None]
         if not self.attack.targeted:  # the first class asked about is the first of these
-            largest = logits.scatter(1, state["y"][:, None], -torch.inf).topk(self.classes).indices
-            state["rivals"] = torch.where((state["measured"] == 0)[:, None], largest, state["rivals"])
+            largest = logits.scatter(1, state.y[:, None], -torch.inf).topk(self.classes).indices
+            state.rivals = torch.where((state.measured == 0)[:, None], largest, state.rivals)
         distance = (answer.f + self.attack.confidence) / lp_norm(answer.gradient, 2).flatten()
-        distance = torch.where(measures, distance, _pick(state["nearness"], column[:, 0]))
-        state["nearness"] = state["nearness"].scatter(1, column, distance[:, None])
-        state["measured"] = state["measured"] + measures
+        distance = torch.where(measures, distance, _pick(state.nearness, column[:, 0]))
+        state.nearness = state.nearness.scatter(1, column, distance[:, None])
+        state.measured = state.measured + measures
         complete = (measures & ~self.measures(state))[:, None]
-        nearness, order = state["nearness"].sort(dim=1, stable=True)  # NaN comes last
-        state["nearness"] = torch.where(complete, nearness, state["nearness"])
-        state["rivals"] = torch.where(complete, state["rivals"].gather(1, order), state["rivals"])
+        nearness, order = state.nearness.sort(dim=1, stable=True)  # NaN comes last
+        state.nearness = torch.where(complete, nearness, state.nearness)
+        state.rivals = torch.where(complete, state.rivals.gather(1, order), state.rivals)
 
-    def _follow(self, state: State, answer: Answer) -> None:
+    def _follow(self, state: State, answer: Descent) -> None:
         """c after this step."""
         slope = lp_norm(answer.gradient, 2).flatten()
         linear = (2 * (answer.f + self.attack.confidence) / slope.square()).nan_to_num(nan=0, posinf=0)
-        missed = torch.where(state["nearest"].isfinite(), self._const_not_fooled, self._const_never_fooled)
-        followed = state["const"] * torch.where(answer.reached, self._const_fooled, missed)
+        missed = torch.where(state.nearest.isfinite(), self._const_not_fooled, self._const_never_fooled)
+        followed = state.const * torch.where(answer.reached, self._const_fooled, missed)
         first = linear.clamp_min(self.attack.initial_const)
-        state["const"] = torch.where(state["step"] == 0, first, followed).clamp_max(_LARGEST_CONST)
+        state.const = torch.where(state.step == 0, first, followed).clamp_max(_LARGEST_CONST)
 
     def _first_rate(self, state: State) -> Tensor:
         """Of the descent (N,)."""
-        x = state["x"]
+        x = state.x
         size = x[0].numel() ** 0.5 * self.attack.boundary(x).half.mean()
-        rate = self._first_step * _pick(state["nearness"], state["descent"]) / size
+        rate = self._first_step * _pick(state.nearness, state.descent) / size
         return rate.nan_to_num(nan=torch.inf).clamp_max(self.attack.learning_rate)
 
-    def _descent_is_over(self, state: State, answer: Answer) -> Tensor:
+    def _descent_is_over(self, state: State, answer: Descent) -> Tensor:
         """After all steps, or as many as were worth it: bool (N,)."""
         distance = answer.distance.masked_fill(~answer.reached, torch.inf)
-        improves = distance < (1 - self._improvement) * state["nearest"]
-        state["nearest"] = torch.minimum(state["nearest"], distance)
-        state["progress"] = state["progress"] + 1 / self.steps
-        over = state["step"] >= self.steps
+        improves = distance < (1 - self._improvement) * state.nearest
+        state.nearest = torch.minimum(state.nearest, distance)
+        state.progress = state.progress + 1 / self.steps
+        over = state.step >= self.steps
         if not self.attack.abort_early:
             return over
-        state["stalled"] = (state["stalled"] + state["nearest"].isfinite()).masked_fill(improves, 0)
-        leaps = state["stalled"] >= max(3, self.steps // 10)
-        state["stalled"] = state["stalled"].masked_fill(leaps, 0)
-        state["progress"] = state["progress"] + self._leap * leaps
-        behind = state["nearest"] > self._behind * state["best_distance"]
-        return over | (state["progress"] >= 1) | ((state["progress"] >= 0.5) & behind)
+        state.stalled = (state.stalled + state.nearest.isfinite()).masked_fill(improves, 0)
+        leaps = state.stalled >= max(3, self.steps // 10)
+        state.stalled = state.stalled.masked_fill(leaps, 0)
+        state.progress = state.progress + self._leap * leaps
+        behind = state.nearest > self._behind * state.best_distance
+        return over | (state.progress >= 1) | ((state.progress >= 0.5) & behind)
 
 
 class CarliniWagnerLinf(_CarliniWagner):
@@ -570,86 +470,47 @@ class CarliniWagnerLinf(_CarliniWagner):
         EstimatorError, TypeError, ValueError: see `Attack`.
     """
 
-    attack_params: ClassVar[list[str]] = [
-        *_CarliniWagner.attack_params,
-        "decrease_factor",
-        "largest_const",
-        "const_factor",
-    ]
-    _norm: ClassVar[float] = float("inf")
+    classifier: Estimator
+    confidence: Number = 0.0
+    targeted: Flag = False
+    learning_rate: Number = 0.01
+    max_iter: Size = 10
+    decrease_factor: Positive = 0.9
+    initial_const: Positive = 1e-5
+    largest_const: Positive = 20.0
+    const_factor: Annotated[float, partial(check_number, low=1, exclusive=True, single=True)] = 2.0
+    batch_size: OptionalCount = None
+    verbose: Flag = True
+
+    norm = float("inf")
     _betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     _largest_step: ClassVar[float] = 0.1  # of tau
 
-    def __init__(
-        self,
-        classifier: PyTorchClassifier | nn.Module,
-        confidence: float = 0.0,
-        targeted: bool = False,
-        learning_rate: float = 0.01,
-        max_iter: int = 10,
-        decrease_factor: float = 0.9,
-        initial_const: float = 1e-5,
-        largest_const: float = 20.0,
-        const_factor: float = 2.0,
-        batch_size: int = 32,
-        verbose: bool = True,
-        *,
-        box: str = "tanh",
-        objective_function: str = "f6",
-        seed: int | None = None,
-        precision: str = "auto",
-        judge_samples: int | None = None,
-        eot_samples: int = 1,
-    ) -> None:
-        super().__init__(
-            classifier,
-            confidence=confidence,
-            targeted=targeted,
-            learning_rate=learning_rate,
-            max_iter=max_iter,
-            initial_const=initial_const,
-            batch_size=batch_size,
-            verbose=verbose,
-            box=box,
-            objective_function=objective_function,
-            seed=seed,
-            precision=precision,
-            judge_samples=judge_samples,
-            eot_samples=eot_samples,
-        )
-        self.decrease_factor = decrease_factor
-        self.largest_const = largest_const
-        self.const_factor = const_factor
-        self._check_params()
-
-    def start(self, x: Tensor, y: Tensor, rng: SampleRng, **options: Tensor) -> State:
+    def start(self, state: State) -> None:
         """The variables of the image, with tau at the whole range."""
-        state = super().start(x, y, rng, **options)
-        return state | {"tau": torch.ones_like(state["const"]) * self.boundary(x).widest}
+        super().start(state)
+        state.tau = torch.ones_like(state.const) * self.boundary(state.x).widest
 
-    def advance(self, state: State, logits: Tensor, answer: Answer) -> Tensor:
+    def advance(self, state: State, logits: Tensor, answer: Descent) -> Tensor:
         """A step, after which tau falls where the image was within it, and c grows where none was for too long."""
-        x, widest = state["x"], self.boundary(state["x"]).widest
-        within = answer.reached & (answer.distance <= state["tau"])
-        state["tau"] = torch.where(within, self.decrease_factor * answer.distance, state["tau"])
+        x, widest = state.x, self.boundary(state.x).widest
+        within = answer.reached & (answer.distance <= state.tau)
+        state.tau = torch.where(within, self.decrease_factor * answer.distance, state.tau)
         self.forget(state, within, position=False)
-        beyond = answer.offset.abs() > per_image(state["tau"], x)
-        rate = (2 * self._largest_step * state["tau"] / widest).clamp_max(self.learning_rate)
+        beyond = answer.offset.abs() > per_image(state.tau, x)
+        rate = (2 * self._largest_step * state.tau / widest).clamp_max(self.learning_rate)
         self.descend(state, answer.gradient, answer.offset.sign() * beyond, rate, self._betas)
-        failed = state["step"] >= self.max_iter
+        failed = state.step >= self.max_iter
         self.forget(state, failed, position=False)
-        state["const"] = torch.where(failed, self.const_factor * state["const"], state["const"])
-        return (state["const"] > self.largest_const) | (state["tau"] < widest / 256)
+        state.const = torch.where(failed, self.const_factor * state.const, state.const)
+        return (state.const > self.largest_const) | (state.tau < widest / 256)
 
     def _check_params(self) -> None:
         super()._check_params()
-        check_number("decrease_factor", self.decrease_factor, low=0, exclusive=True, single=True)
         if self.decrease_factor >= 1:
             raise ValueError(f"decrease_factor={self.decrease_factor}: must be below 1")
-        check_number("largest_const", self.largest_const, low=0, exclusive=True, single=True)
         if self.largest_const < self.initial_const:
             raise ValueError(f"largest_const={self.largest_const}: must be at least initial_const={self.initial_const}")
-        check_number("const_factor", self.const_factor, low=1, exclusive=True, single=True)
 
 
 CarliniL2Method = CarliniWagnerL2

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
-from art.estimators.classification import PyTorchClassifier
-from torch import Tensor, nn
+from torch import Tensor
 
-from guardians.attacks.norms import per_image
-from guardians.attacks.pgd import ProjectedGradientDescent
-from guardians.engine.attack import State
-from guardians.engine.checks import check_flag
-from guardians.engine.rng import SampleRng
+from guardians.attacks.norms import Norm
+from guardians.attacks.pgd import SteepestAscent
+from guardians.engine.interfaces import Estimator
+from guardians.engine.parameters import KW_ONLY, Flag, OptionalCount, PositiveArray, Radius, Size
+from guardians.engine.state import Answer, Progress, Query, State, per_image
 
 __all__ = ["FGSM", "FastGradientMethod"]
 
 
-class FastGradientMethod(ProjectedGradientDescent):
+class FastGradientMethod(SteepestAscent):
     """FGSM, and its extension to other norms: one step of PGD of the size of the ball.
 
         x_adv = clip(x + argmax <g, d> over ||d||_p <= eps)
@@ -36,92 +35,64 @@ class FastGradientMethod(ProjectedGradientDescent):
         targeted: descend the loss of target labels rather than ascend the loss of the labels.
         num_random_init: random starts; 0 steps from the image. The second and later ones run only for images that
             none has fooled so far.
-        batch_size: images in one forward pass.
+        batch_size: images in one forward pass; None chooses it.
         minimal: try the sizes eps_step, 2 eps_step, ... up to eps along the gradient at the image, and keep the first
             that fools the model, or the last. Random starts do not apply.
-        summary_writer: only False.
+        summary_writer: TensorBoard logs, as of ART.
         verbose: show a progress bar.
-        seed: of the random starts.
-        early_stop, precision, judge_samples, eot_samples: see `Attack`.
+        seed, early_stop, precision, judge_samples, eot_samples: see `Attack`.
 
     Raises:
         EstimatorError, TypeError, ValueError: see `Attack`.
     """
 
-    attack_params: ClassVar[list[str]] = [
-        *(name for name in ProjectedGradientDescent.attack_params if name not in ("decay", "max_iter", "random_eps")),
-        "minimal",
-    ]
+    estimator: Estimator
+    norm: Norm = np.inf
+    eps: Radius = 0.3
+    eps_step: PositiveArray = 0.1
+    targeted: Flag = False
+    num_random_init: Size = 0
+    batch_size: OptionalCount = None
+    minimal: Flag = False
+    summary_writer: Any = False
+    _: KW_ONLY
+    verbose: Flag = False
 
-    def __init__(
-        self,
-        estimator: PyTorchClassifier | nn.Module,
-        norm: float | str = np.inf,
-        eps: float | np.ndarray | Tensor = 0.3,
-        eps_step: float | np.ndarray | Tensor = 0.1,
-        targeted: bool = False,
-        num_random_init: int = 0,
-        batch_size: int = 32,
-        minimal: bool = False,
-        summary_writer: Any = False,
-        *,
-        verbose: bool = False,
-        seed: int | None = None,
-        early_stop: bool = False,
-        precision: str = "auto",
-        judge_samples: int | None = None,
-        eot_samples: int = 1,
-    ) -> None:
-        self.minimal = minimal
-        super().__init__(
-            estimator,
-            norm,
-            eps,
-            eps_step,
-            max_iter=1,
-            targeted=targeted,
-            num_random_init=num_random_init,
-            batch_size=batch_size,
-            summary_writer=summary_writer,
-            verbose=verbose,
-            seed=seed,
-            early_stop=early_stop,
-            precision=precision,
-            judge_samples=judge_samples,
-            eot_samples=eot_samples,
-        )
+    max_iter, decay, random_eps = 1, None, False
 
-    def start(self, x: Tensor, y: Tensor, rng: SampleRng, **options: Tensor) -> State:
-        """As PGD; with `minimal` the state also knows the labels, the gradient and the number of sizes to try."""
-        state = super().start(x, y, rng, **options)
+    def start(self, state: State) -> None:
+        """As PGD; with `minimal` the state also knows the gradient and the number of sizes to try."""
+        super().start(state)
         if self.minimal:
-            state["y"] = y
-            state["gradient"] = torch.zeros_like(x)
-            ratio = (state["eps"].cpu() / super()._radii(x, rng)[1].cpu()).flatten(1).amin(1).numpy()
+            state.gradient = torch.zeros_like(state.x)
+            ratio = (state.eps.cpu() / super()._radii(state)[1].cpu()).flatten(1).amin(1).numpy()
             # 0.3 / 0.1 is 2.9999999999999996: a whole number of steps must not be lost to rounding.
-            state["sizes"] = np.floor(ratio * (1 + 1e-9)).astype(np.int64)
-        return state
+            state.sizes = np.floor(ratio * (1 + 1e-9)).astype(np.int64)
 
-    def needs_gradient(self, state: State) -> bool:
-        """With `minimal` only at the image itself."""
-        return not self.minimal or bool((state["steps"] == 0).any())
+    def query(self, state: State) -> Query:
+        """The iterate; with `minimal` a gradient is wanted at the image itself alone."""
+        return Query(state.x_adv, not self.minimal or state.steps == 0)
 
-    def update(self, state: State, logits: Tensor, gradient: Tensor | None) -> np.ndarray:
+    def update(self, state: State, answer: Answer) -> Progress:
         """The step; with `minimal` the next larger one, done when the last one fooled the model or was the largest."""
         if not self.minimal:
-            return super().update(state, logits, gradient)
-        x, steps = state["x"], state["steps"]
+            return super().update(state, answer)
+        x, steps = state.x, state.steps
         at_image = torch.from_numpy(steps == 0).to(x.device)
-        fooled = ~at_image & ((logits.argmax(1) == state["y"]) == self.targeted)
-        if gradient is not None:
-            ascended = self._ascended(gradient, state)
-            state["gradient"] = torch.where(per_image(at_image, x), ascended, state["gradient"])
-        done: np.ndarray = fooled.cpu().numpy() | (steps >= state["sizes"])
-        steps += 1
-        radius = per_image(torch.from_numpy(steps).to(x), x) * state["eps_step"]
-        x_adv = self.inside(x + self.step(state["gradient"], x, radius, state), state)
-        state["x_adv"] = torch.where(per_image(torch.from_numpy(done).to(x.device), x), state["x_adv"], x_adv)
-        return done
+        if answer.gradient is not None:
+            ascended = self._ascended(answer.gradient, state)
+            state.gradient = torch.where(per_image(at_image, x), ascended, state.gradient)
+        done: np.ndarray = (~at_image & answer.fooled).cpu().numpy() | (steps >= state.sizes)
+        state.steps = steps + 1
+        radius = per_image(torch.from_numpy(state.steps).to(x), x) * state.eps_step
+        x_adv = self.inside(x + self.step(state.gradient, x, radius, state), state)
+        state.x_adv = torch.where(per_image(torch.from_numpy(done).to(x.device), x), state.x_adv, x_adv)
+        return Progress(done)
+
+    @property
+    def keep(self) -> str:
+        """As `Attack`; where a copy in low precision looks for the smallest size, the model itself has to judge it."""
+        return "first" if self.minimal and self.precision not in ("auto", "float32") else super().keep
 
     @property
     def starts_at_random(self) -> bool:
@@ -129,28 +100,14 @@ class FastGradientMethod(ProjectedGradientDescent):
         return not self.minimal and super().starts_at_random
 
     @property
-    def is_memoryless(self) -> bool:
-        """Not with `minimal`, which counts sizes."""
-        return not self.minimal
-
-    @property
-    def uses_success(self) -> bool:
-        """With `minimal`."""
-        return self.minimal
-
-    @property
     def restarts(self) -> int:
         """One, or as many as there are random starts."""
         return 1 if self.minimal else super().restarts
 
-    def _radii(self, x: Tensor, rng: SampleRng) -> tuple[Tensor, Tensor]:
+    def _radii(self, state: State) -> tuple[Tensor, Tensor]:
         """The step is as large as the ball, but for `minimal`."""
-        eps, eps_step = super()._radii(x, rng)
+        eps, eps_step = super()._radii(state)
         return eps, eps_step if self.minimal else eps
-
-    def _check_params(self) -> None:
-        super()._check_params()
-        check_flag("minimal", self.minimal)
 
 
 FGSM = FastGradientMethod

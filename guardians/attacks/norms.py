@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from numbers import Real
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -11,10 +11,10 @@ from torch import Tensor
 from guardians.engine.rng import SampleRng
 
 __all__ = [
+    "Norm",
     "as_norm",
     "ball_bounds",
     "lp_norm",
-    "per_image",
     "project",
     "pull_into_ball",
     "random_in_ball",
@@ -35,14 +35,13 @@ def as_norm(norm: Any) -> float:
     return float(p)
 
 
+Norm = Annotated[float | str, lambda name, value: as_norm(value)]
+"""1, 2, any real p >= 1, inf or "inf"."""
+
+
 def lp_norm(x: Tensor, p: float) -> Tensor:
     """p-norm of each sample, with dimensions of size 1 kept: (N, ...) -> (N, 1, ...)."""
     return torch.linalg.vector_norm(x, p, dim=tuple(range(1, x.ndim)), keepdim=True)
-
-
-def per_image(values: Tensor, x: Tensor) -> Tensor:
-    """(N,) -> (N, 1, ..., 1), to broadcast against images."""
-    return values.view(-1, *(1,) * (x.ndim - 1))
 
 
 def steepest_ascent(gradient: Tensor, p: float) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, softplus
 
+from guardians.engine.run import margin
+
 __all__ = ["OBJECTIVE_FUNCTIONS", "TAKE_CONFIDENCE", "largest_other", "margin"]
 
 ObjectiveFunction = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -23,16 +25,6 @@ def largest_other(logits: Tensor, classes: Tensor) -> Tensor:
     """The class (N,) with the largest of the logits (N, classes), `classes` (N,) set aside; the first where equal."""
     finite = logits.clamp_min(torch.finfo(logits.dtype).min)  # where all others are -inf, it is one of them
     return finite.scatter(1, classes[:, None], -torch.inf).argmax(1)
-
-
-def margin(logits: Tensor, y: Tensor, *, targeted: bool) -> Tensor:
-    """By how much the attack has succeeded (N,): above zero where the label is left, or the target is reached.
-
-    NaN where the logits that decide are infinite and equal.
-    """
-    own = logits.gather(1, y[:, None])[:, 0]
-    other = logits.scatter(1, y[:, None], -torch.inf).amax(1)
-    return own - other if targeted else other - own
 
 
 def _pick(values: Tensor, classes: Tensor) -> Tensor:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
-from art.estimators.classification import PyTorchClassifier
 from scipy.stats import truncnorm
-from torch import Tensor, nn
+from torch import Tensor
 
 from guardians.attacks.norms import (
+    Norm,
     as_norm,
     ball_bounds,
     lp_norm,
@@ -20,14 +20,137 @@ from guardians.attacks.norms import (
     steepest_ascent,
     steepest_ascent_in_box,
 )
-from guardians.engine.attack import Attack, State
-from guardians.engine.checks import check_flag, check_integer, check_number
-from guardians.engine.rng import SampleRng
+from guardians.engine.attack import Attack
+from guardians.engine.checks import ArgumentTypeError
+from guardians.engine.interfaces import Estimator
+from guardians.engine.parameters import Flag, OptionalCount, OptionalNumber, PositiveArray, Radius, Size
+from guardians.engine.state import Answer, Progress, Query, State
 
-__all__ = ["PGD", "ProjectedGradientDescent"]
+__all__ = ["PGD", "ProjectedGradientDescent", "SteepestAscent"]
 
 
-class ProjectedGradientDescent(Attack):
+class SteepestAscent(Attack):
+    """Steps of steepest ascent of the loss in the p-norm, each projected onto the p-norm ball and `clip_values`.
+
+    What FGSM and PGD share; their arguments are their own.
+    """
+
+    def start(self, state: State) -> None:
+        """Place the iterate, and the box that every iterate is clamped to: `clip_values`, for inf within the ball."""
+        x, p = state.x, as_norm(self.norm)
+        state.eps, eps_step = self._radii(state)
+        state.eps_step = eps_step.to(x.dtype, copy=True)
+        bounds = (
+            ball_bounds(x, state.eps) if p == np.inf else (torch.full_like(x, bound) for bound in (-np.inf, np.inf))
+        )
+        state.low, state.high = (self.victim.clip(bound) for bound in bounds)
+        state.steps = np.zeros(len(x), dtype=np.int64)
+        if self.decay is not None:
+            state.momentum = torch.zeros_like(x)
+
+        x_adv = x if state.x_adv_init is None else state.x_adv_init
+        if self.starts_at_random and x_adv is x:
+            x_adv = x + random_in_ball(x, state.eps, p, state.rng)
+        if state.mask is not None:
+            x_adv = torch.where(state.mask, x_adv, x)
+        state.x_adv = self.inside(x_adv, state)
+
+    def query(self, state: State) -> Tensor | Query:
+        """The iterate x_t."""
+        return state.x_adv
+
+    def objective(self, logits: Tensor, y: Tensor, state: State) -> Tensor:
+        """The victim's loss, negated for targets."""
+        loss = self.victim.loss(logits, y)
+        return -loss if self.targeted else loss
+
+    def update(self, state: State, answer: Answer) -> Progress:
+        """One step; done after `max_iter`, and stuck where it led nowhere and no momentum will change that."""
+        assert answer.gradient is not None
+        done = state.steps >= self.max_iter
+        if done.all():  # no step was asked for
+            return Progress(done)
+        before = state.x_adv
+        step = self.step(self._ascended(answer.gradient, state), before, state.eps_step, state)
+        state.x_adv = self.inside(before + step, state)
+        state.steps = state.steps + 1
+        stuck = (state.x_adv == before).flatten(1).all(1) if self.decay is None else None
+        return Progress(state.steps >= self.max_iter, stuck)
+
+    def returned(self, points: Tensor, state: State) -> Tensor:
+        """Free of the rounding with which a projection leaves the box or a ball of finite p."""
+        p = as_norm(self.norm)
+        if p == np.inf:
+            return points
+        return pull_into_ball(points.clamp(state.low, state.high), state.x, state.eps, p)
+
+    @property
+    def starts_at_random(self) -> bool:
+        """Whether the search begins at a random point of the ball."""
+        return self.num_random_init > 0
+
+    @property
+    def restarts(self) -> int:
+        """One, or as many as there are random starts."""
+        return max(1, self.num_random_init)
+
+    def step(self, gradient: Tensor, x: Tensor, radius: Tensor, state: State) -> Tensor:
+        """The step from `x`, of p-norm `radius`, along which `gradient` promises most."""
+        p = as_norm(self.norm)
+        if p == 1:
+            return steepest_ascent_in_box(gradient, x, state.low, state.high, radius)
+        return radius * steepest_ascent(gradient, p)
+
+    def inside(self, x_adv: Tensor, state: State) -> Tensor:
+        """`x_adv` clamped to the box, and for finite p then projected onto the ball."""
+        x_adv = x_adv.clamp(state.low, state.high)
+        p = as_norm(self.norm)
+        if p == np.inf:
+            return x_adv
+        return state.x + project(x_adv - state.x, state.eps.to(x_adv.dtype), p)
+
+    def _ascended(self, gradient: Tensor, state: State) -> Tensor:
+        """What is ascended: the gradient without NaN and fixed pixels, or the momentum that it adds to."""
+        gradient = gradient.nan_to_num(nan=0.0)
+        if state.mask is not None:
+            gradient = gradient.masked_fill(~state.mask, 0)
+        if self.decay is not None:
+            norm = lp_norm(gradient, 1)
+            state.momentum = self.decay * state.momentum + gradient / norm.masked_fill(norm == 0, 1)
+            gradient = state.momentum
+        return gradient
+
+    def _radii(self, state: State) -> tuple[Tensor, Tensor]:
+        """Radius and step size of each sample in float64, (N, ...) broadcastable to the images."""
+        eps, eps_step = (_rows(radius, state) for radius in (self.eps, self.eps_step))
+        if self.random_eps:
+            quantile = state.rng.uniform((1,) * (state.x.ndim - 1)).numpy()
+            fraction = torch.from_numpy(truncnorm.ppf(quantile, 0, 2, scale=0.5)).to(state.x.device)
+            eps, eps_step = fraction * eps, fraction * eps_step
+        return eps, eps_step
+
+    def _check_params(self) -> None:
+        super()._check_params()
+        if (np.ndim(self.eps) == 0) != (np.ndim(self.eps_step) == 0):
+            shapes = f"eps has shape {np.shape(self.eps)} and eps_step {np.shape(self.eps_step)}"
+            raise ArgumentTypeError(f"{shapes}: both must be numbers, or both arrays")
+        if self.starts_at_random and not torch.as_tensor(self.eps).isfinite().all():
+            raise ValueError(f"eps={self.eps}: must be finite for random starts")
+
+    def _check_call(self, x: Tensor) -> None:
+        for name in ("eps", "eps_step"):
+            radius = torch.as_tensor(getattr(self, name))
+            try:
+                radius.expand(x.shape)
+            except RuntimeError:
+                raise ValueError(
+                    f"{name} has shape {tuple(radius.shape)}: must be broadcastable to {tuple(x.shape)}"
+                ) from None
+            if as_norm(self.norm) != np.inf and not _constant_in_sample(radius, x):
+                raise ValueError(f"{name} varies within a sample: norm={self.norm} needs one number for each")
+
+
+class ProjectedGradientDescent(SteepestAscent):
     """PGD: steepest ascent of the loss in the p-norm, projected onto the p-norm ball and `clip_values` at each step.
 
         x_0     = x, or uniform in the ball where num_random_init > 0
@@ -45,207 +168,46 @@ class ProjectedGradientDescent(Attack):
         norm: 1, 2, any real p >= 1, inf or "inf".
         eps: radius of the ball, in the unit of the images; a number, or an array that broadcasts to them: per sample
             (N, 1, 1, 1), per pixel (C, H, W) or both. For finite p it must be constant within a sample.
-        eps_step: p-norm of a step, likewise.
+        eps_step: p-norm of a step, likewise; an array where `eps` is one.
         decay: momentum; None for none.
         max_iter: number of steps.
         targeted: descend the loss of target labels rather than ascend the loss of the labels.
         num_random_init: random starts; 0 starts at the image. The second and later ones run only for images that
             none has fooled so far.
-        batch_size: images in one forward pass.
+        batch_size: images in one forward pass; None chooses it.
         random_eps: for each sample, draw eps from a normal distribution of standard deviation eps / 2 truncated to
             [0, eps], with eps_step in proportion (Kurakin et al. 2017, section 3).
-        summary_writer: only False.
+        summary_writer: TensorBoard logs, as of ART.
         verbose: show a progress bar.
-        seed: of the random starts and `random_eps`.
-        early_stop, precision, judge_samples, eot_samples: see `Attack`.
+        seed, early_stop, precision, judge_samples, eot_samples: see `Attack`.
 
     Raises:
         EstimatorError, TypeError, ValueError: see `Attack`.
     """
 
-    attack_params: ClassVar[list[str]] = [
-        *Attack.attack_params,
-        "norm",
-        "eps",
-        "eps_step",
-        "decay",
-        "max_iter",
-        "num_random_init",
-        "random_eps",
-    ]
-
-    def __init__(
-        self,
-        estimator: PyTorchClassifier | nn.Module,
-        norm: float | str = np.inf,
-        eps: float | np.ndarray | Tensor = 0.3,
-        eps_step: float | np.ndarray | Tensor = 0.1,
-        decay: float | None = None,
-        max_iter: int = 100,
-        targeted: bool = False,
-        num_random_init: int = 0,
-        batch_size: int = 32,
-        random_eps: bool = False,
-        summary_writer: Any = False,
-        verbose: bool = True,
-        *,
-        seed: int | None = None,
-        early_stop: bool = False,
-        precision: str = "auto",
-        judge_samples: int | None = None,
-        eot_samples: int = 1,
-    ) -> None:
-        super().__init__(
-            estimator,
-            targeted=targeted,
-            batch_size=batch_size,
-            summary_writer=summary_writer,
-            verbose=verbose,
-            seed=seed,
-            early_stop=early_stop,
-            precision=precision,
-            judge_samples=judge_samples,
-            eot_samples=eot_samples,
-        )
-        self.norm = norm
-        self.eps = eps
-        self.eps_step = eps_step
-        self.decay = decay
-        self.max_iter = max_iter
-        self.num_random_init = num_random_init
-        self.random_eps = random_eps
-        self._check_params()
-
-    def start(self, x: Tensor, y: Tensor, rng: SampleRng, **options: Tensor) -> State:
-        """Place the iterate, and the box that every iterate is clamped to: `clip_values`, for inf within the ball."""
-        p = as_norm(self.norm)
-        eps, eps_step = self._radii(x, rng)
-        if p == np.inf:
-            low, high = (self.victim.clip(bound) for bound in ball_bounds(x, eps))
-        else:
-            low, high = (self.victim.clip(torch.full_like(x, bound)) for bound in (-np.inf, np.inf))
-        state: State = {"x": x, "eps": eps, "eps_step": eps_step.to(x.dtype), "low": low, "high": high}
-        state["steps"] = np.zeros(len(x), dtype=np.int64)
-        if self.decay is not None:
-            state["momentum"] = torch.zeros_like(x)
-
-        x_adv = options.get("x_adv_init", x)
-        if self.starts_at_random and x_adv is x:
-            x_adv = x + random_in_ball(x, eps, p, rng)
-        if "mask" in options:
-            state["fixed"] = ~options["mask"]
-            x_adv = torch.where(state["fixed"], x, x_adv)
-        state["x_adv"] = self.inside(x_adv, state)
-        return state
-
-    def query(self, state: State) -> Tensor:
-        """The iterate x_t."""
-        return state["x_adv"]
-
-    def objective(self, logits: Tensor, y: Tensor, state: State) -> Tensor:
-        """The victim's loss, negated for targets."""
-        loss = self.victim.loss(logits, y)
-        return -loss if self.targeted else loss
-
-    def update(self, state: State, logits: Tensor, gradient: Tensor | None) -> np.ndarray:
-        """One step; done after `max_iter`."""
-        assert gradient is not None
-        step = self.step(self._ascended(gradient, state), state["x_adv"], state["eps_step"], state)
-        state["x_adv"] = self.inside(state["x_adv"] + step, state)
-        state["steps"] += 1
-        done: np.ndarray = state["steps"] >= self.max_iter
-        return done
-
-    def result(self, state: State) -> Tensor:
-        """The last iterate, free of the rounding with which a projection leaves the box or a ball of finite p."""
-        p = as_norm(self.norm)
-        if p == np.inf:
-            return state["x_adv"]
-        return pull_into_ball(state["x_adv"].clamp(state["low"], state["high"]), state["x"], state["eps"], p)
-
-    @property
-    def starts_at_random(self) -> bool:
-        """Whether the search begins at a random point of the ball."""
-        return self.num_random_init > 0
-
-    @property
-    def is_memoryless(self) -> bool:
-        """Without momentum."""
-        return self.decay is None
-
-    @property
-    def restarts(self) -> int:
-        """One, or as many as there are random starts."""
-        return max(1, self.num_random_init)
-
-    def step(self, gradient: Tensor, x: Tensor, radius: Tensor, state: State) -> Tensor:
-        """The step from `x`, of p-norm `radius`, along which `gradient` promises most."""
-        p = as_norm(self.norm)
-        if p == 1:
-            return steepest_ascent_in_box(gradient, x, state["low"], state["high"], radius)
-        return radius * steepest_ascent(gradient, p)
-
-    def inside(self, x_adv: Tensor, state: State) -> Tensor:
-        """`x_adv` clamped to the box, and for finite p then projected onto the ball."""
-        x_adv = x_adv.clamp(state["low"], state["high"])
-        p = as_norm(self.norm)
-        if p == np.inf:
-            return x_adv
-        return state["x"] + project(x_adv - state["x"], state["eps"].to(x_adv.dtype), p)
-
-    def _ascended(self, gradient: Tensor, state: State) -> Tensor:
-        """What is ascended: the gradient without NaN and fixed pixels, or the momentum that it adds to."""
-        gradient = gradient.nan_to_num(nan=0.0)
-        if "fixed" in state:
-            gradient = gradient.masked_fill(state["fixed"], 0)
-        if self.decay is not None:
-            norm = lp_norm(gradient, 1)
-            state["momentum"] = self.decay * state["momentum"] + gradient / norm.masked_fill(norm == 0, 1)
-            gradient = state["momentum"]
-        return gradient
-
-    def _radii(self, x: Tensor, rng: SampleRng) -> tuple[Tensor, Tensor]:
-        """Radius and step size of each sample in float64, (N, ...) broadcastable to `x`."""
-        eps, eps_step = (_rows(radius, x, rng) for radius in (self.eps, self.eps_step))
-        if self.random_eps:
-            quantile = rng.uniform((1,) * (x.ndim - 1)).numpy()
-            fraction = torch.from_numpy(truncnorm.ppf(quantile, 0, 2, scale=0.5)).to(x.device)
-            eps, eps_step = fraction * eps, fraction * eps_step
-        return eps, eps_step
-
-    def _check_params(self) -> None:
-        super()._check_params()
-        as_norm(self.norm)
-        check_number("eps", self.eps, low=0)
-        check_number("eps_step", self.eps_step, low=0, exclusive=True)
-        check_integer("max_iter", self.max_iter, low=1)
-        check_integer("num_random_init", self.num_random_init, low=0)
-        if self.decay is not None:
-            check_number("decay", self.decay, low=0)
-        check_flag("random_eps", self.random_eps)
-
-    def _check_call(self, x: Tensor) -> None:
-        for name in ("eps", "eps_step"):
-            radius = torch.as_tensor(getattr(self, name))
-            try:
-                radius.expand(x.shape)
-            except RuntimeError:
-                raise ValueError(
-                    f"{name} has shape {tuple(radius.shape)}: must be broadcastable to {tuple(x.shape)}"
-                ) from None
-            if as_norm(self.norm) != np.inf and not _constant_in_sample(radius, x):
-                raise ValueError(f"{name} varies within a sample: norm={self.norm} needs one number for each")
+    estimator: Estimator
+    norm: Norm = np.inf
+    eps: Radius = 0.3
+    eps_step: PositiveArray = 0.1
+    decay: OptionalNumber = None
+    max_iter: Size = 100
+    targeted: Flag = False
+    num_random_init: Size = 0
+    batch_size: OptionalCount = None
+    random_eps: Flag = False
+    summary_writer: Any = False
+    verbose: Flag = True
 
 
 PGD = ProjectedGradientDescent
 
 
-def _rows(radius: float | np.ndarray | Tensor, x: Tensor, rng: SampleRng) -> Tensor:
-    """The rows of `radius`, which broadcasts to the data set, that belong to the batch `x`: (N, ...) in float64."""
+def _rows(radius: float | np.ndarray | Tensor, state: State) -> Tensor:
+    """The rows of `radius`, which broadcasts to the images of the call, that belong to these: (N, ...) in float64."""
     rows = torch.as_tensor(radius, dtype=torch.float64)
-    rows = rows.reshape((1,) * (x.ndim - rows.ndim) + rows.shape)
-    rows = rows[rng.index] if len(rows) > 1 else rows.repeat(len(x), *(1,) * (rows.ndim - 1))
-    return rows.to(x.device)
+    rows = rows.reshape((1,) * (state.x.ndim - rows.ndim) + rows.shape)
+    rows = rows[state.index] if len(rows) > 1 else rows.repeat(len(state), *(1,) * (rows.ndim - 1))
+    return rows.to(state.x.device)
 
 
 def _constant_in_sample(radius: Tensor, x: Tensor) -> bool:

@@ -23,11 +23,12 @@ from guardians.attacks.objectives import margin
 from guardians.benchmark.statistics import wilson_interval
 from guardians.data import Dataset
 from guardians.defences import AveragedMixturePGD, MixupInference, RandomSelfEnsemble
-from guardians.engine.attack import Attack, State
+from guardians.engine.attack import Attack
 from guardians.engine.checks import check_choice, check_integer
 from guardians.engine.interfaces import ClassifierAttack
 from guardians.engine.rng import hashed
 from guardians.engine.search import bfloat16_is_native
+from guardians.engine.state import State
 from guardians.engine.victim import predicted_labels
 from guardians.models import load_model, model_card
 from guardians.tables import Table, read_csv

@@ -32,8 +32,8 @@ from guardians.benchmark.counting import CountingModel, peak_memory
 from guardians.benchmark.statistics import wilson_interval
 from guardians.data import Dataset
 from guardians.engine.attack import Attack
-from guardians.engine.checks import check_flag, check_integer, check_number
-from guardians.engine.search import check_precision
+from guardians.engine.checks import check_choice, check_flag, check_integer, check_number
+from guardians.engine.parameters import PRECISIONS
 from guardians.engine.victim import Victim, predicted_labels, undisturbed
 from guardians.tables import BENCHMARK_COLUMNS, Table, as_written
 from guardians.toolkits.implementations import (
@@ -170,7 +170,7 @@ def run_benchmark(
     if not implementations or not set(implementations) <= set(IMPLEMENTATIONS):
         raise ValueError(f"implementations={implementations!r}: known are {', '.join(IMPLEMENTATIONS)}")
     check_flag("early_stop", early_stop)
-    check_precision(precision)
+    check_choice("precision", precision, PRECISIONS)
     device = _device_of(model, device)
     if len(data) == 0:
         raise ValueError("data has no images")

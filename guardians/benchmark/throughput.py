@@ -24,7 +24,8 @@ from guardians.benchmark.overhead import bare_loop, forward_backward, timed
 from guardians.benchmark.statistics import paired_difference, wilson_interval
 from guardians.data import Dataset, class_balanced_subset
 from guardians.engine.checks import check_integer, check_number
-from guardians.engine.loop import PROBE, Report, Run
+from guardians.engine.report import Report
+from guardians.engine.run import PROBE, Run
 from guardians.engine.victim import predicted_labels, undisturbed
 from guardians.models import load_model
 from guardians.toolkits.implementations import IMPLEMENTATIONS, AttackSpec, build_attack
@@ -402,7 +403,7 @@ class _Native(_Contender):
         forward, backward, judgement = self.counts(len(x))
         with undisturbed(self.attack.victim.module), torch.no_grad():
             chosen = Run(self.attack, x[:PROBE], 0, Report())
-            search, judge = chosen.search.logits, chosen.judge_logits
+            search, judge = chosen.searches[0].logits, chosen.judge_logits
             step = _seconds_per_image(lambda: forward_backward(search, x, y), len(x))
             ahead = _seconds_per_image(lambda: search(x), len(x)) if forward > backward else 0.0
             judging = _seconds_per_image(lambda: judge(x), len(x)) if judgement else 0.0

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from guardians.attacks.pgd import ProjectedGradientDescent
 from guardians.data import class_balanced_mask
 from guardians.engine.attack import Attack
-from guardians.engine.checks import check_choice, check_flag, check_images, check_integer, check_number, labels_from
+from guardians.engine.checks import check_choice, check_flag, check_integer, check_number, checked_images, labels_from
 from guardians.engine.rng import hashed
 from guardians.engine.search import InPrecision, bfloat16_is_native, folded_view, works_in
 from guardians.engine.victim import Victim
@@ -149,7 +149,7 @@ class AdversarialTrainer(Trainer):
             got = f"dtype {images.dtype} and shape {tuple(images.shape)}"
             raise ValueError(f"x has {got}: must be floating-point images, at least one")
         images, labels = images.float(), labels_from(y, len(images), self._classifier.nb_classes)
-        check_images("x", images, Victim(self._classifier))
+        images = checked_images("x", images, Victim(self._classifier))
         images, labels, held_out = self._split(images, labels)
         transferred = {
             id(attack): torch.from_numpy(attack.generate(images.numpy(), y=labels.numpy()))

@@ -6,14 +6,13 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from art.estimators.classification import PyTorchClassifier
-from torch import Tensor, nn
+from torch import Tensor
 
 from guardians.attacks.norms import pull_into_ball
 from guardians.attacks.pgd import ProjectedGradientDescent
 from guardians.defences.mixup_inference import MixupInference
-from guardians.engine.checks import check_integer, check_number
-from guardians.engine.interfaces import ClassifierAttack
+from guardians.engine.interfaces import ClassifierAttack, Estimator
+from guardians.engine.parameters import KW_ONLY, Count, Flag, Number, Positive, Size
 from guardians.engine.rng import hashed
 from guardians.engine.search import bfloat16_is_native
 
@@ -45,40 +44,26 @@ class AveragedMixturePGD(ClassifierAttack):
         EstimatorError, TypeError, ValueError: see `ClassifierAttack`; a TypeError if the model is no `MixupInference`.
     """
 
-    attack_params: ClassVar[list[str]] = [
-        *ClassifierAttack.attack_params,
-        "eps",
-        "eps_step",
-        "max_iter",
-        "num_samples",
-        "seed",
-    ]
+    estimator: Estimator
+    eps: Number = 8 / 255
+    eps_step: Positive = 2 / 255
+    max_iter: Count = 10
+    num_samples: Count = 10
+    batch_size: Count = 128
+    verbose: Flag = False
+    _: KW_ONLY
+    seed: Size = 0
 
-    def __init__(
-        self,
-        estimator: PyTorchClassifier | nn.Module,
-        eps: float = 8 / 255,
-        eps_step: float = 2 / 255,
-        max_iter: int = 10,
-        num_samples: int = 10,
-        batch_size: int = 128,
-        verbose: bool = False,
-        *,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(estimator, targeted=False, batch_size=batch_size, verbose=verbose)
-        self.eps, self.eps_step, self.max_iter = eps, eps_step, max_iter
-        self.num_samples, self.seed = num_samples, seed
-        self._check_params()
+    _options: ClassVar[tuple[str, ...]] = ("first_index",)
 
-    def _run(self, inputs: dict[str, Tensor], device: torch.device) -> Tensor:
+    def _run(self, inputs: dict[str, Tensor], device: torch.device, first_index: int) -> Tensor:
         x = inputs["x"].to(device)
         defence = self.victim.module
         assert isinstance(defence, MixupInference)
         with torch.no_grad():
             predicted = torch.cat([defence.predicted(images) for images in x.split(int(self.batch_size))])
             method = "MI-PL" if defence.method == "MI-PL" else "MI-OL"
-            keys = hashed(self.seed, np.arange(len(x)))
+            keys = hashed(self.seed, first_index + np.arange(len(x)))
             partners = defence.partners(predicted, keys, method, int(self.num_samples))
         labels = inputs["y"].to(device) if "y" in inputs else predicted
         pgd = ProjectedGradientDescent(
@@ -102,8 +87,3 @@ class AveragedMixturePGD(ClassifierAttack):
         super()._check_params()
         if not isinstance(self.victim.module, MixupInference):
             raise TypeError(f"estimator of type {type(self.victim.module).__name__}: must be a MixupInference")
-        check_number("eps", self.eps, low=0, single=True)
-        check_number("eps_step", self.eps_step, low=0, exclusive=True, single=True)
-        check_integer("max_iter", self.max_iter, low=1)
-        check_integer("num_samples", self.num_samples, low=1)
-        check_integer("seed", self.seed, low=0)

@@ -8,39 +8,29 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from art.estimators.classification import PyTorchClassifier
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from guardians.engine import loop
-from guardians.engine.checks import check_flag, check_integer
+from guardians.engine.batch import default_batch_size
 from guardians.engine.interfaces import ClassifierAttack
-from guardians.engine.loop import Finished, Report
-from guardians.engine.rng import SampleRng
-from guardians.engine.search import check_precision
-from guardians.engine.victim import undisturbed
+from guardians.engine.parameters import KW_ONLY, Count, Flag, OptionalCount, Precision, Seed
+from guardians.engine.report import Finished, Report
+from guardians.engine.rng import ForkedGenerators, fresh_seed
+from guardians.engine.state import Answer, Progress, Query, State
+from guardians.engine.victim import isolated, undisturbed
 
-__all__ = ["Attack", "State"]
-
-State = dict[str, Any]
-"""All that an attack knows of its samples, a row each: tensors on the device, and numpy arrays for what steers the loop
-(step counts), which are read without waiting for the device. The engine drops, overwrites and reorders rows, so no two
-tensors share memory. It keeps what it knows there too: "x", "y" and "mask" as `start` was given them, "x_adv_init",
-"index", "restart", "asked", "doubted" and "at_fixed_point"."""
+__all__ = ["Attack"]
 
 
 class Attack(ClassifierAttack):
-    """A native attack: `start`, `query`, `objective`, `update` and `result`; the engine does the rest.
+    """A native attack: `start`, `query`, `objective` and `update`, and what it keeps; the engine does the rest.
+
+    The arguments of its constructor are annotated fields, ART's in ART's order, the estimator first. All take, besides:
 
     Args:
-        estimator: an ART `PyTorchClassifier` or an `nn.Module`, see `ClassifierAttack`. The loss of an estimator is
-            honoured too.
-        targeted: whether the labels are targets to reach rather than labels to leave.
-        batch_size: images in one forward pass. It does not change the result beyond rounding.
-        summary_writer: only False; ART's argument for TensorBoard.
-        verbose: show a progress bar of finished images, and the share of them that stands.
         seed: of all randomness. The numbers of a sample depend on (seed, index of the sample) alone. None draws a new
-            seed from torch's global generator at every call, so `torch.manual_seed` makes a program repeatable.
+            seed at every call, from torch's global generator, or where that was never seeded from numpy's.
         early_stop: let an image go as soon as the model is fooled by it, at which it is often in the middle of the
             ball, rather than after the last step. Robust accuracy is what an attacker who keeps the best iterate gets,
             so never higher, and most of the work is saved. False is the classical algorithm bit for bit.
@@ -54,99 +44,89 @@ class Attack(ClassifierAttack):
         eot_samples: evaluations whose mean gradient is the gradient of a random model (expectation over
             transformation, Athalye et al. 2018). They share batches.
 
+    and, where they are fields, `targeted` (labels are targets to reach rather than labels to leave), `batch_size`
+    (samples in one forward pass, which does not change the result beyond rounding; None chooses it by the memory that
+    the model needs for an image), `verbose` (a progress bar of finished images, and the share that stands) and
+    `summary_writer`.
+
+    A call takes `first_index`, the position of its first image in the data: with a seed, parts of a data set that are
+    attacked one after the other have the draws that they would have together.
+
     Attributes:
         report: what the last call did, see `Report`; None before the first.
 
     Raises:
-        EstimatorError: the estimator is neither.
+        EstimatorError: the estimator is neither an ART `PyTorchClassifier` nor an `nn.Module`.
         TypeError, ValueError: an argument is outside what is allowed; checked before any work.
     """
 
-    attack_params: ClassVar[list[str]] = [
-        *ClassifierAttack.attack_params,
-        "seed",
-        "early_stop",
-        "precision",
-        "judge_samples",
-        "eot_samples",
-    ]
-    _options: ClassVar[tuple[str, ...]] = ("mask", "x_adv_init")
+    _: KW_ONLY
+    seed: Seed = None
+    early_stop: Flag = False
+    precision: Precision = "auto"
+    judge_samples: OptionalCount = None
+    eot_samples: Count = 1
 
-    def __init__(
-        self,
-        estimator: PyTorchClassifier | nn.Module,
-        *,
-        targeted: bool = False,
-        batch_size: int = 32,
-        summary_writer: Any = False,
-        verbose: bool = False,
-        seed: int | None = None,
-        early_stop: bool = False,
-        precision: str = "auto",
-        judge_samples: int | None = None,
-        eot_samples: int = 1,
-    ) -> None:
-        super().__init__(estimator, targeted=targeted, batch_size=batch_size, verbose=verbose)
-        if summary_writer:
-            raise ValueError(f"summary_writer={summary_writer!r}: only False; native attacks write no TensorBoard logs")
-        self.seed = seed
-        self.early_stop = early_stop
-        self.precision = precision
-        self.judge_samples = judge_samples
-        self.eot_samples = eot_samples
+    keeps: ClassVar[str] = "last"
+    """What is returned without `early_stop`: the "last" iterate, the "first" that fools the model, or the "nearest"."""
+    _options: ClassVar[tuple[str, ...]] = ("mask", "x_adv_init", "first_index")
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self.report: Report | None = None
 
     @abstractmethod
-    def start(self, x: Tensor, y: Tensor, rng: SampleRng, **options: Tensor) -> State:
-        """State for images (N, ...) with labels (N,). `options` may hold `mask` and `x_adv_init`, both (N, ...)."""
+    def start(self, state: State) -> None:
+        """Give `state`, which knows the images and labels, the columns with which the search begins."""
 
     @abstractmethod
-    def query(self, state: State) -> Tensor:
-        """The points (N, ...) at which the model is evaluated next."""
+    def query(self, state: State) -> Query | Tensor:
+        """Where the model is evaluated next; a tensor (N, ...) stands for points whose gradient is wanted."""
 
     @abstractmethod
     def objective(self, logits: Tensor, y: Tensor, state: State) -> Tensor:
-        """What `update` ascends, per sample (N,), differentiable with respect to `logits`."""
+        """What is differentiated with respect to the points (N,), for logits (N, classes)."""
 
     @abstractmethod
-    def update(self, state: State, logits: Tensor, gradient: Tensor | None) -> np.ndarray | Tensor:
-        """Take the model's answer at the query, advance `state`, and say which samples are done: bool (N,).
-
-        `logits` are the mean over the draws of EOT.
-        """
-
-    @abstractmethod
-    def result(self, state: State) -> Tensor:
-        """Adversarial images (N, ...), inside the norm ball and `clip_values` to the last bit.
-
-        They are kept while the search goes on, so `update` does not write into their memory.
-        """
-
-    def needs_gradient(self, state: State) -> bool:
-        """Whether the next `update` wants the gradient, or the logits alone."""
-        return True
+    def update(self, state: State, answer: Answer) -> Progress:
+        """Take the model's answer at the points, advance `state`, and say which samples are done or stuck."""
 
     @property
-    def is_memoryless(self) -> bool:
-        """Whether the next query follows from the last one alone, so that one that does not move never will."""
-        return False
-
-    @property
-    def uses_success(self) -> bool:
-        """Whether `update` itself looks for images that fool the model; what it finds in a cheap search is judged."""
-        return False
-
-    @property
-    def minimises_norm(self) -> bool:
-        """Whether it looks for the smallest perturbation that fools the model; where it finds none, the image stays."""
-        return False
+    def keep(self) -> str:
+        """What is returned; with `early_stop` the first point that fools the model."""
+        return "first" if self.early_stop else self.keeps
 
     @property
     def restarts(self) -> int:
-        """How often the search is started for an image that still stands."""
+        """How often the search is started: for an image that still stands, or of which the nearest point is wanted."""
         return 1
 
-    def stream(self, batches: Iterable[tuple[Tensor, Tensor] | Tensor]) -> Iterator[Finished]:
+    def reached(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Whether points count as fooling the model, bool (N,), by their logits (N, classes)."""
+        return (logits.argmax(1) == y) == self.targeted
+
+    def distance(self, points: Tensor, x: Tensor) -> Tensor:
+        """Of points to their images in the attack's norm, (N,) for points (N, ...) and (N, K) for (N, K, ...)."""
+        delta = points - (x if points.ndim == x.ndim else x[:, None])
+        return torch.linalg.vector_norm(delta.flatten(1 + points.ndim - x.ndim), float(self.norm), dim=-1)
+
+    def result(self, state: State) -> Tensor:
+        """The last iterate (N, ...), as it is returned."""
+        query = self.query(state)
+        return self.returned(query.points if isinstance(query, Query) else query, state)
+
+    def returned(self, points: Tensor, state: State) -> Tensor:
+        """Points (N, ...) brought inside the norm ball and `clip_values` to the last bit.
+
+        They are kept while the search goes on, so `update` does not write into their memory.
+        """
+        return points
+
+    def batch_size_for(self, x: Tensor) -> int:
+        """Samples in one forward pass, for images such as `x`."""
+        return default_batch_size(self.victim, x) if self.batch_size is None else int(self.batch_size)
+
+    def stream(self, batches: Iterable[tuple[Tensor, Tensor] | Tensor], *, first_index: int = 0) -> Iterator[Finished]:
         """Adversarial images of a data set of any size, in the order in which they are finished.
 
         Batches are read when the search has room, so memory is bounded by `batch_size` and theirs. Between two results
@@ -156,11 +136,13 @@ class Attack(ClassifierAttack):
             batches: such as a `DataLoader`'s: pairs of images (N, C, H, W) and labels (N,), or images alone, whose
                 labels are then the model's predictions. Images are of the model's dtype, on any device. Arguments of
                 the attack that differ from sample to sample do not fit a stream.
+            first_index: the position of the first image in the data, on which draws depend; those of the results count
+                from 0.
 
         Raises:
             TypeError, ValueError: a batch is outside what is allowed.
         """
-        yield from self._search(self._checked_batches(batches))
+        yield from self._search(self._checked_batches(batches), first_index=first_index)
 
     def _checked_batches(self, batches: Iterable[tuple[Tensor, Tensor] | Tensor]) -> Iterator[dict[str, Tensor]]:
         names, shape = None, None  # of the first batch
@@ -180,10 +162,10 @@ class Attack(ClassifierAttack):
                 )
             yield inputs
 
-    def _run(self, inputs: dict[str, Tensor], device: torch.device) -> Tensor:
+    def _run(self, inputs: dict[str, Tensor], device: torch.device, first_index: int) -> Tensor:
         x = inputs["x"]
         x_adv, fooled, judged = torch.empty_like(x), np.zeros(len(x), dtype=bool), True
-        for finished in self._search([inputs], device, len(x)):
+        for finished in self._search([inputs], device, len(x), first_index):
             x_adv[torch.from_numpy(finished.index).to(x.device)] = finished.x_adv.to(x.device)
             if finished.fooled is None:
                 judged = False
@@ -198,16 +180,18 @@ class Attack(ClassifierAttack):
         batches: Iterable[dict[str, Tensor]],
         device: torch.device | None = None,
         total: int | None = None,
+        first_index: int = 0,
     ) -> Iterator[Finished]:
         """Run the engine with the model `undisturbed` while it searches, but not between two results."""
-        seed = int(torch.randint(2**62, ())) if self.seed is None else int(self.seed)
+        seed = fresh_seed() if self.seed is None else int(self.seed)
         device = device or self.victim.device
-        self.report = Report()
-        search = loop.stream(self, batches, seed=seed, device=device, report=self.report)
+        self.report = report = Report()
+        search = loop.stream(self, batches, seed=seed, device=device, report=report, first_index=first_index)
+        generators = ForkedGenerators(seed, device)
         done = fooled = 0
         with tqdm(total=total, desc=type(self).__name__, unit="image", disable=not self.verbose, leave=False) as bar:
             while True:
-                with undisturbed(self.victim.module), torch.inference_mode(False), torch.no_grad():
+                with undisturbed(self.victim.module), isolated(device), generators:
                     finished = next(search, None)
                 if finished is None:
                     return
@@ -216,15 +200,3 @@ class Attack(ClassifierAttack):
                     done, fooled = done + len(finished.fooled), fooled + int(finished.fooled.sum())
                     bar.set_postfix_str(f"robust accuracy {1 - fooled / done:.1%}")
                 yield finished
-
-    def _check_params(self) -> None:
-        super()._check_params()
-        if self.seed is not None:
-            check_integer("seed", self.seed, low=0)
-            if self.seed >= 2**64:
-                raise ValueError(f"seed={self.seed}: must be below 2**64")
-        check_flag("early_stop", self.early_stop)
-        check_precision(self.precision)
-        if self.judge_samples is not None:
-            check_integer("judge_samples", self.judge_samples, low=1)
-        check_integer("eot_samples", self.eot_samples, low=1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -13,36 +14,56 @@ from torch import Tensor
 from guardians.engine.victim import Victim
 
 __all__ = [
+    "ArgumentTypeError",
     "check_choice",
     "check_device",
     "check_flag",
-    "check_images",
     "check_integer",
     "check_number",
+    "check_seed",
+    "checked_images",
     "labels_from",
     "mask_from",
+    "optional",
 ]
 
 
-def check_number(name: str, value: Any, *, low: float, exclusive: bool = False, single: bool = False) -> None:
-    """Raise unless `value` is a finite number, array or tensor with all entries >= `low` (> with `exclusive`).
+logger = logging.getLogger(__name__)
+
+
+class ArgumentTypeError(TypeError, ValueError):
+    """An argument of a wrong type; ART raises the one error for some arguments and the other for others."""
+
+
+def optional(check: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
+    """A check that lets None pass too."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def check_number(
+    name: str, value: Any, *, low: float, exclusive: bool = False, single: bool = False, finite: bool = True
+) -> None:
+    """Raise unless `value` is a number, array or tensor with all entries >= `low` (> with `exclusive`).
 
     Raises:
         TypeError: it is none of these, or with `single` an array or a tensor that has dimensions.
-        ValueError: an entry is too low, infinite or NaN.
+        ValueError: an entry is too low, NaN, or with `finite` infinite.
     """
     if isinstance(value, (str, bool)) or value is None:
-        raise TypeError(f"{name}={value!r}: must be a number, an array or a tensor")
+        raise ArgumentTypeError(f"{name}={value!r}: must be a number, an array or a tensor")
     try:
         entries = value.detach().cpu().double().numpy() if isinstance(value, Tensor) else np.asarray(value, dtype=float)
     except (TypeError, ValueError):
-        raise TypeError(f"{name}={value!r}: must be a number, an array or a tensor") from None
+        raise ArgumentTypeError(f"{name}={value!r}: must be a number, an array or a tensor") from None
     if single and entries.ndim:
-        raise TypeError(f"{name} has shape {entries.shape}: must be a single number")
-    bad = ~(np.isfinite(entries) & (entries > low if exclusive else entries >= low))
+        raise ArgumentTypeError(f"{name} has shape {entries.shape}: must be a single number")
+    allowed = entries > low if exclusive else entries >= low
+    bad = ~(allowed & np.isfinite(entries) if finite else allowed)
     if bad.any():
         got = repr(value) if entries.ndim == 0 else f"an array with {float(entries[bad].flat[0])}"
-        raise ValueError(f"{name}={got}: must be {'above' if exclusive else 'at least'} {low:g} and finite")
+        raise ValueError(
+            f"{name}={got}: must be {'above' if exclusive else 'at least'} {low:g}{' and finite' * finite}"
+        )
 
 
 def check_integer(name: str, value: Any, *, low: int) -> None:
@@ -53,9 +74,21 @@ def check_integer(name: str, value: Any, *, low: int) -> None:
         ValueError: it is too low.
     """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}={value!r}: must be an integer")
+        raise ArgumentTypeError(f"{name}={value!r}: must be an integer")
     if value < low:
         raise ValueError(f"{name}={value}: must be at least {low}")
+
+
+def check_seed(name: str, value: Any) -> None:
+    """Raise unless `value` is an integer of 64 bits that is not negative.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is out of range.
+    """
+    check_integer(name, value, low=0)
+    if value >= 2**64:
+        raise ValueError(f"{name}={value}: must be below 2**64")
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -65,7 +98,7 @@ def check_flag(name: str, value: Any) -> None:
         TypeError: it is not.
     """
     if not isinstance(value, bool):
-        raise TypeError(f"{name}={value!r}: must be True or False")
+        raise ArgumentTypeError(f"{name}={value!r}: must be True or False")
 
 
 def check_choice(name: str, value: Any, known: Iterable[Any]) -> None:
@@ -92,13 +125,13 @@ def check_device(name: str, x: Any, victim: Victim) -> None:
         raise ValueError(f"{name} is on {x.device}, the model on {victim.device}: they must be on the same device")
 
 
-def check_images(name: str, x: Tensor, victim: Victim) -> None:
-    """Raise unless `x` is a batch of images that the victim can be given.
+def checked_images(name: str, x: Tensor, victim: Victim) -> Tensor:
+    """A batch of images that the victim can be given, detached, with pixels a little outside `clip_values` clipped.
 
     Raises:
         TypeError: the images are not floating point, or in another dtype than the model.
-        ValueError: the batch is empty or of a wrong shape, or has entries that are NaN, infinite or outside
-            `clip_values`.
+        ValueError: the batch is empty or of a wrong shape, or has entries that are NaN, infinite, or outside
+            `clip_values` by their whole range or more.
     """
     if not x.is_floating_point():
         raise TypeError(f"{name} has dtype {x.dtype}: must be floating point, images in the range of clip_values")
@@ -107,32 +140,35 @@ def check_images(name: str, x: Tensor, victim: Victim) -> None:
     shape = tuple(x.shape)
     if victim.input_shape is None and x.ndim != 4:
         raise ValueError(f"{name} has shape {shape}: must be images (N, C, H, W)")
-    if victim.input_shape is not None and shape[1:] != victim.input_shape:
+    if victim.input_shape is not None and x.ndim != 1 + len(victim.input_shape):
         raise ValueError(f"{name} has shape {shape}: the estimator's input_shape is {victim.input_shape}")
-    if len(x) == 0:
+    if x.numel() == 0:
         raise ValueError(f"{name} has shape {shape}: the batch is empty")
     lowest, highest = (bound.item() for bound in x.aminmax())
     if not (math.isfinite(lowest) and math.isfinite(highest)):  # aminmax passes NaN on
         raise ValueError(f"{name} has NaN or infinite entries: all must be finite")
-    if victim.clip_values is not None:
-        low, high = (bound.to(x) for bound in victim.clip_values)
-        if low.numel() == high.numel() == 1:
-            outside = lowest < low or highest > high
-        else:
-            outside = (x < low).any() or (x > high).any()
-        if outside:
-            raise ValueError(
-                f"{name} has entries from {lowest:g} to {highest:g}: "
-                f"must be within clip_values, {low.min().item():g} to {high.max().item():g}"
-            )
+    x = x.detach()
+    clipped = victim.clip(x)
+    if victim.clip_values is None or torch.equal(clipped, x):
+        return x
+    low, high = (bound.to(x) for bound in victim.clip_values)
+    if ((clipped - x).abs() >= high - low).any():
+        raise ValueError(
+            f"{name} has entries from {lowest:g} to {highest:g}: "
+            f"must be within clip_values, {low.min().item():g} to {high.max().item():g}"
+        )
+    logger.warning(
+        "%s has entries from %g to %g, outside clip_values: the clipped images are attacked", name, lowest, highest
+    )
+    return clipped
 
 
 def labels_from(y: Any, n: int, nb_classes: int | None) -> Tensor:
-    """Labels (N,) as int64, from indices (N,) or (N, 1), or one-hot rows (N, classes).
+    """Labels (N,) as int64, from indices (N,) or (N, 1), or rows (N, classes): one-hot, or probabilities.
 
     Raises:
         TypeError: they are neither an array nor a tensor nor a sequence of numbers.
-        ValueError: their number is not `n`, a row is not one-hot, or an index is not an integer in [0, nb_classes).
+        ValueError: their number is not `n`, a row is not of probabilities, or an index is not in [0, nb_classes).
     """
     try:
         y = torch.as_tensor(y).detach()
@@ -143,9 +179,9 @@ def labels_from(y: Any, n: int, nb_classes: int | None) -> Tensor:
     if y.ndim == 2 and y.shape[1] > 1:
         if nb_classes is not None and y.shape[1] != nb_classes:
             raise ValueError(f"y has shape {tuple(y.shape)}: the model has {nb_classes} classes")
-        if not (((y == 0) | (y == 1)).all() and (y.sum(1) == 1).all()):
-            raise ValueError("y has rows that are not one-hot: each must hold a single 1 and zeros")
-        return y.argmax(1)
+        if not ((y >= 0).all() and ((y.double().sum(1) - 1).abs() < 1e-3).all()):
+            raise ValueError("y has rows that are not one-hot, nor probabilities: each must sum to 1")
+        return y.to(torch.float64).argmax(1)
     indices = y.reshape(n).long()
     if y.is_floating_point() and not (y.reshape(n) == indices).all():
         raise ValueError("y has entries that are not integers: labels are class indices")

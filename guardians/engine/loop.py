@@ -1,84 +1,47 @@
 """The loop that runs any attack: batches that stay full of samples that still stand, cheap search, strict judgement.
 
 Each sample under search has a row in the state of a `_Pool`. A sample that is finished leaves at once and the next one
-takes its row, so that the model always sees full batches; a restart keeps the row.
+takes its row, so that the model always sees full batches.
 
-The search may ask a cheaper copy of the user's model, see `guardians.engine.search`. Whether a sample is fooled is
-decided by the user's model on the image that is returned. A sample that the cheap search takes for fooled and the
-user's model does not goes on; when its search ends in vain, the user's own model searches it again from the start.
+The search may ask cheaper copies of the user's model, see `guardians.engine.search`. Whether a sample is fooled is
+decided by the user's model on the image that is returned. A sample that a cheap search takes for fooled and the
+user's model does not goes on; when its search ends in vain, the next better model searches it again from the start.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from guardians.engine.rng import SampleRng, hashed, row_keys
-from guardians.engine.search import Search, choose_search, is_random, judge_logits
+from guardians.engine.report import Finished, Report
+from guardians.engine.run import PROBE, Run, evaluate, margin, round_size
+from guardians.engine.search import Search
+from guardians.engine.state import Answer, Columns, Query, State, join, on_host, per_image, select
 
 if TYPE_CHECKING:
-    from guardians.engine.attack import Attack, State
+    from guardians.engine.attack import Attack
 
-__all__ = ["PROBE", "Finished", "Report", "Run", "stream", "value_and_gradient"]
+__all__ = ["stream"]
 
-PROBE = 8
-"""Images on which it is seen whether the model is random, and whether a cheaper copy agrees with it."""
-_DRAWS = 9
-"""Of a random model for one judgement, unless the attack says how many."""
-_PROBE_DRAW, _LABEL_DRAW, _SEARCH_DRAW, _JUDGEMENT_DRAW = range(4)
-"""What a random model draws for; each has draws of its own."""
-
-_LENGTHS = (1.02, 1.05, 1.1, 1.2, 1.4, 1.7, 2.0)
-"""Of a smallest perturbation, that are tried where fresh draws of a random model refuse it."""
-
-
-@dataclass(frozen=True)
-class Finished:
-    """Samples whose search is over.
-
-    Attributes:
-        index: int64 array (M,), their positions in the data.
-        x_adv: adversarial images (M, ...), on the device of the search.
-        fooled: bool array (M,), whether the user's model is wrong on `x_adv`, or for a targeted attack gives the
-            target; None where nothing was judged (`early_stop=False`, a single start, the user's own model).
-    """
-
-    index: np.ndarray
-    x_adv: Tensor
-    fooled: np.ndarray | None
-
-
-@dataclass
-class Report:
-    """What a run has done so far.
-
-    Attributes:
-        fooled: bool array (N,), whether the user's model was fooled by the image returned, or gave the target of a
-            targeted attack; None where nothing was judged, and for a `stream`, whose results tell.
-        search: the model that the search asked: "model" for the user's own, or a cheaper copy such as "folded,
-            channels_last, bfloat16".
-        search_forward: samples that went forward in the search, through the user's model or its copy.
-        search_backward: samples that went backward.
-        judgement_forward: samples that went forward through the user's model for another end: judgement, predictions
-            that stand in for labels, and the check of a copy.
-    """
-
-    fooled: np.ndarray | None = None
-    search: str = "model"
-    search_forward: int = 0
-    search_backward: int = 0
-    judgement_forward: int = 0
+_GIVEN = ("x", "y", "mask", "x_adv_init", "index")
+"""What a search starts from."""
 
 
 def stream(
-    attack: Attack, batches: Iterable[dict[str, Tensor]], *, seed: int, device: torch.device | None, report: Report
+    attack: Attack,
+    batches: Iterable[dict[str, Tensor]],
+    *,
+    seed: int,
+    device: torch.device | None,
+    report: Report,
+    first_index: int = 0,
 ) -> Iterator[Finished]:
     """Adversarial images, as they are finished; memory does not grow with their number.
 
@@ -89,161 +52,42 @@ def stream(
         batches: dicts of "x" and, where there are any, "y", "mask" and "x_adv_init", each (N, ...), read when rows are
             free. All is checked by then. Without "y" the victim's predictions are the labels.
         seed: of all random numbers; those of a sample also depend on its position in the data, not on the batch.
+        first_index: the position of the first sample.
         device: where batches go; None leaves them where they are.
         report: which is kept up to date.
     """
-    new, failed = _Queue(batches, device), _Queue((), device)
+    new = _Queue(batches, device)
     if not new:
         return
-    run = Run(attack, new.peek(PROBE), seed, report)
-    pools = [_Pool(run, attack.victim.logits, new)]
-    if run.search.is_cheap:
-        pools = [_Pool(run, run.search.logits, new, failed), _Pool(run, attack.victim.logits, failed)]
+    run = Run(attack, new.peek(PROBE), seed, report, first_index, new.dtype)
+    queues = [new, *(_Queue((), device) for _ in run.searches[1:])]
+    pools = [
+        _Pool(run, search, queue, failed)
+        for search, queue, failed in zip(run.searches, queues, [*queues[1:], None], strict=True)
+    ]
     while True:
-        # What the cheap search has failed waits for a full batch, or until there is nothing else to do.
-        order = pools[::-1] if len(failed) >= run.capacity else pools
-        pool = next((pool for pool in order if pool.fill()), None)
+        # What a cheap search has failed waits for a full batch, or until there is nothing else to do.
+        waiting = [pool for pool in reversed(pools[1:]) if len(pool.queue) >= run.capacity]
+        pool = next((pool for pool in [*waiting, *pools] if pool.fill()), None)
         if pool is None:
             return
-        yield from pool.step()
+        for finished in pool.step():
+            yield replace(finished, x_adv=finished.x_adv.to(new.dtype))
 
 
-def value_and_gradient(
-    attack: Attack,
-    logits_of: Callable[[Tensor], Tensor],
-    query: Tensor,
-    y: Tensor,
-    state: State,
-    keys: np.ndarray | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Logits at `query`, one for each draw of EOT (draws, N, classes), and the gradient of the objective.
-
-    The gradient is the mean over the draws (Athalye et al., "Synthesizing robust adversarial examples", 2018,
-    section 2), which share batches of at most `attack.batch_size`. `keys` (N,) are the seeds of the draws of a random
-    model (`row_keys`), of which each draw makes one of its own.
-
-    Raises:
-        ValueError: the logits do not depend differentiably on the images.
-    """
-    draws: list[Tensor] = []
-    total = None
-    at_once = max(1, int(attack.batch_size) // len(query))
-    for first in range(0, attack.eot_samples, at_once):
-        count = min(at_once, attack.eot_samples - first)
-        draw = np.arange(first, first + count)[:, None]
-        drawing = nullcontext() if keys is None else row_keys(hashed(keys, draw).reshape(-1))
-        with torch.enable_grad(), drawing:
-            inputs = query.detach().requires_grad_(True)
-            logits = logits_of(inputs if count == 1 else inputs.repeat(count, *(1,) * (inputs.ndim - 1)))
-            gradient = None
-            if logits.requires_grad:
-                objective = torch.stack([attack.objective(draw, y, state).sum() for draw in logits.chunk(count)]).sum()
-                (gradient,) = torch.autograd.grad(objective, inputs, allow_unused=True)
-        if gradient is None:
-            raise ValueError("the model's logits have no gradient with respect to its input")
-        draws += logits.detach().chunk(count)
-        total = gradient if total is None else total.add_(gradient)
-    assert total is not None
-    return torch.stack(draws), total if attack.eot_samples == 1 else total.div_(attack.eot_samples)
-
-
-class Run:
-    """What the pools of one run share: how it searches and judges.
+@dataclass
+class _Claim:
+    """Samples that the search takes for fooled.
 
     Attributes:
-        search: the model that the search asks.
-        judge_logits: the user's model, in the memory format in which it judges.
+        images: that would be returned (N, ...).
+        state: from which the search goes on where the user's model is not fooled.
+        done: bool (N,), where it does not.
     """
 
-    def __init__(self, attack: Attack, probe: Tensor, seed: int, report: Report) -> None:
-        self.attack, self.victim, self.seed, self.report = attack, attack.victim, seed, report
-        self.capacity = max(1, int(attack.batch_size) // attack.eot_samples)
-        self.search = Search(self.victim.logits)
-        self.judge_logits: Callable[[Tensor], Tensor] = self.victim.logits
-        self.is_random = False
-        self.refills = attack.early_stop or attack.minimises_norm
-        if self.refills or attack.precision not in ("auto", "float32"):
-            self._probe(probe)
-        self.judges = self.refills or attack.restarts > 1 or (attack.uses_success and self.search.is_cheap)
-        self.judge_samples = attack.judge_samples or (_DRAWS if self.is_random else 1)
-        self.sees_fixed_points = attack.early_stop and attack.is_memoryless and not self.is_random
-
-    def keys(self, purpose: int, *numbers: np.ndarray | int) -> np.ndarray:
-        """Seeds of a random model's draws: of the sample, of what it is asked for, and of how often it was before."""
-        return hashed(self.seed, purpose, *numbers)
-
-    def _probe(self, x: Tensor) -> None:
-        """Ask the model about some images: whether it is random, what may search for it, and how it judges fastest."""
-        with row_keys(self.keys(_PROBE_DRAW, np.arange(len(x)))):
-            expected = self.victim.logits(x)
-        with row_keys(self.keys(_PROBE_DRAW, np.arange(len(x)), 1)):
-            self.is_random = is_random(expected, self.victim.logits(x))
-        self.report.judgement_forward += 2 * len(x)
-        known = None if self.is_random else expected
-        if known is not None:
-            self.judge_logits, tried = judge_logits(self.victim, x, known)
-            self.report.judgement_forward += tried * len(x)
-        precision = self.attack.precision
-        if precision == "auto" and self.attack.minimises_norm:
-            precision = "float32"  # the boundary is where bfloat16's logits are wrong
-        self.search = choose_search(self.victim, precision, x, known)
-        self.report.search = self.search.description
-        self.report.search_forward += self.search.tried * len(x)
-        self.report.search_backward += self.search.tried * len(x)
-
-    def start(self, batch: State) -> State:
-        """State of samples at the start of a search or of a restart, with what the engine knows of them."""
-        x, attack = batch["x"], self.attack
-        if "y" not in batch:
-            with row_keys(self.keys(_LABEL_DRAW, batch["index"])):
-                batch["y"] = self.victim.predict(x)
-            self.report.judgement_forward += len(x)
-        given = {"mask", "x_adv_init"} if not batch["restart"].any() else {"mask"}
-        rng = SampleRng(self.seed, batch["index"], batch["restart"])
-        state = attack.start(x, batch["y"], rng, **{name: batch[name] for name in given & batch.keys()})
-        own = {
-            "doubted": np.zeros(len(x), dtype=bool),
-            "at_fixed_point": torch.zeros_like(batch["y"], dtype=torch.bool),
-            "asked": np.zeros(len(x), dtype=np.int64),
-        }
-        return {**batch, **own, **state}
-
-    def reached(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Whether labels are left, or targets reached, by most of the draws (draws, N, classes): bool (N,)."""
-        return _majority((logits.argmax(-1) == y) == self.attack.targeted)
-
-    def judge(self, images: Tensor, samples: State) -> np.ndarray:
-        """Whether the user's model is fooled by the images of `samples` in most of fresh draws."""
-        draws = [self._answer(images, samples, draw) for draw in range(self.judge_samples)]
-        return _on_host(self.reached(torch.stack(draws), samples["y"]))
-
-    def judge_unanimously(self, images: Tensor, samples: State) -> tuple[np.ndarray, Tensor]:
-        """Whether it is fooled in all of them, and the logits (N, classes) of the first draw that is not, or the last.
-
-        After the first draw that an image does not fool, it is asked about no more.
-        """
-        rows, answers = np.arange(len(images)), torch.empty(0)
-        for draw in range(self.judge_samples):
-            among = _rows({name: samples[name] for name in ("y", "index", "restart", "asked")}, rows)
-            logits = self._answer(_select(images, rows), among, draw)
-            if draw == 0:
-                answers = logits.clone()
-            answers.index_copy_(0, torch.from_numpy(rows).to(images.device), logits)
-            rows = rows[_on_host(self.reached(logits[None], among["y"]))]
-            if not len(rows):
-                break
-        return np.isin(np.arange(len(images)), rows), answers
-
-    def _answer(self, images: Tensor, samples: State, draw: int) -> Tensor:
-        """Logits (N, classes) of the user's model in one draw."""
-        keys = self.keys(_JUDGEMENT_DRAW, samples["index"], samples["restart"], samples["asked"], draw)
-        asked = images
-        if self.refills and not self.is_random:  # in batches of any size
-            size = min(_round_size(len(images)), int(self.attack.batch_size))
-            keys, asked = np.resize(keys, size), _select(images, np.resize(np.arange(len(images)), size))
-        self.report.judgement_forward += len(asked)
-        with row_keys(keys):
-            return self.judge_logits(asked)[: len(images)]
+    images: Tensor
+    state: State
+    done: np.ndarray
 
 
 class _Pool:
@@ -251,171 +95,260 @@ class _Pool:
 
     Args:
         run: what the pools share.
-        logits_of: the model that the search asks.
+        search: the model that is asked.
         queue: where the next samples come from.
-        failed: where samples go on whose search ended in vain, though the model that was asked took them for fooled;
-            None for the user's own model, which is never wrong about itself.
+        failed: where samples go on whose search ended in vain, though another model might have fooled them; None for
+            the user's own model.
     """
 
-    def __init__(
-        self, run: Run, logits_of: Callable[[Tensor], Tensor], queue: _Queue, failed: _Queue | None = None
-    ) -> None:
-        self.run, self.logits_of, self.queue = run, logits_of, queue
-        self.failed = failed
-        self.state: State = {}
+    def __init__(self, run: Run, search: Search, queue: _Queue, failed: _Queue | None) -> None:
+        self.run, self.search, self.queue, self.failed = run, search, queue, failed
+        self.state: State | None = None
         self.vacant = np.empty(0, dtype=np.int64)
+        self.returning: list[State] = []
+        self.claims: list[_Claim] = []
+
+    @property
+    def _claimed(self) -> int:
+        return sum(len(claim.done) for claim in self.claims)
 
     def fill(self) -> bool:
-        """Give vacant rows to samples that wait, or drop the rows; whether there is anything to search.
+        """Give vacant rows to samples that wait, or drop the rows; whether there is anything to search or to judge.
 
         When none waits any more, the batch shrinks from one round size to the next, and the rows that stay vacant
         meanwhile are asked about in vain. The classical algorithm has fixed batches: the next one starts when all of
         the last is done.
         """
-        rows = _length(self.state)
+        rows = 0 if self.state is None else len(self.state)
         if len(self.vacant) == rows:
-            self.state, self.vacant, rows = {}, self.vacant[:0], 0
-        if self.run.refills or not self.state:
-            batch = self.queue.take(self.run.capacity - rows + len(self.vacant))
+            self.state, self.vacant, rows = None, self.vacant[:0], 0
+        for state in self.returning:
+            self._place(state)
+        self.returning = []
+        if self.run.refills or self.state is None:
+            rows = 0 if self.state is None else len(self.state)
+            batch = self.queue.take(self.run.capacity - self._claimed - rows + len(self.vacant))
             if batch is not None:
                 self._place(self.run.start(batch))
+        if self.state is None:
+            return bool(self.claims)
+        rows = len(self.state)
         standing = rows - len(self.vacant)
-        size = _round_size(standing) if self.run.refills else standing
+        size = round_size(standing) if self.run.refills else standing
         if len(self.vacant) and size < rows:
             taken = np.delete(np.arange(rows), self.vacant)
-            self.state = _rows(self.state, np.append(taken, self.vacant[: size - standing]))
+            self.state = self.state.rows(np.append(taken, self.vacant[: size - standing]))
             self.vacant = np.arange(standing, size)
-        return bool(self.state)
+        return True
 
     def step(self) -> Iterator[Finished]:
-        """Ask the model once about every sample, and let the attack take its step."""
-        run, attack, state = self.run, self.run.attack, self.state
-        query, y = attack.query(state), state["y"]
-        logits, gradient = self._ask(query, y)
-        over = np.zeros(len(query), dtype=bool)
+        """Ask the model once about every sample, and let the attack take its step; judge what was claimed."""
+        if self.state is not None:
+            yield from self._search(self.state)
+        if self._claimed >= max(1, self.run.capacity // 8) or (self.claims and self.state is None):
+            yield from self._settle()
+
+    def _search(self, state: State) -> Iterator[Finished]:
+        run, attack, known = self.run, self.run.attack, state.known
+        query = attack.query(state)
+        query = query if isinstance(query, Query) else Query(query)
+        answer, votes = self._ask(query, state)
+        points, fooled = _candidates(query.points, answer, state)
+        over = np.zeros(len(state), dtype=bool)
         over[self.vacant] = True
-        at_fixed_point = np.zeros_like(over)
-        if attack.early_stop or self.failed is not None:
-            flags = [run.reached(logits, y), state["at_fixed_point"], ~logits.isfinite().all(-1).all(0)]
-            if self.failed is not None and gradient is not None:
-                steepest = gradient.flatten(1).abs().amax(1)
-                flags[-1] |= ~((steepest > 0) & steepest.isfinite())
-            reached, at_fixed_point, broken = _on_host(torch.stack(flags))
-            reached &= ~over
-            if attack.early_stop and reached.any():
-                rows = reached.nonzero()[0]
-                samples = _rows(state, rows)
-                images = attack.result(samples)
-                fooled = self._confirm(images, _select(query, rows), samples)
-                over[rows[fooled]] = True
-                if fooled.any():
-                    yield Finished(state["index"][rows[fooled]], _select(images, fooled), fooled[fooled])
-            # A minimum-norm attack passes the boundary all the time; what counts is the image that it returns.
-            claimed = np.zeros_like(over) if attack.minimises_norm else reached & ~over
-            state["doubted"] |= claimed | at_fixed_point | broken
-        told = logits.mean(0)
-        if attack.minimises_norm and run.is_random:
-            told = self._without_luck(query, told)
-        done = (_on_host(attack.update(state, told, gradient)) | at_fixed_point) & ~over
-        if run.sees_fixed_points:
-            state["at_fixed_point"] = (attack.query(state) == query).flatten(1).all(1)
-        if done.any():
-            yield from self._end(done.nonzero()[0], over)
+        stuck, claimed = np.zeros_like(over), np.zeros_like(over)
+        if attack.keeps == "nearest":
+            self._keep_nearer(state, answer, points, fooled)
+        if attack.keep == "first" or self.failed is not None:
+            doubtful = self._doubtful(state, answer, votes)
+            fools, stuck, doubtful = on_host(torch.stack([fooled, known["stuck"], doubtful]))
+            if attack.keep != "nearest":  # which passes the boundary all the time; what counts is what it returns
+                claimed = fools & ~over
+            known["doubted"] |= claimed | stuck | doubtful
+            claimed &= attack.keep == "first"
+        claims = None
+        if claimed.any():
+            claims = run.returned(
+                attack.returned(select(points, claimed), state.rows(claimed)), select(state.x, claimed)
+            )
+            if self.failed is None and not run.is_random and torch.equal(claims, select(points, claimed)):
+                yield Finished(known["index"][claimed], claims, claimed[claimed])  # the judge has just been asked
+                over, claims = over | claimed, None
+
+        progress = attack.update(state, answer)
+        done = (on_host(progress.done) | stuck) & ~over
+        if progress.stuck is not None and attack.keep != "last" and not run.is_random:
+            known["stuck"] = torch.as_tensor(progress.stuck, device=state.x.device)
+        if claims is not None:
+            self.claims.append(_Claim(claims, state.rows(claimed), done[claimed]))
+            over |= claimed
+        ended = done & ~over
+        over |= ended
         self.vacant = over.nonzero()[0]
+        if ended.any():
+            yield from self._end(state.rows(ended))
 
-    def _ask(self, query: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The logits (draws, N, classes), and the gradient where the attack wants it."""
-        attack, report, state = self.run.attack, self.run.report, self.state
-        keys = self.run.keys(_SEARCH_DRAW, state["index"], state["restart"], state["asked"])
-        state["asked"] += 1
-        if not attack.needs_gradient(state):
-            report.search_forward += len(query)
-            with row_keys(keys):
-                return self.logits_of(query)[None], None
-        report.search_forward += len(query) * attack.eot_samples
-        report.search_backward += len(query) * attack.eot_samples
-        return value_and_gradient(attack, self.logits_of, query, y, state, keys)
+    def _ask(self, query: Query, state: State) -> tuple[Answer, Tensor]:
+        """The model's answer, and each draw's logits (draws, N, classes), or (draws, N, K, classes)."""
+        run, attack, report = self.run, self.run.attack, self.run.report
+        keys, points, wanted = run.search_keys(state), query.points, query.gradient
+        passes = attack.eot_samples * points.numel() // state.x.numel()
+        if isinstance(wanted, np.ndarray) and wanted.any() and not wanted.all():
+            back = torch.from_numpy(np.argsort(np.argsort(~wanted, kind="stable"))).to(points.device)
+            parts = [
+                self._evaluate(select(points, mask), state.rows(mask), keys[mask], asked)
+                for mask, asked in ((wanted, True), (~wanted, False))
+            ]
+            draws = torch.cat([part[0] for part in parts], 1).index_select(1, back)
+            value, gradient = (torch.cat([part[which] for part in parts]).index_select(0, back) for which in (1, 2))
+        else:
+            draws, value, gradient = self._evaluate(points, state, keys, bool(np.all(wanted)))
+        report.search_forward += passes * len(state)
+        report.search_backward += passes * int(np.sum(np.broadcast_to(wanted, len(state))))
+        logits = draws.mean(0)
+        if attack.keep == "nearest":
+            if run.is_random:
+                logits = self._without_luck(points, logits, state)
+            fooled = _each(attack.reached, logits, state.y)
+        else:
+            fooled = run.majority(torch.stack([_each(attack.reached, draw, state.y) for draw in draws]))
+        distance = attack.distance(points, state.x) if attack.keeps == "nearest" else None
+        return Answer(logits, value, fooled, gradient if np.any(wanted) else None, distance), draws
 
-    def _confirm(self, images: Tensor, query: Tensor, samples: State) -> np.ndarray:
-        """Whether the user's model is fooled by images that the search takes for fooled, so that they can leave early.
+    def _evaluate(self, points: Tensor, state: State, keys: np.ndarray, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """See `evaluate`; the gradient is zero where it is not wanted."""
+        draws, value, gradient = evaluate(
+            self.run.attack,
+            self.search.logits,
+            points,
+            state,
+            gradient=wanted,
+            keys=keys,
+            batch_size=self.run.batch_size,
+        )
+        return draws, value, points.new_zeros(points.shape) if gradient is None else gradient
 
-        Of a random model all draws have to be: an image that fools most of them can still be made to fool more.
-        """
-        asked_itself = self.failed is None and not self.run.is_random
-        if asked_itself and torch.equal(images, query):
-            return np.ones(len(images), dtype=bool)
-        return self.run.judge_unanimously(images, samples)[0]
+    def _doubtful(self, state: State, answer: Answer, draws: Tensor) -> Tensor:
+        """Where another model might get further: bool (N,)."""
+        doubtful = ~draws.isfinite().flatten(2).all(-1).all(0)
+        if self.failed is None:
+            return doubtful
+        if answer.gradient is not None:
+            steepest = answer.gradient.flatten(1).abs().amax(1)
+            doubtful |= ~((steepest > 0) & steepest.isfinite())
+        if self.run.attack.keep == "first":
+            doubtful |= self._nearly(answer.logits, state.y).view(len(state), -1).any(1)
+        return doubtful
 
-    def _without_luck(self, query: Tensor, logits: Tensor) -> Tensor:
-        """Logits (N, classes) in which a random model is fooled only by queries that fool it in all of fresh draws.
+    def _nearly(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Whether logits (N, ..., classes) fool the model but for the rounding of the copy that searches."""
+        short = -_each(partial(margin, targeted=self.run.attack.targeted), logits, y)
+        return (short >= 0) & (short <= self.search.rounding * logits.abs().amax(-1))
+
+    def _keep_nearer(self, state: State, answer: Answer, points: Tensor, fooled: Tensor) -> None:
+        assert answer.distance is not None
+        known, distance = state.known, answer.distance
+        if distance.ndim > 1:
+            distance = distance.masked_fill(~answer.fooled, torch.inf).amin(1)
+        nearer = fooled & (distance < known["best_distance"])
+        known["best"] = torch.where(per_image(nearer, state.x), points, known["best"])
+        known["best_distance"] = torch.where(nearer, distance, known["best_distance"])
+
+    def _without_luck(self, points: Tensor, logits: Tensor, state: State) -> Tensor:
+        """Logits in which a random model is fooled only by points that fool it in all of fresh draws.
 
         An attack that keeps the nearest image of all would else keep that of its luckiest draw.
         """
-        rows = _on_host(self.run.reached(logits[None], self.state["y"])).nonzero()[0]
+        flat = logits.reshape(-1, logits.shape[-1])
+        several = len(flat) // len(state)
+        known = {name: state.known[name] for name in ("y", "index", "restart", "asked")}
+        known = {name: select(value, np.repeat(np.arange(len(state)), several)) for name, value in known.items()}
+        rows = on_host(self.run.reached(flat[None], known["y"])).nonzero()[0]
         if not len(rows):
             return logits
-        samples = _rows({name: self.state[name] for name in ("y", "index", "restart", "asked")}, rows)
-        convinced, answers = self.run.judge_unanimously(_select(query, rows), samples)
+        asked = points.reshape(len(flat), *state.x.shape[1:])
+        convinced, answers = self.run.judge_unanimously(
+            select(asked, rows), {name: select(value, rows) for name, value in known.items()}
+        )
         refused = torch.from_numpy(rows[~convinced]).to(logits.device)
-        return logits.index_copy(0, refused, _select(answers, ~convinced))
+        return flat.index_copy(0, refused, select(answers, ~convinced)).view_as(logits)
 
-    def _end(self, rows: np.ndarray, over: np.ndarray) -> Iterator[Finished]:
-        """Let samples that are out of steps go, or start again; `over` learns which rows are free."""
-        run, attack = self.run, self.run.attack
-        ended = _rows(self.state, rows)
-        images = attack.result(ended)
-        fooled = run.judge(images, ended) if run.judges else None
-        if fooled is not None and attack.minimises_norm and run.is_random:
-            images, fooled = self._further_out(images, ended, fooled)
-        stands = np.zeros(len(rows), dtype=bool) if fooled is None else ~fooled
-        if attack.minimises_norm and stands.any():
-            ended["doubted"] |= _on_host((images != ended["x"]).flatten(1).any(1))
-            stays = torch.from_numpy(stands).to(images.device, non_blocking=True).view(-1, *(1,) * (images.ndim - 1))
-            images = torch.where(stays, ended["x"], images)
-        restarts = stands & (ended["restart"] + 1 < attack.restarts)
-        failed = stands & ~restarts & ended["doubted"] if self.failed is not None else np.zeros_like(stands)
-        leaves = ~(restarts | failed)
-        over[rows[~restarts]] = True
-        if leaves.any():
-            yield Finished(ended["index"][leaves], _select(images, leaves), None if fooled is None else fooled[leaves])
+    def _settle(self) -> Iterator[Finished]:
+        """Let the user's model judge what was claimed; what it refuses goes on.
+
+        Of a random model all draws have to be fooled: an image that fools most of them can still be made to fool more.
+        """
+        run, claims = self.run, self.claims
+        self.claims = []
+        state = reduce(State.joined, [claim.state for claim in claims])
+        images, done = join([claim.images for claim in claims]), join([claim.done for claim in claims])
+        judge = run.judge_unanimously if run.is_random else run.judge
+        accepted = judge(images, state.known)[0]
+        if accepted.any():
+            leaving, images = state.rows(accepted), select(images, accepted)
+            yield Finished(leaving.index, images, run.verdict(images, leaving.known, accepted[accepted]))
+        if (~accepted & ~done).any():
+            self.returning.append(state.rows(~accepted & ~done))
+        if (~accepted & done).any():
+            yield from self._end(state.rows(~accepted & done))
+
+    def _end(self, ended: State) -> Iterator[Finished]:
+        """Let samples that are out of steps go, or start again, or go on to the next model."""
+        run, attack, known = self.run, self.run.attack, ended.known
+        nearest = attack.keep == "nearest"
+        images = run.returned(known["best"] if nearest else attack.result(ended), ended.x)
+        if not run.judges:
+            yield Finished(known["index"], images, None)
+            return
+        again = known["restart"] + 1 < attack.restarts
+        if nearest and again.any():  # the next start may find a nearer one
+            self._restart(ended.rows(again))
+            if again.all():
+                return
+            ended, images, again = ended.rows(~again), select(images, ~again), again[~again]
+            known = ended.known
+        fooled, logits = run.judge(images, known)
+        if nearest and run.is_random:
+            images, fooled = run.further_out(images, ended, fooled)
+        again &= ~fooled
+        if attack.restarts > 1 or nearest:  # whose draws have chosen
+            fooled = np.where(again, fooled, run.verdict(images, known, fooled))
+        if nearest:
+            moved = (images != ended.x).flatten(1).any(1)
+            known["doubted"] |= ~fooled & on_host(moved)
+            stands = torch.from_numpy(~fooled).to(images.device, non_blocking=True)
+            images = torch.where(per_image(stands, images), ended.x, images)
+        elif self.failed is not None:
+            known["doubted"] |= on_host(self._nearly(logits, ended.y))
+        failed = ~fooled & ~again & known["doubted"] & (self.failed is not None)
+        if again.any():
+            self._restart(ended.rows(again))
         if failed.any():
             assert self.failed is not None
-            self.failed.push(_inputs(_rows(ended, failed), restart=0))
-        if restarts.any():
-            again = _rows(ended, restarts)
-            state = run.start(_inputs(again, restart=again["restart"] + 1)) | {"doubted": again["doubted"]}
-            if restarts.all() and len(rows) == len(over):
-                self.state = state
-            else:
-                _put(self.state, rows[restarts], state)
+            samples = ended.rows(failed).known
+            given = {name: samples[name] for name in _GIVEN if name in samples}
+            self.failed.push({**given, "restart": np.zeros_like(samples["restart"])})
+        leaves = ~(again | failed)
+        if leaves.any():
+            yield Finished(known["index"][leaves], select(images, leaves), fooled[leaves])
 
-    def _further_out(self, images: Tensor, ended: State, fooled: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """The images, moved on where they do not fool a random model after all, and whether they do now: bool (N,)."""
-        run, x = self.run, ended["x"]
-        images, fooled = images.clone(), fooled.copy()
-        for length in _LENGTHS:
-            rows = (~fooled).nonzero()[0]
-            if not len(rows):
-                break
-            ended["asked"][rows] += 1  # for fresh draws
-            start = _select(x, rows)
-            tried = run.victim.clip(start + length * (_select(images, rows) - start))
-            convinced, _ = run.judge_unanimously(tried, _rows(ended, rows))
-            accepted = torch.from_numpy(rows[convinced]).to(images.device)
-            images.index_copy_(0, accepted, _select(tried, convinced))
-            fooled[rows[convinced]] = True
-        return images, fooled
+    def _restart(self, ended: State) -> None:
+        kept = {
+            name: ended.known[name] for name in (*_GIVEN, "doubted", "best", "best_distance") if name in ended.known
+        }
+        self.returning.append(self.run.start({**kept, "restart": ended.known["restart"] + 1}))
 
     def _place(self, state: State) -> None:
         """Into vacant rows as long as there are any, and after the last row what is left."""
-        if not self.state:
+        if self.state is None:
             self.state = state
             return
-        into, n = self.vacant[: _length(state)], _length(state)
-        _put(self.state, into, state if len(into) == n else _rows(state, np.arange(len(into))))
-        if len(into) < n:
-            self.state = _joined([self.state, _rows(state, np.arange(len(into), n))])
-        self.vacant = self.vacant[len(into) :]
+        numbers, n = np.arange(len(state)), len(self.vacant)
+        if len(self.vacant):
+            self.state.put(self.vacant[: len(state)], state.rows(numbers < n))
+        if len(state) > n:
+            self.state = self.state.joined(state.rows(numbers >= n))
+        self.vacant = self.vacant[len(state) :]
 
 
 class _Queue:
@@ -423,17 +356,18 @@ class _Queue:
 
     def __init__(self, batches: Iterable[dict[str, Tensor]], device: torch.device | None) -> None:
         self._batches, self._device = iter(batches), device
-        self._pieces: deque[State] = deque()
+        self._pieces: deque[Columns] = deque()
         self._read = 0
+        self.dtype = torch.float32
 
     def __len__(self) -> int:
         """Samples that are already read."""
-        return sum(map(_length, self._pieces))
+        return sum(len(piece["index"]) for piece in self._pieces)
 
     def __bool__(self) -> bool:
         return bool(self._pieces) or self._read_on()
 
-    def push(self, samples: State) -> None:
+    def push(self, samples: Columns) -> None:
         """Let samples wait."""
         self._pieces.append(samples)
 
@@ -443,17 +377,19 @@ class _Queue:
             pass
         return torch.cat([self._staged({"x": piece["x"][:n]})["x"] for piece in self._pieces])[:n]
 
-    def take(self, n: int) -> State | None:
+    def take(self, n: int) -> Columns | None:
         """Up to `n` samples, on the device; None where none waits."""
-        taken: list[State] = []
+        taken: list[Columns] = []
         while n > 0 and self:
             piece = self._pieces.popleft()
-            if _length(piece) > n:
-                self._pieces.appendleft(_slice(piece, n, None))
-                piece = _slice(piece, 0, n)
-            n -= _length(piece)
+            if len(piece["index"]) > n:
+                self._pieces.appendleft({name: value[n:] for name, value in piece.items()})
+                piece = {name: value[:n] for name, value in piece.items()}
+            n -= len(piece["index"])
             taken.append(self._staged(piece))
-        return _joined(taken) if taken else None
+        if len(taken) > 1:
+            return {name: join([piece[name] for piece in taken]) for name in taken[0]}
+        return taken[0] if taken else None
 
     def _read_on(self) -> bool:
         batch = next(self._batches, None)
@@ -461,82 +397,34 @@ class _Queue:
             return False
         index = np.arange(self._read, self._read + len(batch["x"]))
         self._read += len(index)
+        self.dtype = batch["x"].dtype
         self._pieces.append({**batch, "index": index, "restart": np.zeros_like(index)})
         return True
 
-    def _staged(self, samples: State) -> State:
+    def _staged(self, samples: Columns) -> Columns:
         """On the device, in memory of their own; through pinned memory where the device is another one."""
         return {name: self._moved(value) if isinstance(value, Tensor) else value for name, value in samples.items()}
 
     def _moved(self, value: Tensor) -> Tensor:
+        if value.dtype in (torch.bfloat16, torch.float16):  # too coarse to search in
+            value = value.float()
         device = self._device or value.device
         if value.device.type == "cpu" and device.type == "cuda":
             return value.pin_memory().to(device, non_blocking=True)
         return value.to(device, copy=True)
 
 
-def _majority(votes: Tensor) -> Tensor:
-    """Whether more than half of the votes (draws, N) are true: (N,)."""
-    return votes[0] if len(votes) == 1 else 2 * votes.sum(0) > len(votes)
+def _each(of: Callable[[Tensor, Tensor], Tensor], logits: Tensor, y: Tensor) -> Tensor:
+    """What a function of logits (N, classes) and labels says of logits (N, classes) or (N, K, classes)."""
+    if logits.ndim == 2:
+        return of(logits, y)
+    return torch.stack([of(part, y) for part in logits.unbind(1)], 1)
 
 
-def _on_host(values: Tensor | np.ndarray) -> np.ndarray:
-    """Where the loop waits for the device."""
-    return values if isinstance(values, np.ndarray) else values.cpu().numpy()
-
-
-def _round_size(n: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: for each new size of a batch kernels are prepared anew."""
-    power = 1 << (n - 1).bit_length()
-    return power - power // 4 if n <= power - power // 4 and power >= 4 else power
-
-
-def _length(state: State) -> int:
-    return len(state["index"]) if state else 0
-
-
-def _inputs(state: State, restart: np.ndarray | int) -> State:
-    """What a search starts from."""
-    inputs: State = {name: state[name] for name in ("x", "y", "mask", "x_adv_init", "index") if name in state}
-    return {**inputs, "restart": np.zeros(_length(state), dtype=np.int64) + restart}
-
-
-def _select(values: Any, rows: np.ndarray) -> Any:
-    """The rows with these numbers, or where a mask is true."""
-    if isinstance(values, np.ndarray):
-        return values[rows]
-    if rows.dtype == bool:
-        if rows.all():
-            return values
-        rows = rows.nonzero()[0]
-    return values.index_select(0, torch.from_numpy(rows).to(values.device, non_blocking=True))
-
-
-def _slice(state: State, start: int, stop: int | None) -> State:
-    return {name: value[start:stop] for name, value in state.items()}
-
-
-def _rows(state: State, rows: np.ndarray) -> State:
-    if rows.dtype != bool and len(rows) == _length(state):
-        return dict(state)
-    return {name: _select(value, rows) for name, value in state.items()}
-
-
-def _joined(states: list[State]) -> State:
-    if len(states) == 1:
-        return states[0]
-    return {
-        name: np.concatenate([state[name] for state in states])
-        if isinstance(states[0][name], np.ndarray)
-        else torch.cat([state[name] for state in states])
-        for name in states[0]
-    }
-
-
-def _put(state: State, rows: np.ndarray, new: State) -> None:
-    """Overwrite rows of `state`."""
-    for name, value in state.items():
-        if isinstance(value, np.ndarray):
-            value[rows] = new[name]
-        else:
-            value.index_copy_(0, torch.from_numpy(rows).to(value.device, non_blocking=True), new[name])
+def _candidates(points: Tensor, answer: Answer, state: State) -> tuple[Tensor, Tensor]:
+    """Of each row the point that fools the model, the first or the nearest of several, and whether it does: (N,)."""
+    if answer.fooled.ndim == 1:
+        return points, answer.fooled
+    order = ~answer.fooled if answer.distance is None else answer.distance.masked_fill(~answer.fooled, torch.inf)
+    chosen = order.to(state.x.dtype).argmin(1)
+    return points[torch.arange(len(points), device=points.device), chosen], answer.fooled.any(1)

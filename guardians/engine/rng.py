@@ -12,30 +12,35 @@ import torch
 from numpy.random import Generator, Philox
 from torch import Tensor
 
-__all__ = ["SampleRng", "given_keys", "hashed", "row_keys"]
+__all__ = ["ForkedGenerators", "SampleRng", "fresh_seed", "given_keys", "hashed", "row_keys"]
 
+_NEVER_SEEDED = 67280421310721
+"""torch's own seed of its global generator."""
 _KEYS: ContextVar[np.ndarray | None] = ContextVar("row_keys", default=None)
 
 
 class SampleRng:
     """One independent random stream for each sample of a batch.
 
-    The stream of a sample is a function of (seed, sample index, restart) alone: Philox (Salmon et al., "Parallel
-    random numbers: as easy as 1, 2, 3", 2011) keyed with the seed and the index. Numbers are drawn in float64 on the
-    host, so they are the same on every device.
+    The stream of a sample is a function of (seed, sample index, restart, step) alone: Philox (Salmon et al., "Parallel
+    random numbers: as easy as 1, 2, 3", 2011) keyed with the seed and the index, whose counter begins at the restart
+    and the step. Numbers are drawn in float64 on the host, so they are the same on every device.
 
     Attributes:
         index: int64 array (N,), the position of each sample in the data set.
     """
 
-    def __init__(self, seed: int, index: np.ndarray, restart: np.ndarray | int = 0) -> None:
-        self.index = index
-        self._seed, self._restart = seed, np.broadcast_to(restart, index.shape)
+    def __init__(self, seed: int, index: np.ndarray, restart: np.ndarray | int = 0, step: np.ndarray | int = 0) -> None:
+        self.index, self._seed = index, seed
+        self._counters = [np.broadcast_to(number, index.shape).tolist() for number in (restart, step)]
 
     @cached_property
     def _streams(self) -> list[Generator]:
-        keys = zip(self.index.tolist(), self._restart.tolist(), strict=True)
-        return [Generator(Philox(key=(self._seed << 64) + i, counter=restart << 192)) for i, restart in keys]
+        numbers = zip(self.index.tolist(), *self._counters, strict=True)
+        return [
+            Generator(Philox(key=(self._seed << 64) + i, counter=(restart << 192) + (step << 128)))
+            for i, restart, step in numbers
+        ]
 
     def uniform(self, shape: tuple[int, ...]) -> Tensor:
         """Float64 tensor (N, *shape), uniform in [0, 1)."""
@@ -64,6 +69,46 @@ def hashed(*parts: np.ndarray | int) -> np.ndarray:
             state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             state = state ^ (state >> np.uint64(31))
     return state
+
+
+def fresh_seed() -> int:
+    """A new seed, from torch's global generator, or where that was never seeded from numpy's, which ART draws from."""
+    if torch.initial_seed() == _NEVER_SEEDED:
+        return int(np.random.randint(2**62, dtype=np.int64))  # noqa: NPY002
+    return int(torch.randint(2**62, (), device="cpu"))
+
+
+class ForkedGenerators:
+    """A context in which torch's global generators are others, seeded once and carried on when it is entered again.
+
+    For models that draw random numbers of their own: outside it is as if nothing had been drawn.
+    """
+
+    def __init__(self, seed: int, device: torch.device | None) -> None:
+        self._cuda = device if device is not None and device.type == "cuda" else None
+        self._inside = [torch.Generator(kind).manual_seed(seed % 2**63).get_state() for kind in self._devices]
+        self._outside: list[Tensor] = []
+
+    @property
+    def _devices(self) -> list[torch.device]:
+        return [torch.device("cpu"), *([] if self._cuda is None else [self._cuda])]
+
+    def __enter__(self) -> None:
+        self._outside = self._states()
+        self._restore(self._inside)
+
+    def __exit__(self, *exception: object) -> None:
+        self._inside = self._states()
+        self._restore(self._outside)
+
+    def _states(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *([] if self._cuda is None else [torch.cuda.get_rng_state(self._cuda)])]
+
+    def _restore(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for state in states[1:]:
+            assert self._cuda is not None
+            torch.cuda.set_rng_state(state, self._cuda)
 
 
 @contextmanager

@@ -15,27 +15,22 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
-from guardians.engine.checks import check_choice
 from guardians.engine.victim import Victim, undisturbed
 
 __all__ = [
-    "PRECISIONS",
     "InPrecision",
     "Search",
     "bfloat16_is_native",
-    "check_precision",
-    "choose_search",
+    "choose_searches",
+    "differ",
     "folded_copy",
     "folded_view",
     "has_hooks",
-    "is_random",
     "judge_logits",
     "works_in",
 ]
 
 logger = logging.getLogger(__name__)
-
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 _BATCH_NORMS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: nn.Conv1d,
@@ -50,15 +45,6 @@ _LOSS_SCALE = 2.0**12
 Logits = Callable[[Tensor], Tensor]
 
 
-def check_precision(precision: object) -> None:
-    """Raise unless it is one of `PRECISIONS`.
-
-    Raises:
-        ValueError: it is not.
-    """
-    check_choice("precision", precision, PRECISIONS)
-
-
 def bfloat16_is_native(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices in hardware."""
     if device.type == "cuda":
@@ -67,7 +53,7 @@ def bfloat16_is_native(device: torch.device) -> bool:
     return device.type == "cpu" and cpu_check is not None and bool(cpu_check())
 
 
-def is_random(first: Tensor, second: Tensor) -> bool:
+def differ(first: Tensor, second: Tensor) -> bool:
     """Whether two logits of the same images differ by more than rounding."""
     largest = float(first.abs().nan_to_num(nan=0, posinf=0).max())
     return not torch.allclose(first, second, rtol=1e-4, atol=1e-5 * largest, equal_nan=True)
@@ -86,7 +72,7 @@ def judge_logits(victim: Victim, x: Tensor, expected: Tensor) -> tuple[Logits, i
         return victim.logits(images.contiguous(memory_format=torch.channels_last))
 
     try:
-        return (victim.logits if is_random(expected, in_channels_last(x)) else in_channels_last), 1
+        return (victim.logits if differ(expected, in_channels_last(x)) else in_channels_last), 1
     except RuntimeError as error:  # Tensor.view has none of it
         logger.debug("not judged in channels_last: %s", error)
         return victim.logits, 1
@@ -99,45 +85,45 @@ class Search:
     Attributes:
         logits: of images (N, ...), as `Victim.logits`.
         description: of the model behind them, such as "folded, channels_last, bfloat16".
-        is_cheap: whether it is another model than the victim's.
-        tried: how many cheaper ones were tried on the images of the probe.
+        rounding: by how much they may be off, relative to the largest: twice what they were on the images of the probe.
     """
 
     logits: Logits
     description: str = "model"
-    is_cheap: bool = False
-    tried: int = 0
+    rounding: float = 0.0
 
 
-def choose_search(victim: Victim, precision: str, x: Tensor, expected: Tensor | None) -> Search:
-    """The cheapest model to search with that has the victim's logits.
+def choose_searches(victim: Victim, precision: str, x: Tensor, expected: Tensor | None) -> tuple[list[Search], int]:
+    """The models to search with, the cheapest first, and how many were tried on `x`; the last is the victim itself.
 
-    The first that agrees with the victim of: a copy with batch norm folded into the convolutions, in channels_last
-    where that is fast and then in the usual memory format, and the user's model itself; under autocast where the
-    precision is lower than float32. A model with hooks is neither copied nor autocast, as they would see it; a random
-    one is not copied, as a copy might repeat its draws.
+    Cheaper ones have the victim's logits up to rounding: a copy with batch norm folded into the convolutions, in
+    channels_last where that is fast, else in the usual memory format, or else the user's model, under autocast where
+    the precision is lower than float32; and the copy in float32. A model with hooks is neither copied nor autocast, as
+    they would see it; a random one is not copied, as a copy might repeat its draws.
 
     Args:
         victim: `undisturbed`.
-        precision: of `PRECISIONS`; "auto" is bfloat16 or float16 where the device computes in it, else float32.
+        precision: "float32", "bfloat16", "float16", or "auto": bfloat16 or float16 where the device computes in it, and
+            after that the copy in float32.
         x: images to try.
         expected: the victim's logits of `x`; None for a random model.
-
-    Returns:
-        The victim itself where nothing cheaper agrees with it, which the log says.
     """
+    own, found, tried = Search(victim.logits), [], 0
     if victim.dtype not in (None, torch.float32):
-        return Search(victim.logits)
+        return [own], 0
     if has_hooks(victim.module):
         logger.info("the model has hooks: the search asks the model itself")
-        return Search(victim.logits)
-    tried = 0
-    for candidate in _candidates(victim, precision, x.device, is_random=expected is None):
-        tried += 1
-        if _agrees(victim, candidate, x, expected):
-            return Search(partial(victim.logits, module=candidate), str(candidate), is_cheap=True, tried=tried)
-    logger.info("nothing cheaper gives the model's logits: the search asks the model itself")
-    return Search(victim.logits, tried=tried)
+        return [own], 0
+    for candidates in _candidates(victim, precision, x.device, is_random=expected is None):
+        for candidate in candidates:
+            tried += 1
+            off = _disagreement(victim, candidate, x, expected)
+            if off is not None and off <= _ROUNDING[candidate.dtype]:
+                found.append(Search(partial(victim.logits, module=candidate), str(candidate), 2 * off))
+                break
+    if not found:
+        logger.info("nothing cheaper gives the model's logits: the search asks the model itself")
+    return [*found, own], tried
 
 
 class InPrecision(nn.Module):
@@ -180,20 +166,30 @@ def works_in(victim: Victim, x: Tensor, dtype: torch.dtype, *, channels_last: bo
     """
     with undisturbed(victim.module), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         candidate = InPrecision(victim.module, dtype, is_folded=False, channels_last=channels_last)
-        return _agrees(victim, candidate, x, victim.logits(x))
+        off = _disagreement(victim, candidate, x, victim.logits(x))
+        return off is not None and off <= _ROUNDING[dtype]
 
 
-def _candidates(victim: Victim, precision: str, device: torch.device, *, is_random: bool) -> Iterator[InPrecision]:
-    """The cheapest first."""
+def _candidates(
+    victim: Victim, precision: str, device: torch.device, *, is_random: bool
+) -> Iterator[Iterator[InPrecision]]:
+    """For each precision that is to be searched in, the cheapest first."""
     low = _low_precision(precision, device)
+    dtypes = [torch.float32] if low is None else [low, torch.float32] if precision == "auto" else [low]
     folded = None if is_random else folded_copy(victim.module)
-    for dtype in (torch.float32,) if low is None else (low, torch.float32):
+    if folded is not None:
+        folded = folded.to(memory_format=torch.contiguous_format)
+        channels_last = copy.deepcopy(folded).to(memory_format=torch.channels_last)
+
+    def of(dtype: torch.dtype) -> Iterator[InPrecision]:
         if folded is not None and (device.type == "cpu" or dtype != torch.float32):  # GPUs: with tensor cores alone
-            yield InPrecision(folded.to(memory_format=torch.channels_last), dtype, channels_last=True)
+            yield InPrecision(channels_last, dtype, channels_last=True)
         if folded is not None:
-            yield InPrecision(folded.to(memory_format=torch.contiguous_format), dtype)
+            yield InPrecision(folded, dtype)
         if dtype != torch.float32:
             yield InPrecision(victim.module, dtype, is_folded=False)
+
+    return map(of, dtypes)
 
 
 def _low_precision(precision: str, device: torch.device) -> torch.dtype | None:
@@ -295,8 +291,11 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(part, kind, None) for part in module.modules() for kind in kinds)
 
 
-def _agrees(victim: Victim, cheap: InPrecision, x: Tensor, expected: Tensor | None) -> bool:
-    """Whether the cheap model has the victim's logits up to rounding, or for a random victim any, and a gradient."""
+def _disagreement(victim: Victim, cheap: InPrecision, x: Tensor, expected: Tensor | None) -> float | None:
+    """By how much the cheap model's logits differ from the victim's, relative to the largest; 0 for a random victim.
+
+    None where it has none of that shape, or no gradient.
+    """
     try:
         with torch.enable_grad():
             inputs = x.detach().requires_grad_(True)
@@ -304,12 +303,13 @@ def _agrees(victim: Victim, cheap: InPrecision, x: Tensor, expected: Tensor | No
             torch.autograd.grad(logits.sum(), inputs)
     except Exception as error:  # an operation may lack this dtype or memory format, each says so in its own way
         logger.debug("not usable: %s", error)
-        return False
+        return None
     if expected is None:
-        return True
+        return 0.0
     if logits.shape != expected.shape:
-        return False
-    return bool((logits.detach() - expected).abs().max() <= _ROUNDING[cheap.dtype] * expected.abs().max())
+        return None
+    off, largest = (logits.detach() - expected).abs().max(), expected.abs().max()
+    return 0.0 if off == 0 else float(off / largest)
 
 
 class _GradientScale(torch.autograd.Function):

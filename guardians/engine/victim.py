@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
+from torch.nn.functional import cross_entropy, one_hot
 
-__all__ = ["Victim", "predicted_labels", "undisturbed"]
+__all__ = ["Victim", "isolated", "predicted_labels", "undisturbed"]
+
+_UNIT = (torch.zeros((), dtype=torch.float64, device="cpu"), torch.ones((), dtype=torch.float64, device="cpu"))
+_LOW_PRECISIONS = (torch.bfloat16, torch.float16)
 
 
 class Victim:
@@ -33,26 +38,40 @@ class Victim:
     """
 
     def __init__(self, estimator: PyTorchClassifier | nn.Module) -> None:
+        self._estimator: PyTorchClassifier | None = None
+        self._known_classes: int | None = None
+        self._loss_of: tuple[Any, Callable[[Tensor, Tensor], Tensor]] | None = None  # and what was made of it
+        self._bounds_of: tuple[Any, tuple[Tensor, Tensor] | None] | None = None
         self.module: nn.Module
-        self.clip_values: tuple[Tensor, Tensor] | None
-        self.input_shape: tuple[int, ...] | None
-        self.nb_classes: int | None
         if isinstance(estimator, nn.Module):
-            self._estimator = None
-            self._loss = _PerSampleLoss(nn.CrossEntropyLoss())
-            self.module, self.input_shape, self.nb_classes = estimator, None, None
-            self.clip_values = (torch.tensor(0.0), torch.tensor(1.0))
+            self.module = estimator
         else:
             if type(estimator).loss_gradient is not PyTorchClassifier.loss_gradient:
                 raise ValueError(
                     f"estimator of type {type(estimator).__name__}: has a loss_gradient of its own, which would be "
                     "bypassed; allowed are estimators with that of PyTorchClassifier, and nn.Modules"
                 )
-            self._estimator = estimator
-            self._loss = _PerSampleLoss(estimator.loss)
-            self.module, self.nb_classes = estimator.model, estimator.nb_classes
-            self.input_shape = tuple(estimator.input_shape)
-            self.clip_values = _clip_tensors(estimator.clip_values, self.input_shape)
+            self._estimator, self.module = estimator, estimator.model
+
+    @property
+    def clip_values(self) -> tuple[Tensor, Tensor] | None:
+        """As the estimator has them now."""
+        if self._estimator is None:
+            return _UNIT
+        given = self._estimator.clip_values
+        if self._bounds_of is None or self._bounds_of[0] is not given:
+            self._bounds_of = given, _clip_tensors(given, tuple(self._estimator.input_shape))
+        return self._bounds_of[1]
+
+    @property
+    def input_shape(self) -> tuple[int, ...] | None:
+        """As the estimator has it now."""
+        return None if self._estimator is None else tuple(self._estimator.input_shape)
+
+    @property
+    def nb_classes(self) -> int | None:
+        """As the estimator has it, or of a bare module as its logits have shown it."""
+        return self._known_classes if self._estimator is None else self._estimator.nb_classes
 
     @property
     def device(self) -> torch.device | None:
@@ -81,13 +100,17 @@ class Victim:
         Raises:
             ValueError: the model does not return one row of logits for each image.
         """
-        logits = (module or self.module)(x if self._estimator is None else self._preprocess(x))
+        asked = x.clone()  # the model may write into it
+        if self._estimator is not None:
+            asked = self._preprocess(asked)
+        low = self.dtype if self.dtype in _LOW_PRECISIONS else None
+        logits = (module or self.module)(asked if low is None else asked.to(low))
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"the model returned {got} for {len(x)} images; needed are logits (N, classes)")
         if module is None:
-            self.nb_classes = logits.shape[1]
-        return logits
+            self._known_classes = logits.shape[1]
+        return logits if low is None else logits.float()
 
     def clip(self, x: Tensor) -> Tensor:
         """`x` clamped to `clip_values`."""
@@ -99,8 +122,11 @@ class Victim:
         A loss that cannot be had per sample comes back as it is; its sum has the same gradient direction.
         """
         if self._estimator is None:
-            return self._loss(logits, y)
-        return self._loss(logits, self._estimator.reduce_labels(one_hot(y, logits.shape[1]).to(logits.dtype)))
+            return cross_entropy(logits, y, reduction="none")
+        given = self._estimator.loss
+        if self._loss_of is None or self._loss_of[0] is not given:
+            self._loss_of = given, _PerSampleLoss(given)
+        return self._loss_of[1](logits, self._estimator.reduce_labels(one_hot(y, logits.shape[1]).to(logits.dtype)))
 
     def predict(self, x: Tensor) -> Tensor:
         """Labels (N,) that the model gives to images (N, ...)."""
@@ -151,10 +177,11 @@ class _PerSampleLoss:
 def _clip_tensors(clip_values: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
     if clip_values is None:
         return None
-    low, high = (torch.as_tensor(np.asarray(bound, dtype=np.float64)) for bound in clip_values)
-    # ART lets the bounds of single features come flat or in the shape of an image.
-    low, high = (bound.reshape(shape if bound.numel() > 1 else ()) for bound in (low, high))
-    return low, high
+    low, high = (torch.from_numpy(np.array(bound, dtype=np.float64)) for bound in clip_values)
+    # ART lets the bounds of single features come flat, in the shape of an image, or broadcastable to it.
+    pixels = math.prod(shape)
+    low, high = (bound.reshape(shape) if bound.numel() == pixels > 1 else bound for bound in (low, high))
+    return (low.reshape(()), high.reshape(())) if low.numel() == high.numel() == 1 else (low, high)
 
 
 def predicted_labels(module: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
@@ -163,26 +190,74 @@ def predicted_labels(module: nn.Module, images: Tensor, batch_size: int = 256) -
         return torch.cat([module(batch).argmax(1) for batch in images.split(batch_size)])
 
 
+class _Users:
+    """How many attacks use each part of a model now, and what has to be restored when the last one leaves.
+
+    Attacks in several threads, or streams that are open at the same time, may overlap in any way.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._parts: dict[int, list[Any]] = {}  # by id: the part, how often it is used, its flag
+
+    def enter(self, module: nn.Module) -> list[Any]:
+        """Evaluation mode and frozen parameters; what `leave` is to be given."""
+        with self._lock:
+            used: list[nn.Module | Tensor] = [*module.modules()]
+            used += (p for p in module.parameters() if p.requires_grad or id(p) in self._parts)
+            for part in used:
+                entry = self._parts.setdefault(id(part), [part, 0, _flag(part)])
+                entry[1] += 1
+                _set_flag(part, False)
+            return used
+
+    def leave(self, used: list[Any]) -> None:
+        """Restore what nobody uses any more."""
+        with self._lock:
+            for part in used:
+                entry = self._parts[id(part)]
+                entry[1] -= 1
+                if not entry[1]:
+                    _set_flag(part, entry[2])
+                    del self._parts[id(part)]
+
+
+_USERS = _Users()
+
+
 @contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode and frozen parameters inside, everything as it was outside.
+    """Evaluation mode and frozen parameters inside, everything as it was outside, once the last user has left.
 
     The flags are set directly, so a module that overrides `train` does not notice.
     """
-    modes = [(part, part.training) for part in module.modules()]
-    trainable = [p for p in module.parameters() if p.requires_grad]
+    used = _USERS.enter(module)
     try:
-        _set_modes((part, False) for part, _ in modes)
-        for parameter in trainable:
-            parameter.requires_grad_(False)
         yield
     finally:
-        _set_modes(modes)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        _USERS.leave(used)
 
 
-def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
-    for part, training in modes:
-        if part.training != training:  # to set an attribute of a module takes long
-            part.training = training
+def _flag(part: nn.Module | Tensor) -> bool:
+    return part.requires_grad if isinstance(part, Tensor) else getattr(part, "training", False)
+
+
+def _set_flag(part: nn.Module | Tensor, value: bool) -> None:
+    if isinstance(part, Tensor):
+        part.requires_grad_(value)
+    elif _flag(part) != value:  # to set an attribute of a module takes long
+        part.training = value
+
+
+@contextmanager
+def isolated(device: torch.device | None) -> Iterator[None]:
+    """Neither autocast, nor inference mode, nor a default device of the caller inside; autograd off."""
+    with ExitStack() as stack:
+        for kind in {"cpu", "cpu" if device is None else device.type}:
+            if torch.amp.is_autocast_available(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device() != torch.device("cpu"):
+            stack.enter_context(torch.device(device or "cpu"))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        yield

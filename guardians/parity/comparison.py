@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from guardians.attacks import ProjectedGradientDescent
+from guardians.attacks.pgd import SteepestAscent
 from guardians.benchmark.counting import CountingModel
-from guardians.engine.attack import State
-from guardians.engine.loop import value_and_gradient
 from guardians.engine.rng import SampleRng
+from guardians.engine.run import evaluate
+from guardians.engine.state import Answer, State
 from guardians.engine.victim import undisturbed
 from guardians.parity.rules import OneCoordinateStep, native_class
 from guardians.toolkits.implementations import AttackSpec, build_attack
@@ -140,9 +140,7 @@ def record(
     return trajectory
 
 
-def native_attack(
-    spec: AttackSpec, model: nn.Module, batch_size: int, reference: str | None = None
-) -> ProjectedGradientDescent:
+def native_attack(spec: AttackSpec, model: nn.Module, batch_size: int, reference: str | None = None) -> SteepestAscent:
     """Native FGSM or PGD that starts where it is told, with a toolkit's rules where a reference is named."""
     attack_class = native_class(spec, reference)
     attack = attack_class(model, spec.norm, spec.eps, targeted=spec.targeted, batch_size=batch_size, seed=0)
@@ -151,33 +149,34 @@ def native_attack(
     return attack
 
 
-def compare_steps(attack: ProjectedGradientDescent, reference: Trajectory, x: Tensor, y: Tensor) -> Steps:
+def compare_steps(attack: SteepestAscent, reference: Trajectory, x: Tensor, y: Tensor) -> Steps:
     """Let the native attack take each step of the reference from the reference's own iterate."""
     p = float(attack.norm)
     with undisturbed(attack.victim.module), torch.no_grad():
         state = _start(attack, x, y, reference)
-        steps = _differences(attack.query(state), reference.iterates[0], p)
+        steps = _differences(state.x_adv, reference.iterates[0], p)
         for iterate, gradient, landing in reference.steps():
-            state["x_adv"] = iterate
-            logits, native_gradient = value_and_gradient(attack, attack.victim.logits, iterate, y, state)
-            attack.update(state, logits.mean(0), native_gradient)
+            state.x_adv = iterate
+            attack.update(state, _answer(evaluate(attack, attack.victim.logits, iterate, state)[2]))
             excused = _within_rounding(gradient, p, one_coordinate=isinstance(attack, OneCoordinateStep))
-            steps = steps + _differences(attack.query(state), landing, p, excused)
+            steps = steps + _differences(state.x_adv, landing, p, excused)
     return steps
 
 
-def replay(attack: ProjectedGradientDescent, native: Trajectory, x: Tensor, y: Tensor, steps_asked: int) -> Steps:
+def replay(attack: SteepestAscent, native: Trajectory, x: Tensor, y: Tensor, steps_asked: int) -> Steps:
     """Whether a free native run is a chain of the native steps that were compared, up to the images returned."""
     p = float(attack.norm)
     if len(native.iterates) != steps_asked:
         return Steps(0, x.numel(), float("inf"))
     with torch.no_grad():
         state = _start(attack, x, y, native)
-        steps = _differences(attack.query(state), native.iterates[0], p)
+        steps = _differences(state.x_adv, native.iterates[0], p)
         for iterate, gradient, landing in native.steps():
-            state["x_adv"] = iterate
-            attack.update(state, torch.empty(0), gradient)
-            steps = steps + _differences(attack.query(state), landing, p)
+            state.x_adv = iterate
+            attack.update(
+                state, Answer(torch.empty(0), torch.empty(0), torch.zeros_like(y, dtype=torch.bool), gradient)
+            )
+            steps = steps + _differences(state.x_adv, landing, p)
     return steps
 
 
@@ -192,8 +191,18 @@ def free_run(
     return recorder.trajectory(lambda: attack(x, y, x_adv_init=start))
 
 
-def _start(attack: ProjectedGradientDescent, x: Tensor, y: Tensor, trajectory: Trajectory) -> State:
-    return attack.start(x, y, SampleRng(0, np.arange(len(x))), x_adv_init=trajectory.iterates[0])
+def _start(attack: SteepestAscent, x: Tensor, y: Tensor, trajectory: Trajectory) -> State:
+    index = np.arange(len(x))
+    given = {"x": x, "y": y, "x_adv_init": trajectory.iterates[0], "index": index, "restart": np.zeros_like(index)}
+    state = State(given, SampleRng(0, index))
+    attack.start(state)
+    return state
+
+
+def _answer(gradient: Tensor | None) -> Answer:
+    """All that a step of FGSM and PGD takes from the model."""
+    nothing = torch.empty(0)
+    return Answer(nothing, nothing, nothing, gradient)
 
 
 def _differences(native: Tensor, reference: Tensor, p: float, excused: Tensor | None = None) -> Steps:

@@ -12,23 +12,23 @@ from torch import Tensor
 from guardians.attacks import CarliniWagnerL2, FastGradientMethod, ProjectedGradientDescent
 from guardians.attacks.boxes import Box, ChangeOfVariables
 from guardians.attacks.norms import as_norm, lp_norm, project, steepest_ascent
-from guardians.engine.attack import State
-from guardians.engine.rng import SampleRng
+from guardians.attacks.pgd import SteepestAscent
+from guardians.engine.state import State
 from guardians.toolkits.implementations import AttackSpec
 
 __all__ = ["CARLINI_WAGNER_RULES", "OneCoordinateStep", "native_class", "rules_for"]
 
 
-class ProjectThenClip(ProjectedGradientDescent):
+class ProjectThenClip(SteepestAscent):
     """foolbox, torchattacks PGDL2: onto the ball first, then clipped; native clips first, so the ball is used up."""
 
     def inside(self, x_adv: Tensor, state: State) -> Tensor:
         """Clip last."""
-        delta = project(x_adv - state["x"], state["eps"].to(x_adv.dtype), as_norm(self.norm))
-        return (state["x"] + delta).clamp(state["low"], state["high"])
+        delta = project(x_adv - state.x, state.eps.to(x_adv.dtype), as_norm(self.norm))
+        return (state.x + delta).clamp(state.low, state.high)
 
 
-class OneCoordinateStep(ProjectedGradientDescent):
+class OneCoordinateStep(SteepestAscent):
     """ART, norm 1: the largest coordinate alone, even where a bound stops it; native goes on to the next ones."""
 
     def step(self, gradient: Tensor, x: Tensor, radius: Tensor, state: State) -> Tensor:
@@ -36,7 +36,7 @@ class OneCoordinateStep(ProjectedGradientDescent):
         return radius * steepest_ascent(gradient, 1)
 
 
-class ProportionalStep(ProjectedGradientDescent):
+class ProportionalStep(SteepestAscent):
     """foolbox, norm 1: along the gradient itself; native uses the largest coordinates up to their bounds."""
 
     def step(self, gradient: Tensor, x: Tensor, radius: Tensor, state: State) -> Tensor:
@@ -44,7 +44,7 @@ class ProportionalStep(ProjectedGradientDescent):
         return radius * gradient / lp_norm(gradient, 1).clamp_min(1e-12)
 
 
-class FlooredStep(ProjectedGradientDescent):
+class FlooredStep(SteepestAscent):
     """foolbox, norm 2: gradients of a norm below 1e-12 give shorter steps; native steps have the same length always."""
 
     def step(self, gradient: Tensor, x: Tensor, radius: Tensor, state: State) -> Tensor:
@@ -52,7 +52,7 @@ class FlooredStep(ProjectedGradientDescent):
         return radius * gradient / lp_norm(gradient, 2).clamp_min(1e-12)
 
 
-class DampedStep(ProjectedGradientDescent):
+class DampedStep(SteepestAscent):
     """torchattacks PGDL2: 1e-10 is added to the norm of the gradient of the batch's *mean* loss.
 
     Steps of images that the model is sure of are shorter, the more so the larger the batch.
@@ -96,10 +96,10 @@ class _ScaledInterval(_WholeInterval):
 class FoolboxCarliniWagner(CarliniWagnerL2):
     """foolbox: images are scaled by 0.999999 before arctanh, and c is rounded to float32."""
 
-    def start(self, x: Tensor, y: Tensor, rng: SampleRng, **options: Tensor) -> State:
+    def start(self, state: State) -> None:
         """At the scaled image."""
-        state = super().start(x, y, rng, **options)
-        return state | {"image": self.boundary(x).image(state["variable"])}
+        super().start(state)
+        state.image = self.boundary(state.x).image(state.variable)
 
     def boundary(self, x: Tensor) -> Box:
         """The scaled one."""
@@ -110,10 +110,10 @@ class FoolboxCarliniWagner(CarliniWagnerL2):
         self, state: State, of_model: Tensor, of_distance: Tensor, rate: Tensor, betas: tuple[float, float]
     ) -> None:
         """With the rounded c."""
-        const = state["const"]
-        state["const"] = const.float().to(const)
+        const = state.const
+        state.const = const.float().to(const)
         super().descend(state, of_model, of_distance, rate, betas)
-        state["const"] = const
+        state.const = const
 
 
 class TorchattacksCarliniWagner(CarliniWagnerL2):
@@ -137,7 +137,7 @@ CARLINI_WAGNER_RULES: dict[str, type[CarliniWagnerL2]] = {
 }
 """Native C&W with the rules of a toolkit."""
 
-_RULES: dict[tuple[str, float], tuple[type[ProjectedGradientDescent], ...]] = {
+_RULES: dict[tuple[str, float], tuple[type[SteepestAscent], ...]] = {
     ("ART", 1): (OneCoordinateStep,),
     ("foolbox", 1): (ProjectThenClip, ProportionalStep),
     ("foolbox", 2): (ProjectThenClip, FlooredStep),
@@ -145,12 +145,12 @@ _RULES: dict[tuple[str, float], tuple[type[ProjectedGradientDescent], ...]] = {
 }
 
 
-def rules_for(reference: str, norm: float) -> tuple[type[ProjectedGradientDescent], ...]:
+def rules_for(reference: str, norm: float) -> tuple[type[SteepestAscent], ...]:
     """The rules in which a toolkit differs from native FGSM and PGD in a norm; empty where there are none."""
     return _RULES.get((reference, norm), ())
 
 
-def native_class(spec: AttackSpec, reference: str | None = None) -> type[ProjectedGradientDescent]:
+def native_class(spec: AttackSpec, reference: str | None = None) -> type[SteepestAscent]:
     """Native FGSM or PGD, with the rules of a toolkit where a reference is named."""
     attack = FastGradientMethod if spec.attack == "FGSM" else ProjectedGradientDescent
     rules = () if reference is None else rules_for(reference, spec.norm)

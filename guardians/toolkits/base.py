@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
-from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -46,27 +46,23 @@ class ToolkitAttack(ClassifierAttack):
     A subclass is the toolkit's call on one batch, `perturb`. The toolkit draws its random numbers as it always does,
     from torch's global generator. What it returns is not clipped or projected again.
 
-    Args:
-        estimator: an ART `PyTorchClassifier` or an `nn.Module`, see `ClassifierAttack`. The loss is the toolkit's own.
-        batch_size: images that the toolkit is given at once.
-        targeted: whether the labels are targets to reach rather than labels to leave.
-        verbose: show a progress bar of finished images.
+    The loss is the toolkit's own. Fields that subclasses have: `batch_size`, images that the toolkit is given at once,
+    `targeted` and `verbose`.
 
     Raises:
         EstimatorError, TypeError, ValueError: see `ClassifierAttack`.
     """
 
-    def __init__(
-        self, estimator: PyTorchClassifier | nn.Module, *, batch_size: int, targeted: bool, verbose: bool
-    ) -> None:
-        super().__init__(estimator, targeted=targeted, batch_size=batch_size, verbose=verbose)
-        self.logits = Logits(self.victim)
+    @cached_property
+    def logits(self) -> Logits:
+        """The model that the toolkit is given."""
+        return Logits(self.victim)
 
     @abstractmethod
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
         """What the toolkit makes of one batch (N, ...) with labels or targets (N,), on the device of the model."""
 
-    def _run(self, inputs: dict[str, Tensor], device: torch.device) -> Tensor:
+    def _run(self, inputs: dict[str, Tensor], device: torch.device, first_index: int) -> Tensor:
         x, y = inputs["x"], inputs.get("y")
         found = torch.empty_like(x)
         progress = tqdm(total=len(x), desc=type(self).__name__, unit="image", disable=not self.verbose, leave=False)

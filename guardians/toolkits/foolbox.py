@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
-from art.estimators.classification import PyTorchClassifier
-from torch import Tensor, nn
+from torch import Tensor
 
-from guardians.engine.checks import check_number
+from guardians.engine.interfaces import Estimator
+from guardians.engine.parameters import Count, Flag, OptionalNumber
 from guardians.toolkits.base import ToolkitAttack
 
 try:
@@ -38,21 +38,12 @@ class FoolboxAttack(ToolkitAttack):
             targets and takes none.
     """
 
-    attack_params: ClassVar[list[str]] = [*ToolkitAttack.attack_params, "attack", "eps"]
-
-    def __init__(
-        self,
-        estimator: PyTorchClassifier | nn.Module,
-        attack: Any,
-        eps: float | None = None,
-        batch_size: int = 32,
-        targeted: bool = False,
-        verbose: bool = False,
-    ) -> None:
-        super().__init__(estimator, batch_size=batch_size, targeted=targeted, verbose=verbose)
-        self.attack = attack
-        self.eps = eps
-        self._check_params()
+    estimator: Estimator
+    attack: Any
+    eps: OptionalNumber = None
+    batch_size: Count = 32
+    targeted: Flag = False
+    verbose: Flag = False
 
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
         """The attack's answer for one batch, clipped to the ball."""
@@ -76,9 +67,7 @@ class FoolboxAttack(ToolkitAttack):
             raise ValueError("the estimator's clip_values must be two numbers, the bounds that foolbox knows")
         if not isinstance(self.attack, Attack):
             raise TypeError(f"attack={self.attack!r}: must be an attack of foolbox, such as foolbox.attacks.LinfPGD()")
-        if self.eps is not None:
-            check_number("eps", self.eps, low=0)
-        elif isinstance(_innermost(self.attack), FixedEpsilonAttack):
+        if self.eps is None and isinstance(_innermost(self.attack), FixedEpsilonAttack):
             raise ValueError(f"eps=None: {type(_innermost(self.attack)).__name__} needs the radius of the ball")
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import io
 from contextlib import redirect_stdout
-from typing import Any, ClassVar
+from typing import Any
 
-from art.estimators.classification import PyTorchClassifier
-from torch import Tensor, nn
+from torch import Tensor
 
+from guardians.engine.interfaces import Estimator
+from guardians.engine.parameters import KW_ONLY, Count, Flag
 from guardians.engine.victim import Victim
 from guardians.toolkits.base import ToolkitAttack
 
@@ -37,21 +38,17 @@ class TorchattacksAttack(ToolkitAttack):
             targets although `targeted`.
     """
 
-    attack_params: ClassVar[list[str]] = [*ToolkitAttack.attack_params, "attack", "arguments"]
+    estimator: Estimator
+    attack: type
+    batch_size: Count = 32
+    targeted: Flag = False
+    verbose: Flag = False
+    _: KW_ONLY
+    arguments: Any = None
 
-    def __init__(
-        self,
-        estimator: PyTorchClassifier | nn.Module,
-        attack: type,
-        batch_size: int = 32,
-        targeted: bool = False,
-        verbose: bool = False,
-        **arguments: Any,
-    ) -> None:
-        super().__init__(estimator, batch_size=batch_size, targeted=targeted, verbose=verbose)
-        self.attack = attack
-        self.arguments = arguments
-        self._check_params()
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        own = {name: options.pop(name) for name in list(options) if name in self.parameters()}
+        super().__init__(*arguments, **own, arguments=options)
 
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
         """The attack's answer for one batch."""

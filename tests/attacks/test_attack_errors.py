@@ -28,7 +28,8 @@ CONSTRUCTOR = {
     "norm below 1": ({"norm": 0.5}, ValueError, "norm=0.5"),
     "eps negative": ({"eps": -0.1}, ValueError, "eps=-0.1"),
     "eps NaN": ({"eps": NAN}, ValueError, "eps=nan"),
-    "eps infinite": ({"eps": INF}, ValueError, "eps=inf"),
+    "eps infinite, random start": ({"eps": INF, "num_random_init": 1}, ValueError, "eps=inf"),
+    "eps a number, eps_step an array": ({"eps_step": np.full((1, 1, 1), 0.1)}, TypeError, "eps has shape .* eps_step"),
     "eps string": ({"eps": "8/255"}, TypeError, "eps='8/255'"),
     "eps none": ({"eps": None}, TypeError, "eps=None"),
     "eps true": ({"eps": True}, TypeError, "eps=True"),
@@ -48,10 +49,10 @@ CONSTRUCTOR = {
     "batch_size fraction": ({"batch_size": 3.5}, TypeError, "batch_size=3.5"),
     "seed negative": ({"seed": -1}, ValueError, "seed=-1"),
     "seed fraction": ({"seed": 0.5}, TypeError, "seed=0.5"),
-    "summary_writer": ({"summary_writer": True}, ValueError, "summary_writer=True"),
+    "summary_writer": ({"summary_writer": 3}, ValueError, "summary_writer"),
 }
 PGD_ONLY = {
-    "max_iter zero": ({"max_iter": 0}, ValueError, "max_iter=0"),
+    "max_iter negative": ({"max_iter": -1}, ValueError, "max_iter=-1"),
     "max_iter fraction": ({"max_iter": 2.5}, TypeError, "max_iter=2.5"),
     "max_iter true": ({"max_iter": True}, TypeError, "max_iter=True"),
     "decay negative": ({"decay": -0.5}, ValueError, "decay=-0.5"),
@@ -85,20 +86,31 @@ def test_set_params(attack, options, error, message, net):
         attack(net).set_params(**options)
 
 
+@pytest.mark.parametrize(("attack", "options", "error", "message"), SETTERS)
+def test_a_refused_change_leaves_the_attack_as_it_was(attack, options, error, message, net):
+    made, x, y = attack(net, eps=0.1, eps_step=0.02), some_images(N), some_labels(N)
+    before = made(x, y)
+    with pytest.raises(error):
+        made.set_params(**{"batch_size": 3, **options})
+    assert repr(made) == repr(attack(net, eps=0.1, eps_step=0.02))
+    assert torch.equal(made(x, y), before)
+
+
 def test_set_params_of_an_unknown_name(net):
     with pytest.raises(ValueError, match="epsilon"):
         PGD(net).set_params(epsilon=0.1)
 
 
+STEP = {"eps_step": np.ones(1)}
 # id: (constructor arguments, arguments of the call, error, what the message says)
 CALL = {
     "x NaN": ({}, {"x": with_entry(NAN)}, ValueError, "x has NaN"),
     "x infinite": ({}, {"x": with_entry(INF)}, ValueError, "x has NaN or infinite"),
-    "x above clip_values": ({}, {"x": with_entry(1.01)}, ValueError, "x has entries.*clip_values"),
-    "x below clip_values": ({}, {"x": with_entry(-0.01)}, ValueError, "x has entries.*clip_values"),
+    "x far above clip_values": ({}, {"x": with_entry(2.0)}, ValueError, "x has entries.*clip_values"),
+    "x far below clip_values": ({}, {"x": with_entry(-1.5)}, ValueError, "x has entries.*clip_values"),
     "x in bytes": ({}, {"x": 255 * some_images(N)}, ValueError, "x has entries.*clip_values"),
     "x of three dimensions": ({}, {"x": some_images(N)[0], "y": some_labels(3)}, ValueError, "x has shape"),
-    "x of integers": ({}, {"x": torch.ones(N, *SHAPE, dtype=torch.uint8)}, TypeError, "x has dtype.*uint8"),
+    "x of booleans": ({}, {"x": torch.ones(N, *SHAPE, dtype=torch.bool)}, TypeError, "x has dtype.*bool"),
     "x empty": ({}, {"x": some_images(N)[:0], "y": some_labels(0)}, ValueError, "x has shape.*empty"),
     "y too large": ({}, {"y": torch.tensor([0, 1, 2, CLASSES])}, ValueError, "y has labels.*5"),
     "y negative": ({}, {"y": torch.tensor([0, 1, 2, -1])}, ValueError, "y has labels.*-1"),
@@ -106,15 +118,31 @@ CALL = {
     "y a scalar": ({}, {"y": torch.tensor(1)}, ValueError, "y has shape"),
     "y of fractions": ({}, {"y": torch.tensor([0, 1, 2, 1.5])}, ValueError, "y has entries that are not integers"),
     "y with NaN": ({}, {"y": torch.tensor([0, 1, 2, NAN])}, ValueError, "y has entries that are not integers"),
-    "y not one-hot": ({}, {"y": torch.full((N, CLASSES), 0.2)}, ValueError, "y has rows that are not one-hot"),
+    "y no probabilities": ({}, {"y": torch.full((N, CLASSES), 0.3)}, ValueError, "y has rows that are not one-hot"),
+    "y partly negative": ({}, {"y": torch.eye(CLASSES)[:N] * 3 - 0.4}, ValueError, "y has rows that are not one-hot"),
     "y with two ones": ({}, {"y": torch.ones(N, CLASSES)}, ValueError, "y has rows that are not one-hot"),
     "y of strings": ({}, {"y": ["a", "b", "c", "d"]}, TypeError, "y of type"),
     "y missing": ({"targeted": True}, {"y": None}, ValueError, "y=None"),
-    "eps too short": ({"eps": np.full((3, 1, 1, 1), 0.1)}, {}, ValueError, "eps has shape"),
-    "eps of other images": ({"eps": np.full((3, 7, 7), 0.1)}, {}, ValueError, "eps has shape"),
-    "eps of too many dimensions": ({"eps": np.full((1, N, *SHAPE), 0.1)}, {}, ValueError, "eps has shape"),
-    "eps_step too short": ({"eps_step": np.full((3, 1, 1, 1), 0.1)}, {}, ValueError, "eps_step has shape"),
-    "eps varies in a sample": ({"norm": 2, "eps": np.linspace(0, 1, 8)}, {}, ValueError, "eps varies.*norm=2"),
+    "eps too short": ({"eps": np.full((3, 1, 1, 1), 0.1), **STEP}, {}, ValueError, "eps has shape"),
+    "eps of other images": ({"eps": np.full((3, 7, 7), 0.1), **STEP}, {}, ValueError, "eps has shape"),
+    "eps of too many dimensions": (
+        {"eps": np.full((1, N, *SHAPE), 0.1), "eps_step": np.ones(1)},
+        {},
+        ValueError,
+        "eps has shape",
+    ),
+    "eps_step too short": (
+        {"eps_step": np.full((3, 1, 1, 1), 0.1), "eps": np.ones(1)},
+        {},
+        ValueError,
+        "eps_step has shape",
+    ),
+    "eps varies in a sample": (
+        {"norm": 2, "eps": np.linspace(0, 1, 8), "eps_step": np.ones(1)},
+        {},
+        ValueError,
+        "eps varies.*norm=2",
+    ),
     "mask of another shape": ({}, {"mask": torch.ones(3, 7, 7)}, ValueError, "mask has shape"),
     "mask of integers": ({}, {"mask": torch.ones(SHAPE, dtype=torch.int64)}, TypeError, "mask has dtype.*int64"),
     "mask negative": ({}, {"mask": -torch.ones(SHAPE)}, ValueError, "mask has entries"),
@@ -122,11 +150,11 @@ CALL = {
     "start of another shape": ({}, {"x_adv_init": some_images(N - 1)}, ValueError, "x_adv_init has shape"),
     "start NaN": ({}, {"x_adv_init": with_entry(NAN)}, ValueError, "x_adv_init has NaN"),
     "start outside clip_values": ({}, {"x_adv_init": with_entry(2.0)}, ValueError, "x_adv_init has entries"),
-    "start of integers": (
+    "start of booleans": (
         {},
-        {"x_adv_init": torch.ones(N, *SHAPE, dtype=torch.int64)},
+        {"x_adv_init": torch.ones(N, *SHAPE, dtype=torch.bool)},
         TypeError,
-        "x_adv_init has dtype.*int64",
+        "x_adv_init has dtype.*bool",
     ),
 }
 VIA = {
@@ -167,10 +195,16 @@ def test_one_hot_rows_of_another_width(net):
     assert net.images_seen <= 1
 
 
-def test_images_of_another_shape_than_the_estimators(net):
+def test_images_of_other_dimensions_than_the_estimators(net):
     with pytest.raises(ValueError, match=r"x has shape.*input_shape"):
-        PGD(art_classifier(net)).generate(np.zeros((N, 3, 9, 9), np.float32))
+        PGD(art_classifier(net)).generate(np.zeros((N, 3 * 8 * 8), np.float32))
     assert net.images_seen == 0
+
+
+def test_images_of_another_size_than_the_estimator_says_are_the_models_business():
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, CLASSES))
+    x = np.random.default_rng(0).random((N, 3, 9, 11), dtype=np.float32)
+    assert PGD(art_classifier(model), max_iter=2, verbose=False).generate(x).shape == x.shape
 
 
 @pytest.mark.parametrize("wrap", [lambda net: net, art_classifier], ids=["module", "estimator"])
@@ -194,9 +228,15 @@ def test_arrays_go_to_generate(net):
     assert net.images_seen == 0
 
 
-def test_generate_refuses_what_it_does_not_know(net):
+def test_generate_ignores_what_it_does_not_know_with_a_warning(net, caplog):
+    attack, x = PGD(net, max_iter=2, verbose=False), some_images(N).numpy()
+    assert np.array_equal(attack.generate(x, x_init=x, masks=None), attack.generate(x))
+    assert "masks, x_init" in caplog.text
+
+
+def test_a_call_refuses_what_it_does_not_know(net):
     with pytest.raises(TypeError, match="masks"):
-        PGD(net).generate(some_images(N).numpy(), masks=None)
+        PGD(net)(some_images(N), masks=None)
     assert net.images_seen == 0
 
 

@@ -92,7 +92,7 @@ def test_without_clip_values_images_leave_the_unit_range(norm, x, y):
 @pytest.mark.parametrize("norm", [1, 2, INF])
 def test_radii_hold_for_each_sample_where_they_differ(norm, y):
     x, eps = some_images(12), np.linspace(0, 0.5, 12).reshape(12, 1, 1, 1)
-    x_adv = PGD(NET, norm, eps, 0.1, max_iter=8, num_random_init=1, batch_size=5, verbose=False)(x, y)
+    x_adv = PGD(NET, norm, eps, np.full(1, 0.1), max_iter=8, num_random_init=1, batch_size=5, verbose=False)(x, y)
     assert_in_ball_and_range(x_adv, x, norm, eps.ravel())
     assert (norms_in_float64(x_adv, x, norm)[1:] > 0.5 * torch.from_numpy(eps.ravel()[1:])).all()
 
@@ -101,7 +101,7 @@ def test_radii_hold_for_each_sample_where_they_differ(norm, y):
 def test_radii_hold_for_each_pixel_where_they_differ(attack, x, y):
     eps = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.2
     eps[0] = 0
-    x_adv = attack(NET, eps=eps, eps_step=0.1, num_random_init=1)(x, y)
+    x_adv = attack(NET, eps=eps, eps_step=np.full(1, 0.1), num_random_init=1)(x, y)
     assert ((x_adv.double() - x.double()).abs() <= eps).all()
     assert torch.equal(x_adv[:, 0], x[:, 0])
     assert not torch.equal(x_adv, x)
@@ -217,7 +217,7 @@ def test_restarts_ask_the_model_only_about_images_that_stand(net):
         attack = PGD(net, eps=1e-4, eps_step=1e-4, max_iter=2, num_random_init=restarts, verbose=False)
         attack(x, fooled_already)
         counts.append(net.images_seen)
-    assert counts[1] <= counts[0] + 20  # to see that all are fooled
+    assert counts[1] <= counts[0] + 20 + 3 * 8  # to see what the model is, and that all are fooled
 
 
 # Starting points

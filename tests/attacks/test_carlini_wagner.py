@@ -782,10 +782,10 @@ SHARED_ERRORS = {
         ValueError,
         "confidence=1.0.*'f2'",
     ),
-    "learning_rate zero": ({"learning_rate": 0}, ValueError, "learning_rate=0"),
+    "learning_rate negative": ({"learning_rate": -1}, ValueError, "learning_rate=-1"),
     "learning_rate NaN": ({"learning_rate": NAN}, ValueError, "learning_rate=nan"),
     "learning_rate none": ({"learning_rate": None}, TypeError, "learning_rate=None"),
-    "max_iter zero": ({"max_iter": 0}, ValueError, "max_iter=0"),
+    "max_iter negative": ({"max_iter": -1}, ValueError, "max_iter=-1"),
     "max_iter fraction": ({"max_iter": 2.5}, TypeError, "max_iter=2.5"),
     "max_iter true": ({"max_iter": True}, TypeError, "max_iter=True"),
     "box unknown": ({"box": "sigmoid"}, ValueError, "box='sigmoid'.*tanh, projected, clipped"),
@@ -798,7 +798,7 @@ SHARED_ERRORS = {
     "seed negative": ({"seed": -1}, ValueError, "seed=-1"),
 }
 L2_ERRORS = {
-    "binary_search_steps zero": ({"binary_search_steps": 0}, ValueError, "binary_search_steps=0"),
+    "binary_search_steps negative": ({"binary_search_steps": -1}, ValueError, "binary_search_steps=-1"),
     "binary_search_steps fraction": ({"binary_search_steps": 1.5}, TypeError, "binary_search_steps=1.5"),
     "max_halving zero": ({"max_halving": 0}, ValueError, "max_halving=0"),
     "max_doubling zero": ({"max_doubling": 0}, ValueError, "max_doubling=0"),
@@ -859,18 +859,38 @@ def test_choices_that_have_no_hash_are_refused_by_name(name, net):
 
 @pytest.mark.parametrize("attack", [CarliniWagnerL2, CarliniWagnerLinf])
 def test_arguments_of_other_attacks_are_unknown(attack, net):
-    with pytest.raises(TypeError, match="early_stop"):
-        attack(net, early_stop=True)
     with pytest.raises(TypeError, match="eps"):
         attack(net, eps=0.3)
-    with pytest.raises(ValueError, match="early_stop"):
-        attack(net).set_params(early_stop=True)
+    with pytest.raises(ValueError, match="eps_step"):
+        attack(net).set_params(eps_step=0.1)
     x = some_images(4)
     with pytest.raises(TypeError, match="x_adv_init"):
         attack(net)(x, some_labels(4), x_adv_init=x)
-    with pytest.raises(TypeError, match="x_adv_init"):
-        attack(net).generate(x.numpy(), x_adv_init=x.numpy())
     assert net.images_seen == 0
+
+
+@pytest.mark.parametrize("make", [l2, linf])
+def test_with_early_stop_the_first_image_that_fools_is_returned(make, net):
+    x = some_images(12)
+    y = predictions(net, x)
+    nearest = make(net, learning_rate=0.1)
+    first = make(net, learning_rate=0.1, early_stop=True)
+    x_near, x_first = nearest(x, y), first(x, y)
+    assert nearest.report.fooled.any()
+    assert np.array_equal(first.report.fooled, is_fooled(net, x_first, y))
+    assert (first.report.fooled >= nearest.report.fooled).all()
+    assert first.report.search_backward < nearest.report.search_backward
+    distance = [nearest.distance(images, x)[torch.from_numpy(nearest.report.fooled)] for images in (x_near, x_first)]
+    assert (distance[0] <= distance[1] + 1e-6).all()
+
+
+@pytest.mark.parametrize("options", [{"binary_search_steps": 0}, {"max_iter": 0}, {"learning_rate": 0}])
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_without_steps_or_their_length_images_stay_as_in_art(options, adaptive, net):
+    x = some_images(6)
+    attack = CarliniWagnerL2(net, adaptive=adaptive, verbose=False, **options)
+    assert torch.equal(attack(x, predictions(net, x)), x)
+    assert not attack.report.fooled.any()
 
 
 @pytest.mark.parametrize("attack", [CarliniWagnerL2, CarliniWagnerLinf])

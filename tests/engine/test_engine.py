@@ -26,8 +26,9 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from guardians.attacks import FGSM, PGD
 from guardians.attacks.norms import ball_bounds, pull_into_ball, random_in_ball
-from guardians.engine.loop import value_and_gradient
 from guardians.engine.rng import SampleRng
+from guardians.engine.run import evaluate
+from guardians.engine.state import State
 
 INF = float("inf")
 PROBE = 8
@@ -341,14 +342,14 @@ def test_the_report_counts_backward_passes():
     assert minimal.report.search_forward > 20
 
 
-def test_a_run_without_early_stop_and_with_restarts_costs_a_judgement_of_each_end():
+def test_a_run_without_early_stop_and_with_restarts_costs_a_judgement_of_each_end_and_a_look_at_the_model():
     net, n, steps = Untraceable(traceable_net()), 12, 3
     x = some_images(n)
     y = net(x).argmax(1)
     attack = pgd(net, eps=1e-6, eps_step=1e-6, max_iter=steps, num_random_init=4, batch_size=5)
     attack(x, y)
     assert attack.report.fooled.tolist() == [False] * n
-    assert (attack.report.search_forward, attack.report.judgement_forward) == (4 * steps * n, 4 * n)
+    assert (attack.report.search_forward, attack.report.judgement_forward) == (4 * steps * n, 4 * n + 3 * PROBE)
 
 
 def test_an_image_misclassified_at_the_start_costs_one_pass_and_keeps_its_bits():
@@ -472,7 +473,7 @@ def test_draws_that_judge_a_random_model_are_its_own_and_counted(model, judge_sa
     net, x = Recorder(traceable_net()), some_images(10)
     noisy = model(net, 1e-3)
     y = (net(x).argmax(1) + 1) % CLASSES
-    attack = pgd(noisy, eps=0.1, eps_step=0.1, max_iter=3, early_stop=True, precision="float32")
+    attack = pgd(noisy, eps=0.1, eps_step=0.1, max_iter=3, early_stop=True, precision="float32", batch_size=32)
     attack.set_params(judge_samples=judge_samples)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -481,7 +482,8 @@ def test_draws_that_judge_a_random_model_are_its_own_and_counted(model, judge_sa
         assert torch.equal(attack(x, y), x)
     report = attack.report
     assert report.search == "model"
-    assert (report.search_forward, report.judgement_forward) == (10, 2 * PROBE + draws * 10)
+    # Two looks at the model and a third, as they differ; draws that let an image go, and others for the verdict.
+    assert (report.search_forward, report.judgement_forward) == (10, 3 * PROBE + 2 * draws * 10)
     assert net.images() == report.search_forward + report.judgement_forward
     assert report.fooled.all()
 
@@ -514,8 +516,9 @@ class Scripted(nn.Module):
 @pytest.mark.parametrize(
     ("judge_samples", "votes", "fooled", "moved"),
     [
-        (3, [[1, 1, 1]], True, 0),  # all of the first judgement
-        (3, [[1, 0], [1, 1, 1]], True, 1),  # not the first, but the second, a step later
+        (3, [[1, 1, 1, 1, 0, 1]], True, 0),  # all of the first judgement, and most of the verdict
+        (3, [[1, 1, 1, 0, 0, 1]], False, 0),  # all of those that let it go, but not of fresh ones
+        (3, [[1, 0], [1, 1, 1, 1, 1, 0]], True, 1),  # not the first, but the second, a step later
         (3, [[0], [1, 1, 0], [1, 0, 1]], True, 2),  # most, after the last step
         (3, [[0], [0], [0, 0, 1]], False, 2),
         (4, [[1, 1, 0], [0], [1, 0, 1, 0]], False, 2),  # half is not most
@@ -524,12 +527,12 @@ class Scripted(nn.Module):
 def test_a_random_model_lets_an_image_go_when_all_draws_are_fooled_and_in_the_end_when_most_are(
     judge_samples, votes, fooled, moved
 ):
-    # One pass finds the classes, two that the model is random; each step's pass is fooled, then come the votes.
-    script = [0, 0, 1]
+    # One pass finds the classes, three that the model is random; each step's pass is fooled, then come the votes.
+    script = [0, 0, 1, 1]
     for step, vote in enumerate(votes):
         script += ([1] if step < 2 else []) + vote
     model, x = Scripted(script), torch.full((1, 3, 8, 8), 0.5)
-    attack = pgd(model, eps=1.0, eps_step=0.1, max_iter=2, early_stop=True, precision="float32")
+    attack = pgd(model, eps=1.0, eps_step=0.1, max_iter=2, early_stop=True, precision="float32", batch_size=1)
     attack.set_params(judge_samples=judge_samples)
     x_adv = attack(x, torch.tensor([0]))
     assert attack.report.fooled.tolist() == [fooled]
@@ -631,12 +634,12 @@ def test_what_an_attack_is_given_is_the_mean_gradient_and_each_draw():
     weights = torch.tensor([1.0, 2.0, 6.0]).double()[:, None].expand(3, 192)
     attack = FGSM(Cycling(weights, rows=2), eot_samples=3, batch_size=2)
     x, y = some_images(2, dtype=torch.float64), torch.tensor([0, 1])
-    state = attack.start(x, y, SampleRng(0, np.arange(2)))
-    with torch.no_grad():
-        attack.objective = lambda logits, y, state: logits[:, 0]
-        draws, gradient = value_and_gradient(attack, attack.victim.logits, x, y, state)
+    attack.objective = lambda logits, y, state: logits[:, 0]
+    state = State({"x": x, "y": y, "index": np.arange(2), "restart": np.zeros(2, dtype=np.int64)})
+    draws, value, gradient = evaluate(attack, attack.victim.logits, x, state)
     torch.testing.assert_close(draws[:, :, 0], torch.tensor([[1.0], [2.0], [6.0]]) * x.flatten(1).sum(1))
     torch.testing.assert_close(gradient, torch.full_like(x, 3.0))
+    torch.testing.assert_close(value, 3 * x.flatten(1).sum(1))
 
 
 def test_eot_beats_the_noise():
@@ -788,7 +791,7 @@ def test_a_targeted_stream_needs_labels(net):
 
 
 def test_radii_of_single_samples_do_not_go_with_a_stream(net):
-    attack = pgd(net, eps=np.full((3, 1, 1, 1), 0.1), max_iter=1)
+    attack = pgd(net, eps=np.full((3, 1, 1, 1), 0.1), eps_step=np.full(1, 0.1), max_iter=1)
     with pytest.raises(ValueError, match="eps has shape"):
         list(attack.stream(batches_of(3, some_images(6), some_labels(6))))
 

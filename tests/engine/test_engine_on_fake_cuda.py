@@ -9,6 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from guardians.attacks import FGSM, PGD, CarliniWagnerL2, CarliniWagnerLinf
 from guardians.engine import loop
+from guardians.engine import run as run_module
+from guardians.engine.report import Report
+from guardians.engine.run import Run
+from guardians.engine.search import Search
 
 INF = float("inf")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -68,7 +72,7 @@ def batches(*sizes, labels=True, start=False):
 
 
 def run(attack, data):
-    report, indices = loop.Report(), []
+    report, indices = Report(), []
     with torch.no_grad():
         for finished in loop.stream(attack, data, seed=0, device=CUDA, report=report):
             assert isinstance(finished.x_adv, FakeTensor)
@@ -79,12 +83,22 @@ def run(attack, data):
     return report
 
 
+def on_host_is(monkeypatch, on_host):
+    for module in (loop, run_module):
+        monkeypatch.setattr(module, "on_host", on_host)
+
+
 norms = pytest.mark.parametrize("norm", [1, 2, 3, INF])
 PGD_OPTIONS = {
     "plain": {},
     "random starts": {"num_random_init": 2, "random_eps": True},
     "momentum": {"decay": 0.9, "eot_samples": 2},
-    "eps of each sample": {"eps": np.full((N, 1, 1, 1), 0.1), "targeted": True, "eot_samples": 4},
+    "eps of each sample": {
+        "eps": np.full((N, 1, 1, 1), 0.1),
+        "eps_step": np.full(1, 0.05),
+        "targeted": True,
+        "eot_samples": 4,
+    },
 }
 pgd_options = pytest.mark.parametrize("options", PGD_OPTIONS.values(), ids=PGD_OPTIONS)
 
@@ -130,9 +144,9 @@ def test_retiring_refilling_and_restarting_stay_on_the_device(norm, options, rea
         assert one.shape == other.shape
         return bool(random.random() < 0.5)
 
-    monkeypatch.setattr(loop, "_on_host", on_host)
+    on_host_is(monkeypatch, on_host)
     monkeypatch.setattr(torch, "equal", equal)
-    monkeypatch.setattr(loop.Run, "_probe", lambda run, x: None)  # compares values
+    monkeypatch.setattr(Run, "_probe", lambda run, x: None)  # compares values
     report = run(pgd(norm=norm, early_stop=True, **options), batches(3, 2, 2, start=True))
     assert reads == []
     assert report.judgement_forward > 0
@@ -154,11 +168,11 @@ def test_what_a_copy_fails_is_searched_again_on_the_device(share, reads, monkeyp
             asked.append(len(images))
             return copy(images)
 
-        run.search = loop.Search(logits, "copy", is_cheap=True)
+        run.searches = [Search(logits, "copy"), *run.searches]
 
-    monkeypatch.setattr(loop, "_on_host", on_host)
+    on_host_is(monkeypatch, on_host)
     monkeypatch.setattr(torch, "equal", lambda one, other: False)
-    monkeypatch.setattr(loop.Run, "_probe", search_with_a_copy)
+    monkeypatch.setattr(Run, "_probe", search_with_a_copy)
     report = run(pgd(norm=INF, early_stop=True, num_random_init=2), batches(3, 2, 2))
     assert reads == []
     assert N <= sum(asked) < report.search_forward
@@ -180,9 +194,9 @@ def test_minimum_norm_attacks_stay_on_the_device(attack_class, options, box, rea
     def on_host(values):
         return values if isinstance(values, np.ndarray) else random.random(tuple(values.shape)) < 0.25
 
-    monkeypatch.setattr(loop, "_on_host", on_host)
-    monkeypatch.setattr(loop.Run, "_probe", lambda run, x: None)
+    on_host_is(monkeypatch, on_host)
+    monkeypatch.setattr(Run, "_probe", lambda run, x: None)
     attack = attack_class(fake_net(), box=box, batch_size=3, verbose=False, **options)
-    attack.victim.nb_classes = 5
+    attack.victim._known_classes = 5
     run(attack, batches(3, 2, 2))
     assert reads == []
