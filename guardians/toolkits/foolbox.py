@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import numpy as np
 from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
@@ -27,8 +28,8 @@ class FoolboxAttack(ToolkitAttack):
     Args:
         estimator: ART `PyTorchClassifier` whose `clip_values` are two numbers, or `nn.Module`.
         attack: an attack of foolbox, made with its own arguments.
-        eps: radius of the ball in the attack's norm, in the unit of the images. None lets a minimisation attack find
-            the smallest perturbation that it can; attacks of fixed radius need a number.
+        eps: radius of the ball in the attack's norm, in the unit of the images; one number. None lets a minimisation
+            attack find the smallest perturbation that it can; attacks of fixed radius need a number.
         batch_size: images that foolbox is given at once.
         targeted: whether the labels are targets (`TargetedMisclassification`).
         verbose: show a progress bar.
@@ -61,7 +62,7 @@ class FoolboxAttack(ToolkitAttack):
         criterion = foolbox.TargetedMisclassification(y) if self.targeted else foolbox.Misclassification(y)
         clipped: Tensor
         try:
-            _, clipped, _ = self.attack(model, x, criterion, epsilons=self.eps)
+            _, clipped, _ = self.attack(model, x, criterion, epsilons=None if self.eps is None else float(self.eps))
         except ValueError as error:
             if self.targeted and "unsupported criterion" in str(error):
                 name = type(self.attack).__name__
@@ -77,6 +78,10 @@ class FoolboxAttack(ToolkitAttack):
         if not isinstance(self.attack, Attack):
             raise TypeError(f"attack={self.attack!r}: must be an attack of foolbox, such as foolbox.attacks.LinfPGD()")
         if self.eps is not None:
+            if np.ndim(self.eps):
+                raise TypeError(
+                    f"eps={self.eps!r}: must be one number, or None; a list asks foolbox for several images each"
+                )
             check_number("eps", self.eps, low=0)
         elif isinstance(_innermost(self.attack), FixedEpsilonAttack):
             raise ValueError(f"eps=None: {type(_innermost(self.attack)).__name__} needs the radius of the ball")
