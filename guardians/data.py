@@ -214,15 +214,15 @@ def _read_images(files: Sequence[Path]) -> Tensor:
 def _pixels(image: Image.Image) -> np.ndarray:
     """uint8 (H, W, 1) of a greyscale or black and white image; (H, W, 3) of any other, palettes resolved.
 
-    Nothing is lost but an alpha channel that is opaque everywhere; other colour spaces, as CMYK, are converted as Pillow
-    does it.
+    Nothing is lost but an alpha channel that is opaque everywhere; other colour spaces, as CMYK, are converted as
+    Pillow does it.
 
     Raises:
         ValueError: the image has more than 8 bits a channel, or pixels that are not opaque.
     """
     if _has_more_than_8_bits(image):
         raise ValueError("more than 8 bits a channel, which would be cut: store it with 8")
-    if {"A", "a"} & set(image.getbands()) or "transparency" in image.info:
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         is_grey = image.mode in ("1", "L", "LA", "La")
         image = image.convert("RGBA")
         lowest = np.asarray(image.getchannel("A")).min()

@@ -113,8 +113,8 @@ class Table:
         key: the columns that identify a row. No two rows are written with the same key.
 
     Raises:
-        ValueError: the file cannot be written, is no CSV, has other columns or a row of another length, or `key` names
-            a column that is not there.
+        ValueError: the file cannot be written, has other columns or a row of another length, or `key` names a column
+            that is not there.
     """
 
     def __init__(self, path: str | os.PathLike[str], columns: Sequence[str] | Mapping[str, str], key: Sequence[str]):
@@ -196,20 +196,17 @@ class Table:
             return []
         lines = csv.reader(io.StringIO((whole or content).decode("utf-8", errors="replace"), newline=""))
         rows = []
-        try:
-            with _cells_of_any_length():
-                header = next(lines, [])
-                if header != self.columns:
-                    mismatch = _mismatch(header, self.columns)
-                    raise ValueError(f"table {str(self.path)!r}: {mismatch}; write into another folder")
-                for line in lines:
-                    if line and len(line) != len(self.columns):
-                        where = f"table {str(self.path)!r}, line {lines.line_num}"
-                        raise ValueError(f"{where}: {len(line)} cells for {len(self.columns)} columns")
-                    if line:
-                        rows.append(dict(zip(self.columns, map(_text_of, line), strict=True)))
-        except csv.Error as error:
-            raise ValueError(f"table {str(self.path)!r}, line {lines.line_num}: not CSV: {error}") from error
+        with _cells_of_any_length():
+            header = next(lines, [])
+            if header != self.columns:
+                mismatch = _mismatch(header, self.columns)
+                raise ValueError(f"table {str(self.path)!r}: {mismatch}; write into another folder")
+            for line in lines:
+                if line and len(line) != len(self.columns):
+                    where = f"table {str(self.path)!r}, line {lines.line_num}"
+                    raise ValueError(f"{where}: {len(line)} cells for {len(self.columns)} columns")
+                if line:
+                    rows.append(dict(zip(self.columns, map(_text_of, line), strict=True)))
         if len(whole) < len(content):
             file.truncate(len(whole))
         return rows

@@ -79,9 +79,7 @@ class FoolboxAttack(ToolkitAttack):
             raise TypeError(f"attack={self.attack!r}: must be an attack of foolbox, such as foolbox.attacks.LinfPGD()")
         if self.eps is not None:
             if np.ndim(self.eps):
-                raise TypeError(
-                    f"eps={self.eps!r}: must be one number, or None; a list asks foolbox for several images each"
-                )
+                raise TypeError(f"eps={self.eps!r}: must be one number or None, as one image is returned for each")
             check_number("eps", self.eps, low=0)
         elif isinstance(_innermost(self.attack), FixedEpsilonAttack):
             raise ValueError(f"eps=None: {type(_innermost(self.attack)).__name__} needs the radius of the ball")
