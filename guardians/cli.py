@@ -55,12 +55,13 @@ Data = Annotated[
     ),
 ]
 Download = Annotated[bool, typer.Option("--download", help="Let torchvision download CIFAR-10 into the data folder.")]
-Count = Annotated[int | None, typer.Option(help="Images, class-balanced.", show_default="all")]
+Count = Annotated[int | None, typer.Option("--n", "--images", help="Images, class-balanced.", show_default="all")]
 Model = Annotated[str, typer.Option(help="A bundled model (`guardians models`), or package.module:callable.")]
 Weights = Annotated[Path | None, typer.Option(help=".safetensors or .pt file with the model's state dict.")]
 Device = Annotated[str, typer.Option(help="For example cpu or cuda.")]
 BatchSize = Annotated[int, typer.Option(help="Images in one forward pass.")]
-Seed = Annotated[int, typer.Option(help="Of the subset of images and of all random draws.")]
+Seed = Annotated[int, typer.Option(help="Of the random draws of the attacks.")]
+DataSeed = Annotated[int, typer.Option(help="Of the class-balanced subset of images.")]
 Out = Annotated[Path, typer.Option(help="Folder for tables; a run that was stopped goes on from what is there.")]
 
 
@@ -103,14 +104,15 @@ def parity(
     batch_size: BatchSize = 100,
     device: Device = "cpu",
     seed: Seed = 0,
+    data_seed: DataSeed = 0,
     out: Out = Path("runs"),
 ) -> None:
     """Compare the native attacks with the toolkits' own, case by case: parity.csv."""
     from guardians.parity import run_parity
 
-    _check_run(batch_size, device, seed)
+    _check_run(batch_size, device, seed, data_seed)
     classifier = load_model(model, weights, device)
-    images = _announced_data(data, n, seed, download)
+    images = _announced_data(data, n, data_seed, download)
     _check_fit(model, classifier, images, device)
     frame = run_parity(
         classifier,
@@ -163,6 +165,7 @@ def bench(
     batch_size: BatchSize = 128,
     device: Device = "cpu",
     seed: Seed = 0,
+    data_seed: DataSeed = 0,
     out: Out = Path("runs"),
 ) -> None:
     """Run the same attacks through every implementation: benchmark.csv."""
@@ -170,9 +173,9 @@ def bench(
 
     if norm not in ("inf", "2", "1"):
         raise ValueError(f"norm={norm!r}: must be inf, 2 or 1")
-    _check_run(batch_size, device, seed)
+    _check_run(batch_size, device, seed, data_seed)
     classifier = load_model(model, weights, device)
-    images = _announced_data(data, n, seed, download)
+    images = _announced_data(data, n, data_seed, download)
     _check_fit(model, classifier, images, device)
     options: dict[str, Any] = {"attacks": attack} if attack else {}
     if implementation:
@@ -298,16 +301,17 @@ def _announced_data(data: Path | None, n: int | None, seed: int, download: bool,
     return images
 
 
-def _check_run(batch_size: int, device: str, seed: int) -> None:
+def _check_run(batch_size: int, device: str, seed: int, data_seed: int = 0) -> None:
     """Raise before anything is read."""
     check_integer("batch_size", batch_size, low=1)
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed={seed}: must be at least 0 and below 2**63")
+    for name, value in (("seed", seed), ("data_seed", data_seed)):
+        if not 0 <= value < 2**63:
+            raise ValueError(f"{name}={value}: must be at least 0 and below 2**63")
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.ones(1, device=device).add(1).item()  # meta has tensors, but no values
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(
-            f"device={device!r}: must be a device of this machine, as cpu; {_first_line(error)}"
+            f"device={device!r}: must be a device of this machine that can compute, as cpu; {_first_line(error)}"
         ) from error
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class Dataset:
     """Images and labels in memory.
 
     Attributes:
-        images: uint8 tensor of shape (N, C, H, W), values 0 to 255.
+        images: uint8 tensor of shape (N, C, H, W), values 0 to 255; C is 1 for greyscale and 3 for colour images.
         labels: int64 tensor of shape (N,), each in [0, len(classes)).
         classes: the class names, in label order.
         source: where the images came from, for tables and messages.
@@ -76,9 +77,9 @@ def load_data(
 
     Args:
         root: folder of torchvision's CIFAR-10 (`cifar-10-batches-py`), or of an `ImageFolder` tree with `train/` and
-            `test/`. None takes the environment variable `GUARDIANS_DATA`; where that is not set either, the offline
-            sample: the 20 original CIFAR-10 test images in the `foolbox` package, whatever the split. An empty value
-            counts as not set.
+            `test/`; greyscale images keep their one channel, all others become RGB. None takes the environment
+            variable `GUARDIANS_DATA`; where that is not set either, the offline sample: the 20 original CIFAR-10 test
+            images in the `foolbox` package, whatever the split. An empty value counts as not set.
         split: "train" or "test".
         n: number of images, class-balanced and drawn with `seed` (see `class_balanced_subset`); None takes all, in
             the order of the data set. Of the offline sample, an `n` above 20 gives all 20.
@@ -87,8 +88,9 @@ def load_data(
 
     Raises:
         ValueError: the split is unknown, `n` is below 1 or above the number of images, or the folder holds no images,
-            images of several shapes, a file that is not an image, other classes in `train/` than in `test/`, or a
-            CIFAR-10 whose files are missing or changed.
+            images of several shapes, greyscale beside coloured ones, a file that is not an image or one with more than
+            8 bits a channel or with transparent pixels, other classes in `train/` than in `test/`, or a CIFAR-10 whose
+            files are missing or changed. Only the images that are returned are read.
         FileNotFoundError: `root` does not exist, or no data is named and `foolbox` is not installed.
     """
     if split not in ("train", "test"):
@@ -193,13 +195,54 @@ def _read_images(files: Sequence[Path]) -> Tensor:
     def read(file: Path) -> np.ndarray:
         try:
             with Image.open(file) as image:
-                return np.asarray(image.convert("RGB"))
+                return _pixels(image)
         except Exception as error:  # Pillow raises a different type for each way a file can be broken
             raise ValueError(f"{file}: cannot be read as an image: {error}") from error
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes without holding the GIL
         arrays = list(pool.map(read, files))
+    first, kinds = arrays[0], {1: "greyscale", 3: "coloured"}
     for file, array in zip(files, arrays, strict=True):
-        if array.shape != arrays[0].shape:
-            raise ValueError(f"{file}: shape {array.shape}, but {files[0]} has {arrays[0].shape}; all must agree")
+        if array.shape[2] != first.shape[2]:
+            kind, other = kinds[array.shape[2]], kinds[first.shape[2]]
+            raise ValueError(f"{file}: {kind}, but {files[0]} is {other}; all must be one or the other")
+        if array.shape != first.shape:
+            raise ValueError(f"{file}: shape {array.shape}, but {files[0]} has {first.shape}; all must agree")
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """uint8 (H, W, 1) of a greyscale or black and white image; (H, W, 3) of any other, palettes resolved.
+
+    Nothing is lost but an alpha channel that is opaque everywhere; other colour spaces, as CMYK, are converted as
+    Pillow does it.
+
+    Raises:
+        ValueError: the image has more than 8 bits a channel, or pixels that are not opaque.
+    """
+    if _has_more_than_8_bits(image):
+        raise ValueError("more than 8 bits a channel, which would be cut: store it with 8")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        is_grey = image.mode in ("1", "L", "LA", "La")
+        image = image.convert("RGBA")
+        lowest = np.asarray(image.getchannel("A")).min()
+        if lowest < 255:
+            raise ValueError(f"transparent pixels, down to alpha {lowest} of 255: store it on a background")
+        image = image.convert("RGB").getchannel("R") if is_grey else image
+    if image.mode in ("1", "L"):
+        return np.asarray(image.convert("L"))[:, :, None]
+    return np.asarray(image.convert("RGB"))
+
+
+def _has_more_than_8_bits(image: Image.Image) -> bool:
+    """Whether the file has; must be asked before the image is loaded, for Pillow cuts colours to 8 bits in silence."""
+    if image.mode.startswith(("I", "F")):
+        return True
+    for decoder, _, _, arguments in getattr(image, "tile", []):
+        for argument in arguments if isinstance(arguments, tuple) else (arguments,):
+            # "RGB;16B" is 16 bits a channel, "BGR;16" 16 bits a pixel; of ppm the number is the largest value.
+            if isinstance(argument, str) and re.match(r"(?!BGR).*;16", argument):
+                return True
+            if decoder.startswith("ppm") and isinstance(argument, int) and argument > 255:
+                return True
+    return False

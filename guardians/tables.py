@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-__all__ = ["BENCHMARK_COLUMNS", "PARITY_COLUMNS", "Table", "as_written", "print_table", "read_csv"]
+__all__ = ["BENCHMARK_COLUMNS", "PARITY_COLUMNS", "Table", "as_written", "file_name", "print_table", "read_csv"]
 
 BENCHMARK_COLUMNS = {
     "model": "name of the model",
@@ -145,7 +148,8 @@ class Table:
         """Write a row; it is on disk when this returns.
 
         None and NaN become empty cells, numbers are written so that they are read back exactly, and line breaks in text
-        become spaces.
+        become spaces. Text that a spreadsheet would take for a formula gets an apostrophe before it, which `read_csv`
+        takes away again.
 
         Raises:
             ValueError: the row has other columns than the table, or its key is there already.
@@ -158,7 +162,7 @@ class Table:
             described = ", ".join(f"{name}={value}" for name, value in zip(self.key, key, strict=True))
             raise ValueError(f"table {str(self.path)!r} has a row for {described} already")
         with self.path.open("ab") as file:
-            _write(file, [as_written(row[name]) for name in self.columns])
+            _write(file, [_cell(row[name]) for name in self.columns])
         self._known.add(key)
         self._length += 1
 
@@ -191,23 +195,25 @@ class Table:
             _write(file, self.columns)
             return []
         lines = csv.reader(io.StringIO((whole or content).decode("utf-8", errors="replace"), newline=""))
-        header = next(lines, [])
-        if header != self.columns:
-            raise ValueError(f"table {str(self.path)!r}: {_mismatch(header, self.columns)}; write into another folder")
         rows = []
-        for line in lines:
-            if line and len(line) != len(self.columns):
-                where = f"table {str(self.path)!r}, line {lines.line_num}"
-                raise ValueError(f"{where}: {len(line)} cells for {len(self.columns)} columns")
-            if line:
-                rows.append(dict(zip(self.columns, line, strict=True)))
+        with _cells_of_any_length():
+            header = next(lines, [])
+            if header != self.columns:
+                mismatch = _mismatch(header, self.columns)
+                raise ValueError(f"table {str(self.path)!r}: {mismatch}; write into another folder")
+            for line in lines:
+                if line and len(line) != len(self.columns):
+                    where = f"table {str(self.path)!r}, line {lines.line_num}"
+                    raise ValueError(f"{where}: {len(line)} cells for {len(self.columns)} columns")
+                if line:
+                    rows.append(dict(zip(self.columns, map(_text_of, line), strict=True)))
         if len(whole) < len(content):
             file.truncate(len(whole))
         return rows
 
 
 def read_csv(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """A table from disk: numbers exactly as they were written, text as text (empty for none)."""
+    """A table from disk: numbers exactly as they were written, text as it was before (empty for none)."""
     return _typed(_read_cells(path))
 
 
@@ -240,7 +246,8 @@ def print_table(
 
 
 def _read_cells(path: str | os.PathLike[str]) -> pd.DataFrame:
-    return pd.read_csv(path, dtype=str, keep_default_na=False)
+    cells = pd.read_csv(path, dtype=str, keep_default_na=False)
+    return pd.DataFrame({name: list(map(_text_of, cells[name])) for name in cells}, dtype=str)
 
 
 def _typed(cells: pd.DataFrame) -> pd.DataFrame:
@@ -286,6 +293,43 @@ def as_written(value: Any) -> str:
     if isinstance(value, Real) and not isinstance(value, bool):
         return "" if value != value else repr(float(value))
     return " ".join(str(value).splitlines())
+
+
+def file_name(*parts: Any) -> str:
+    """One name for a file, without folder and suffix, of parts that may be anything: "a model", 40 -> "a-model-40".
+
+    Spaces and commas become hyphens. Where there is more to change, be it a slash or a length above 200, the first
+    digits of a SHA-256 digest end the name, so that other parts have another.
+    """
+    text = "-".join(map(str, parts))
+    wanted = re.sub(r"[ ,]+", "-", text)
+    name = re.sub(r"[^A-Za-z0-9._+-]+", "-", wanted).lstrip(".-")[:200]
+    return name if name == wanted else f"{name}-{hashlib.sha256(text.encode(errors='replace')).hexdigest()[:8]}"
+
+
+def _cell(value: Any) -> str:
+    """What stands in the file for a value.
+
+    Spreadsheets run text that begins as a formula does; an apostrophe before it stops them. What looks as if it had
+    got one already gets another, so that each text is read back as it was. Numbers are left as they are.
+    """
+    text = as_written(value)
+    return text if isinstance(value, Real) else re.sub(r"^(?='*[=+@\t-])", "'", text)
+
+
+def _text_of(cell: str) -> str:
+    """What `_cell` was given, as written."""
+    return re.sub(r"^'(?='*[=+@\t-])", "", cell)
+
+
+@contextmanager
+def _cells_of_any_length() -> Iterator[None]:
+    """Without the limit of the csv module, which has no reader with a limit of its own."""
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _line(cells: Sequence[str]) -> bytes:

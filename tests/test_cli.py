@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 import guardians
 from guardians.attacks import PGD, Attack
 from guardians.cli import run
+from guardians.data import load_data
 from guardians.models import build_model, load_model, save_model
 from guardians.tables import BENCHMARK_COLUMNS, PARITY_COLUMNS, read_csv
 from guardians.training import LOG_COLUMNS, RECIPES, Recipe
@@ -156,10 +157,57 @@ def test_data_from_the_environment_and_the_option_that_beats_it(command, tree, t
     assert "note:" not in result.out
 
 
-def test_n_images(command, tree):
-    result = command("bench", *SMALL, "--attack", "clean", "--implementation", "native", "--data", tree, "--n", 3)
+@pytest.mark.parametrize("option", ["--n", "--images"])
+def test_n_images(command, tree, option):
+    result = command("bench", *SMALL, "--attack", "clean", "--implementation", "native", "--data", tree, option, 3)
     assert result.lines[0].startswith("data: 3 images, ")
     assert read_csv("runs/benchmark.csv")["n"].tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "table"),
+    [
+        (("bench", "--attack", "clean", "--implementation", "native"), "benchmark.csv"),
+        (("parity", "--attack", "FGSM", "--reference", "foolbox"), "parity.csv"),
+    ],
+)
+def test_data_seed_chooses_the_images_and_seed_does_not(command, tree, chosen, table):
+    arguments = (*chosen, *SMALL, "--data", tree, "--images", 3)
+    for out, options in (
+        ("first", ()),
+        ("draws", ("--seed", 1)),
+        ("images", ("--data-seed", 1)),
+        ("both", ("--data-seed", 1, "--seed", 2)),
+    ):
+        assert command(*arguments, "--out", out, *options).code == 0
+    frames = {out: read_csv(f"{out}/{table}") for out in ("first", "draws", "images", "both")}
+    data = {out: frame["data"].unique().tolist() for out, frame in frames.items()}
+    assert data["first"] == data["draws"] == [load_data(tree, n=3, seed=0).identity]
+    assert data["images"] == data["both"] == [load_data(tree, n=3, seed=1).identity]
+    assert data["first"] != data["images"]
+    seeds = [frame["seed"].unique().tolist() for frame in frames.values()]
+    assert seeds == [[0], [1], [0], [2]]
+
+
+def test_greyscale_images_reach_the_model_with_one_channel(command, tree):
+    for file in tree.rglob("*.png"):
+        with Image.open(file) as image:
+            image.convert("L").save(file)
+    chosen = ("bench", "--data", tree, "--attack", "clean", "--attack", "FGSM", "--implementation", "native")
+    assert "(1, 8, 8)" in command(*chosen, *SMALL).error
+    Path("a_grey_net.py").write_text(
+        "from torch import nn\n\ndef build():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))\n"
+    )
+    assert command(*chosen, "--model", "a_grey_net:build").code == 0
+    assert read_csv("runs/benchmark.csv")["attack"].tolist() == ["clean", "FGSM"]
+    assert command("train", "--data", tree, *TINY).code == 0
+
+
+@pytest.mark.parametrize("name", ["parity", "bench"])
+def test_greyscale_beside_colours(command, tree, name):
+    Image.new("L", (8, 8)).save(tree / "test" / "bee" / "1.png")
+    error = command(name, *SMALL, "--data", tree).error
+    assert f"{tree / 'test' / 'bee' / '1.png'}: greyscale" in error
 
 
 # parity
@@ -190,6 +238,15 @@ def test_parity_of_several_attacks_and_references(command, tree):
     assert result.code == 0
     assert set(frame["attack"]) == {"PGD-10", "FGSM"}
     assert set(frame["reference"]) == {"torchattacks", "foolbox"}
+
+
+def test_parity_of_names_in_any_case(command, tree):
+    chosen = ("--attack", "fgsm", "--attack", "Fgsm", "--attack", "c&w", "--reference", "Torchattacks")
+    assert command("parity", *SMALL, "--data", tree, *chosen).code == 0
+    frame = read_csv("runs/parity.csv")
+    assert set(frame["attack"]) == {"FGSM", "C&W"}
+    assert set(frame["reference"]) == {"torchattacks"}
+    assert frame["case"].is_unique
 
 
 def test_parity_goes_on_from_the_table(command, tree, monkeypatch):
@@ -241,6 +298,30 @@ def test_bench(command, tree, tmp_path):
     printed = [tuple(line.split()[:2]) for line in result.lines]
     for pair in zip(frame["attack"], frame["implementation"], strict=True):
         assert printed.count(pair) == 1
+
+
+def test_bench_of_names_in_any_case(command, tree):
+    attacks = ("--attack", "Clean", "--attack", "fgsm", "--attack", "pgd-3", "--attack", "PGD-3")
+    implementations = ("--implementation", "Native", "--implementation", "art", "--implementation", "NATIVE")
+    arguments = ("bench", *SMALL, "--data", tree, *attacks, *implementations)
+    first = command(*arguments)
+    assert first.code == 0
+    frame = read_csv("runs/benchmark.csv")
+    pairs = list(frame[["attack", "implementation"]].itertuples(index=False, name=None))
+    assert pairs == [(attack, name) for attack in ("clean", "FGSM", "PGD-3") for name in ("native", "ART")]
+    assert len(list(Path("runs/outcomes").iterdir())) == 6
+    assert command(*arguments).out == first.out
+    assert len(read_csv("runs/benchmark.csv")) == 6
+
+
+def test_bench_of_a_model_whose_name_is_a_path(command, tree, tmp_path):
+    weights = tmp_path / ("deep" * 50) / ("path" * 50) / "w.pt"
+    weights.parent.mkdir(parents=True)
+    torch.save(small_net().state_dict(), weights)
+    result = command("bench", *SMALL, "--data", tree, "--attack", "clean", "--weights", weights)
+    assert result.code == 0
+    assert len(list(Path("runs/outcomes").iterdir())) == 4
+    assert read_csv("runs/benchmark.csv")["model"].unique().tolist() == [f"{SMALL[1]} ({weights})"]
 
 
 def test_bench_goes_on_from_the_table(command, tree, monkeypatch):
@@ -469,7 +550,10 @@ def test_train_another_recipe_in_the_same_folder(command, tree):
         (("--batch-size", "0"), ["batch_size=0", "at least 1"]),
         (("--seed", "-1"), ["seed=-1", "at least 0"]),
         (("--seed", str(2**63)), [f"seed={2**63}", "2**63"]),
+        (("--data-seed", "-1"), ["data_seed=-1", "at least 0"]),
         (("--device", "nonsense"), ["device='nonsense'", "cpu"]),
+        (("--device", "meta"), ["device='meta'", "can compute", "cpu"]),
+        (("--device", "hpu"), ["device='hpu'", "cpu"]),
         (("--device", "cuda:99"), ["device='cuda:99'", "cpu"]),
         (("--model", "resnet99"), ["model='resnet99'", "resnet9-2-standard", "package.module:callable"]),
         (("--model", "models_for_tests:missing"), ["model='models_for_tests:missing'", "'missing'"]),
@@ -497,6 +581,10 @@ def test_error(command, tree, bundled, name, arguments, named):
         (("parity", "--reference", "cleverhans"), ["'cleverhans'", "ART, torchattacks, foolbox"]),
         (("parity", "--attack", "PGD-3"), ["'PGD-3'", "FGSM, PGD-10, PGD-40"]),
         (("bench", "--implementation", "cleverhans"), ["'cleverhans'", "native, ART, torchattacks, foolbox"]),
+        (("bench", "--attack", "PGD-99999999999999999999"), ["'PGD-99999999999999999999'", "1,000,000 steps"]),
+        (("bench", "--attack", "pgd-1000001"), ["'pgd-1000001'", "1,000,000 steps"]),
+        (("bench", "--attack", "PGD-" + "9" * 5000), ["'PGD-9", "1,000,000 steps"]),
+        (("bench", "--attack", "PGD-\u0661"), ["'PGD-\u0661' is unknown"]),
         (("bench", "--norm", "l2"), ["norm='l2'", "inf, 2 or 1"]),
         (("bench", "--norm", "3"), ["norm='3'", "inf, 2 or 1"]),
         (("bench", "--eps", "-1"), ["eps=-1", "at least 0"]),
@@ -535,6 +623,7 @@ def test_error_of_one_command(command, tree, arguments, named):
         (("--mixup-alpha", "nan"), ["mixup_alpha=nan", "finite"]),
         (("--seed", "-1"), ["seed=-1", "at least 0"]),
         (("--device", "nonsense"), ["device='nonsense'"]),
+        (("--device", "meta"), ["device='meta'", "can compute"]),
         (("--data", "missing"), ["'missing'", "does not exist"]),
     ],
 )

@@ -2,6 +2,9 @@
 
 import hashlib
 import pickle
+import re
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +43,37 @@ def tree(tmp_path: Path) -> Path:
     return root
 
 
+def save(image: Image.Image, file: Path, **options: object) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image.save(file, **options)
+
+
+def png_16(pixels: np.ndarray) -> bytes:
+    """A PNG of 16 bits a channel (H, W, 3), which Pillow cannot write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def ppm_16(pixels: np.ndarray) -> bytes:
+    return b"P6 %d %d 65535\n" % (pixels.shape[1], pixels.shape[0]) + pixels.astype(">u2").tobytes()
+
+
+def tiff_16(pixels: np.ndarray) -> bytes:
+    content = pixels.astype("<u2").tobytes()
+    height, width, _ = pixels.shape
+    end = 8 + 2 + 10 * 12 + 4
+    fields = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, end), (259, 3, 1, 1), (262, 3, 1, 2)]
+    fields += [(273, 4, 1, end + 6), (277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, len(content)), (284, 3, 1, 1)]
+    directory = b"".join(struct.pack("<HHII", *field) for field in fields)
+    return struct.pack("<2sHIH", b"II", 42, 8, len(fields)) + directory + struct.pack("<I3H", 0, 16, 16, 16) + content
+
+
 def as_pil(file: Path) -> np.ndarray:
     with Image.open(file) as image:
         return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
@@ -64,13 +98,113 @@ class TestImageFolder:
         assert len(train) == 6
         np.testing.assert_array_equal(train.images[0].numpy(), as_pil(tree / "train" / "Bee" / "0.png"))
 
-    def test_jpeg_and_greyscale_become_rgb(self, tmp_path: Path) -> None:
+    def test_jpeg_and_png_side_by_side(self, tmp_path: Path) -> None:
         write_image(tmp_path / "test" / "a" / "0.jpg", seed=0)
-        write_image(tmp_path / "test" / "a" / "1.png", seed=1, mode="L")
+        write_image(tmp_path / "test" / "a" / "1.png", seed=1)
         images = load_data(tmp_path).images.numpy()
         np.testing.assert_array_equal(images[0], as_pil(tmp_path / "test" / "a" / "0.jpg"))
-        with Image.open(tmp_path / "test" / "a" / "1.png") as grey:
-            np.testing.assert_array_equal(images[1], np.broadcast_to(np.asarray(grey), (3, 4, 6)))
+        np.testing.assert_array_equal(images[1], as_pil(tmp_path / "test" / "a" / "1.png"))
+
+    def test_greyscale_stays_one_channel(self, tmp_path: Path) -> None:
+        grey = np.random.default_rng(0).integers(0, 256, (3, 4, 6), dtype=np.uint8)
+        black_and_white = Image.fromarray(grey[1] > 127)
+        assert black_and_white.mode == "1"
+        opaque = Image.merge("LA", (Image.fromarray(grey[2]), Image.new("L", (6, 4), 255)))
+        for i, image in enumerate((Image.fromarray(grey[0]), black_and_white, opaque)):
+            save(image, tmp_path / "test" / "a" / f"{i}.png")
+        data = load_data(tmp_path)
+        assert data.images.shape == (3, 1, 4, 6)
+        expected = np.stack([grey[0], np.where(grey[1] > 127, 255, 0), grey[2]])
+        np.testing.assert_array_equal(data.images.numpy()[:, 0], expected)
+
+    @pytest.mark.parametrize(
+        ("modes", "words"),
+        [
+            (("L", "RGB"), "coloured, but .*greyscale"),
+            (("RGB", "L"), "greyscale, but .*coloured"),
+            (("1", "P"), "coloured, but .*greyscale"),
+            (("RGBA", "LA"), "greyscale, but .*coloured"),
+        ],
+    )
+    def test_greyscale_beside_colours(self, tmp_path: Path, modes: tuple[str, str], words: str) -> None:
+        for i, mode in enumerate((modes[0], *modes, modes[0])):
+            save(Image.new("RGB", (6, 4)).convert(mode), tmp_path / "test" / "a" / f"{i}.png")
+        first = re.escape(str(tmp_path / "test" / "a" / "0.png"))
+        with pytest.raises(ValueError, match=rf"a/2\.png: {words.replace('.*', first + ' is ')}"):
+            load_data(tmp_path)
+
+    def test_palettes_and_opaque_alpha_become_rgb(self, tmp_path: Path) -> None:
+        write_image(tmp_path / "rgb.png", seed=0)
+        with Image.open(tmp_path / "rgb.png") as rgb:
+            paletted, opaque = rgb.quantize(8), rgb.convert("RGBA")
+            expected = np.stack([np.asarray(paletted.convert("RGB")), np.asarray(rgb)] * 2)
+        save(paletted, tmp_path / "test" / "a" / "0.png")
+        save(opaque, tmp_path / "test" / "a" / "1.png")
+        save(paletted, tmp_path / "test" / "a" / "2.png", transparency=bytes([255] * 8))
+        save(opaque, tmp_path / "test" / "a" / "3.tiff")
+        images = load_data(tmp_path).images.numpy()
+        np.testing.assert_array_equal(images, expected.transpose(0, 3, 1, 2))
+
+    @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+    def test_transparent_pixels(self, tmp_path: Path, mode: str) -> None:
+        file = tmp_path / "test" / "a" / "0.png"
+        if mode.endswith("A"):
+            image = Image.new("RGBA", (6, 4), (9, 9, 9, 255))
+            image.putpixel((3, 2), (9, 9, 9, 250))
+            save(image.convert(mode), file)
+        else:
+            image = Image.new("RGB", (6, 4))
+            image.putpixel((3, 2), (255, 255, 255))
+            image = image.quantize(2) if mode == "P" else image.convert(mode)
+            save(image, file, transparency=image.getpixel((3, 2)))
+        with pytest.raises(ValueError, match=r"a/0\.png.*transparent pixels, down to alpha"):
+            load_data(tmp_path)
+
+    def test_a_transparent_colour_that_no_pixel_has(self, tmp_path: Path) -> None:
+        save(Image.new("L", (6, 4), 7), tmp_path / "test" / "a" / "0.png", transparency=1)
+        assert load_data(tmp_path).images.unique().tolist() == [7]
+        assert load_data(tmp_path).images.shape == (1, 1, 4, 6)
+
+    @pytest.mark.parametrize(
+        ("name", "dtype"),
+        [
+            ("0.png", np.uint16),
+            ("0.pgm", np.uint16),
+            ("0.tiff", np.uint16),
+            ("0.tiff", np.int32),
+            ("0.tiff", np.float32),
+        ],
+    )
+    def test_more_than_8_bits_of_grey(self, tmp_path: Path, name: str, dtype: type) -> None:
+        save(Image.fromarray(np.full((4, 6), 700, dtype=dtype)), tmp_path / "test" / "a" / name)
+        with pytest.raises(ValueError, match=r"a/0\..*more than 8 bits a channel"):
+            load_data(tmp_path)
+
+    @pytest.mark.parametrize("name", ["0.png", "0.ppm", "0.tiff"])
+    def test_more_than_8_bits_of_colour(self, tmp_path: Path, name: str) -> None:
+        """Of which Pillow keeps the upper 8 without a word."""
+        file = tmp_path / "test" / "a" / name
+        file.parent.mkdir(parents=True)
+        pixels = np.arange(4 * 6 * 3, dtype=np.uint16).reshape(4, 6, 3) * 513
+        file.write_bytes({"0.png": png_16, "0.ppm": ppm_16, "0.tiff": tiff_16}[name](pixels))
+        assert as_pil(file).shape == (3, 4, 6)
+        with pytest.raises(ValueError, match=r"a/0\..*more than 8 bits a channel"):
+            load_data(tmp_path)
+
+    def test_16_bits_a_pixel_are_fewer_than_8_a_channel(self, tmp_path: Path) -> None:
+        file = tmp_path / "test" / "a" / "0.bmp"
+        file.parent.mkdir(parents=True)
+        header = struct.pack("<IiiHHIIiiII", 40, 6, -4, 1, 16, 3, 48, 0, 0, 0, 0)
+        header += struct.pack("<III", 0xF800, 0x07E0, 0x001F)
+        start = struct.pack("<IHHI", 14 + len(header) + 48, 0, 0, 14 + len(header))
+        file.write_bytes(b"BM" + start + header + (np.arange(24, dtype="<u2") * 1000).tobytes())
+        np.testing.assert_array_equal(load_data(tmp_path).images[0].numpy(), as_pil(file))
+
+    @pytest.mark.parametrize("mode", ["CMYK", "LAB"])  # of which one has a band A that is no alpha
+    def test_other_colour_spaces_as_pillow_converts_them(self, tmp_path: Path, mode: str) -> None:
+        file = tmp_path / "test" / "a" / "0.tiff"
+        save(Image.merge(mode, [Image.new("L", (6, 4), 20 * i) for i in range(len(mode))]), file)
+        np.testing.assert_array_equal(load_data(tmp_path).images[0].numpy(), as_pil(file))
 
     def test_subset_keeps_images_and_labels_together(self, tree: Path) -> None:
         everything, subset = load_data(tree, "test"), load_data(tree, "test", n=4, seed=3)

@@ -1,4 +1,6 @@
+import csv
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from guardians.tables import BENCHMARK_COLUMNS, PARITY_COLUMNS, Table, as_written, print_table, read_csv
+from guardians.tables import BENCHMARK_COLUMNS, PARITY_COLUMNS, Table, as_written, file_name, print_table, read_csv
 
 COLUMNS = ["model", "eps", "n", "value", "note"]
 KEY = ["model", "eps"]
@@ -59,6 +61,56 @@ def test_a_key_is_found_again_after_the_file_is_read(tmp_path_factory, eps, mode
     assert (model, np.float64(eps)) in table
     assert (model + "x", eps) not in table
     assert table.frame()["value"][0] == value
+
+
+FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "-1.5", "=", "'=1", "''-1"]
+
+
+@pytest.mark.parametrize("text", FORMULAS)
+def test_text_that_begins_as_a_formula_does_is_not_one_in_the_file(path, text):
+    table = Table(path, COLUMNS, KEY)
+    table.append(row(model=text, note=text))
+    (line,) = list(csv.reader(path.read_text().splitlines()))[1:]
+    assert line[0] == line[4] == "'" + text
+    assert table.frame()[["model", "note"]].to_numpy().tolist() == [[text, text]]
+    again = Table(path, COLUMNS, KEY)
+    assert (text, 8 / 255) in again
+    assert ("'" + text, 8 / 255) not in again
+    assert again.select([row(model=text)])["model"].tolist() == [text]
+    with pytest.raises(ValueError, match="already"):
+        again.append(row(model=text))
+
+
+def test_numbers_and_other_text_are_written_as_they_are(path):
+    Table(path, COLUMNS, KEY).append(row(model="'a' - b", eps=-1.5, n=-3, value=float("-inf"), note="a=1"))
+    assert path.read_text().splitlines()[1] == "'a' - b,-1.5,-3,-inf,a=1"
+    assert read_csv(path)[["eps", "n", "value"]].to_numpy().tolist() == [[-1.5, -3, -math.inf]]
+
+
+def test_tables_without_apostrophes_are_read_as_they_were(path):
+    path.parent.mkdir()
+    path.write_text("model,eps,n,value,note\n=1,0.5,-3,0.1,-\n")
+    assert ("=1", 0.5) in Table(path, COLUMNS, KEY)
+    assert read_csv(path)[["model", "note"]].to_numpy().tolist() == [["=1", "-"]]
+
+
+@given(text=st.text(st.sampled_from("'=+-@\ta1"), max_size=5))
+def test_any_text_comes_back(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("table") / "table.csv"
+    table = Table(path, COLUMNS, KEY)
+    table.append(row(model=text, note=text))
+    assert table.frame()[["model", "note"]].to_numpy().tolist() == [[text, text]]
+    assert not re.match(r"[=+@\t-]", path.read_text().splitlines()[1])
+
+
+def test_a_long_cell_is_read_back(path):
+    limit = csv.field_size_limit()
+    text = "x" * (limit + 1)
+    Table(path, COLUMNS, KEY).append(row(model=text, note=text))
+    table = Table(path, COLUMNS, KEY)
+    assert (text, 8 / 255) in table
+    assert table.frame()["note"].tolist() == [text]
+    assert csv.field_size_limit() == limit
 
 
 def test_a_row_is_never_written_twice(path):
@@ -203,3 +255,33 @@ def test_print_empty_cells_and_unknown_columns():
     assert "0.5" in text
     with pytest.raises(ValueError, match=r"columns=\['missing'\].*eps"):
         print_table(frame, ["missing"])
+
+
+@pytest.mark.parametrize(
+    ("parts", "name"),
+    [
+        (("resnet9-16", "native, as in the paper", "9 x 100", 200), "resnet9-16-native-as-in-the-paper-9-x-100-200"),
+        (("iat+MI-OL", "EOT-PGD", 0, "a59d4eae"), "iat+MI-OL-EOT-PGD-0-a59d4eae"),
+        (("my_model.v2", 1), "my_model.v2-1"),
+    ],
+)
+def test_file_names_that_need_no_change_are_readable(parts, name):
+    assert file_name(*parts) == name
+
+
+@pytest.mark.parametrize(
+    "part", ["../../x", "/etc/x", "..", "a\\b", "a:b", "C&W", "a\0b", "x" * 5000, "é", "a\nb", "-x"]
+)
+def test_file_names_are_safe_and_differ(tmp_path, part):
+    name = file_name(part, 40)
+    assert re.fullmatch(r"[A-Za-z0-9_+][A-Za-z0-9._+-]*", name)
+    (tmp_path / f"{name}.csv").touch()
+    assert [file.name for file in tmp_path.iterdir()] == [f"{name}.csv"]
+    assert name == file_name(part, 40)
+    assert name != file_name(f"{part}x", 40)
+    assert name != file_name(re.sub(r"[^a-zA-Z0-9]+", "-", part).lstrip("-")[:200], 40)
+
+
+@given(st.lists(st.text(), min_size=1, max_size=3))
+def test_file_names_of_any_text(parts):
+    assert re.fullmatch(r"[A-Za-z0-9._+-]{0,209}", file_name(*parts))

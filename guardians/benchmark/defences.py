@@ -31,7 +31,7 @@ from guardians.engine.search import bfloat16_is_native
 from guardians.engine.state import State
 from guardians.engine.victim import predicted_labels
 from guardians.models import load_model, model_card
-from guardians.tables import Table, read_csv
+from guardians.tables import Table, file_name, read_csv
 
 __all__ = [
     "ATTACKS",
@@ -227,7 +227,8 @@ def evaluate(
         images, labels = data.as_floats().to(device), data.labels.to(device)
         outcome, row = _measure(defended, attack, images, labels, surrogate, seed, batch_size, found)
         digest = hashlib.sha256(json.dumps(list(key.values())).encode()).hexdigest()[:8]
-        path = Path(out) / "defences_outcomes" / f"{defended.name}-{attack.replace('&', '')}-{seed}-{digest}.csv"
+        name = file_name(defended.name, attack.replace("&", ""), seed, digest)
+        path = Path(out) / "defences_outcomes" / f"{name}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         outcome.to_csv(path, index_label="index")
         table.append({**key, **row})

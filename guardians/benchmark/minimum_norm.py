@@ -23,7 +23,7 @@ from guardians.data import Dataset
 from guardians.engine.attack import Attack
 from guardians.engine.checks import check_integer
 from guardians.engine.victim import predicted_labels, undisturbed
-from guardians.tables import Table, read_csv
+from guardians.tables import Table, file_name, read_csv
 from guardians.toolkits.implementations import CarliniWagnerSpec, TensorAttack, build_attack
 
 __all__ = [
@@ -344,6 +344,5 @@ def _run(
 
 def _outcome_path(out: Path, known: Mapping[str, Any]) -> Path:
     """Of a run."""
-    parts = (known["model"], known["implementation"], known["setting"])
-    name = "-".join(str(part).replace(", ", "-").replace(" ", "-") for part in parts)
-    return out / "carlini_wagner_outcomes" / f"{name}-{known['n']}-{known['batch_size']}.csv"
+    name = file_name(*(known[part] for part in ("model", "implementation", "setting", "n", "batch_size")))
+    return out / "carlini_wagner_outcomes" / f"{name}.csv"

@@ -44,12 +44,14 @@ from guardians.toolkits.implementations import (
     build_prediction,
     is_available,
 )
+from guardians.toolkits.names import canonical
 
 __all__ = ["ATTACKS", "KEY", "outcome_path", "run_benchmark", "summarise"]
 
 logger = logging.getLogger(__name__)
 
 ATTACKS = ("clean", "FGSM", "PGD-10", "PGD-40")
+MAX_STEPS = 1_000_000
 
 KEY = """
     model data defence attack implementation norm eps steps params eot n seed device precision
@@ -132,9 +134,9 @@ def run_benchmark(
         data: images and labels.
         model_name: for the table.
         out: folder of the tables, created where it does not exist.
-        attacks: of "clean", "FGSM" and "PGD-<steps>".
-        implementations: of `IMPLEMENTATIONS`. What a toolkit does not have, or a toolkit that is not installed, is
-            skipped with a line in the log.
+        attacks: of "clean", "FGSM" and "PGD-<steps>", of at most 1,000,000 steps, in upper or lower case.
+        implementations: of `IMPLEMENTATIONS`, in upper or lower case. What a toolkit does not have, or a toolkit that
+            is not installed, is skipped with a line in the log.
         norm: 1, 2, inf or "inf".
         eps: radius of the ball, in the unit of the images.
         eps_step: step size of PGD; None takes eps / 4, or 1 / 255 where eps is 0. FGSM's is eps.
@@ -167,6 +169,8 @@ def run_benchmark(
     check_integer("batch_size", batch_size, low=1)
     check_integer("seed", seed, low=0)
     steps = _steps_of(attacks)
+    if not isinstance(implementations, str):
+        implementations = [canonical(name, IMPLEMENTATIONS) for name in implementations]
     if not implementations or not set(implementations) <= set(IMPLEMENTATIONS):
         raise ValueError(f"implementations={implementations!r}: known are {', '.join(IMPLEMENTATIONS)}")
     check_flag("early_stop", early_stop)
@@ -232,7 +236,7 @@ def outcome_path(out: str | os.PathLike[str], row: Mapping[Any, Any] | pd.Series
     """
     key = [as_written(row[name]) for name in KEY]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
-    readable = re.sub(r"[^A-Za-z0-9.-]+", "-", f"{row['model']} {row['attack']} {row['implementation']}")
+    readable = re.sub(r"[^A-Za-z0-9.-]+", "-", f"{row['model']} {row['attack']} {row['implementation']}")[-200:]
     return Path(out) / "outcomes" / f"{readable}-{digest}.csv"
 
 
@@ -454,17 +458,21 @@ def _sizes(eps: Any, eps_step: Any) -> tuple[float, float]:
 
 
 def _steps_of(attacks: Sequence[str]) -> dict[str, int]:
-    """Number of steps of each attack."""
+    """Number of steps of each attack, under the name that tables have for it."""
     if isinstance(attacks, str) or not attacks:
         raise ValueError(f"attacks={attacks!r}: must be a list of 'clean', 'FGSM' and 'PGD-<steps>'")
     steps = {}
     for attack in attacks:
-        match = re.fullmatch(r"PGD-([1-9]\d*)", str(attack))
-        if not match and attack not in ("clean", "FGSM"):
+        match = re.fullmatch(r"PGD-([1-9][0-9]*)", str(attack), re.IGNORECASE)
+        name = f"PGD-{match[1]}" if match else canonical(attack, ("clean", "FGSM"))
+        if not match and name not in ("clean", "FGSM"):
             raise ValueError(
                 f"attack {attack!r} is unknown; known are 'clean', 'FGSM' and 'PGD-<steps>', as in 'PGD-40'"
             )
-        steps[attack] = int(match[1]) if match else int(attack == "FGSM")
+        # The length comes first: Python refuses to read integers of thousands of digits.
+        if match and (len(match[1]) > len(str(MAX_STEPS)) or int(match[1]) > MAX_STEPS):
+            raise ValueError(f"attack {attack!r}: must have at most {MAX_STEPS:,} steps")
+        steps[name] = int(match[1]) if match else int(name == "FGSM")
     return steps
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,7 @@ def load_model(
     Args:
         name: a bundled model (see `bundled_models`), or `package.module:callable`, where the callable takes no
             arguments and returns an `nn.Module` that gives logits for images in [0, 1]. The working directory is
-            searched for the module as well.
+            searched for the module as well; it is on `sys.path` until the callable has returned.
         weights: a `.safetensors` file, or a file of `torch.save` holding a state dict, which is read with
             `weights_only=True`. It replaces the bundled weights, or those that the callable set.
         device: where the model goes.
@@ -117,8 +119,11 @@ def save_model(model: nn.Module, card: dict[str, Any], folder: str | os.PathLike
     if missing := [key for key in ("name", "architecture") if key not in card]:
         raise ValueError(f"card={card!r}: lacks {', '.join(missing)}")
     name, text = card["name"], json.dumps(card, indent=2) + "\n"
-    if not isinstance(name, str) or not name or {"/", "\\", ":"} & set(name):
-        raise ValueError(f"card['name']={name!r}: must be a file name, without '/', '\\\\' and ':'")
+    if not isinstance(name, str) or not re.fullmatch(r"(?!\.)[^/\\:]{1,200}", name) or not name.isprintable():
+        raise ValueError(
+            f"card['name']={name!r}: must be a file name, of at most 200 characters, without '/', '\\\\' and ':', "
+            "and not begin with '.'"
+        )
     path = Path(folder) / f"{name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
@@ -128,23 +133,37 @@ def save_model(model: nn.Module, card: dict[str, Any], folder: str | os.PathLike
 
 def _import_model(name: str) -> nn.Module:
     module_name, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:  # the module is the user's, and its import may fail in any way
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"model={name!r}: {attribute or 'nothing'!r} cannot be imported: {reason}") from error
-    if not callable(factory):
-        raise ValueError(f"model={name!r}: not a callable but {type(factory).__name__}")
-    try:
-        model = factory()
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"model={name!r}: the call without arguments failed: {reason}") from error
+    with _working_directory_on_path():  # for the call too: it may import more
+        try:
+            factory = getattr(importlib.import_module(module_name), attribute)
+        except Exception as error:  # the module is the user's, and its import may fail in any way
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"model={name!r}: {attribute or 'nothing'!r} cannot be imported: {reason}") from error
+        if not callable(factory):
+            raise ValueError(f"model={name!r}: not a callable but {type(factory).__name__}")
+        try:
+            model = factory()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"model={name!r}: the call without arguments failed: {reason}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"model={name!r}: returned {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+@contextmanager
+def _working_directory_on_path() -> Iterator[None]:
+    """At its end; what the block itself puts there stays."""
+    folder = os.getcwd()
+    if folder in sys.path:
+        yield
+        return
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        if folder in sys.path:
+            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(folder)]
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from guardians.toolkits.implementations import AttackSpec, CarliniWagnerSpec, is_available
+from guardians.toolkits.names import canonical
 
 __all__ = ["REFERENCES", "Case", "cases"]
 
@@ -68,13 +69,15 @@ def cases(attacks: Sequence[str] = (), references: Sequence[str] = ()) -> list[C
     at their defaults, but for foolbox' 10,000 steps, which are 100.
 
     Args:
-        attacks: only these, of "FGSM", "PGD-10", "PGD-40" and "C&W"; empty for all.
-        references: only these toolkits; empty for all.
+        attacks: only these, of "FGSM", "PGD-10", "PGD-40" and "C&W", in upper or lower case; empty for all.
+        references: only these toolkits, in upper or lower case; empty for all.
 
     Raises:
         ValueError: an attack or a reference is unknown.
     """
     known_attacks = (*_ATTACKS, _CARLINI_WAGNER)
+    attacks = list(dict.fromkeys(canonical(name, known_attacks) for name in attacks))
+    references = list(dict.fromkeys(canonical(name, REFERENCES) for name in references))
     for name, values, known in (("attacks", attacks, known_attacks), ("references", references, REFERENCES)):
         unknown = [value for value in values if value not in known]
         if unknown:

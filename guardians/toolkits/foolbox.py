@@ -27,8 +27,8 @@ class FoolboxAttack(ToolkitAttack):
     Args:
         estimator: ART `PyTorchClassifier` whose `clip_values` are two numbers, or `nn.Module`.
         attack: an attack of foolbox, made with its own arguments.
-        eps: radius of the ball in the attack's norm, in the unit of the images. None lets a minimisation attack find
-            the smallest perturbation that it can; attacks of fixed radius need a number.
+        eps: radius of the ball in the attack's norm, in the unit of the images; one number. None lets a minimisation
+            attack find the smallest perturbation that it can; attacks of fixed radius need a number.
         batch_size: images that foolbox is given at once.
         targeted: whether the labels are targets (`TargetedMisclassification`).
         verbose: show a progress bar.
@@ -52,7 +52,7 @@ class FoolboxAttack(ToolkitAttack):
         criterion = foolbox.TargetedMisclassification(y) if self.targeted else foolbox.Misclassification(y)
         clipped: Tensor
         try:
-            _, clipped, _ = self.attack(model, x, criterion, epsilons=self.eps)
+            _, clipped, _ = self.attack(model, x, criterion, epsilons=None if self.eps is None else float(self.eps))
         except ValueError as error:
             if self.targeted and "unsupported criterion" in str(error):
                 name = type(self.attack).__name__

@@ -240,6 +240,13 @@ def test_an_interrupted_run_goes_on(whole, tmp_path, monkeypatch):
         pd.testing.assert_frame_equal(table, complete[name])
 
 
+def test_names_do_not_leave_the_folder_of_outcomes(tmp_path):
+    run(tmp_path / "out", [Defended("../../x", BASE), Defended("=a/b", BASE)], attacks=["clean"], seeds=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert len(outcomes_in(tmp_path / "out")) == 2
+    assert runs_in(tmp_path / "out")["defence"].tolist() == ["../../x", "=a/b"]
+
+
 def test_the_same_seeds_give_the_same_numbers(whole, tmp_path):
     attacks = ("oblivious", "EOT-PGD", "adaptive", "C&W")
     torch.manual_seed(1234)

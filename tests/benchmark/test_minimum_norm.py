@@ -22,6 +22,7 @@ from guardians.benchmark.minimum_norm import (
     summarise,
 )
 from guardians.data import Dataset
+from guardians.tables import read_csv
 
 INF = float("inf")
 N = 5
@@ -128,6 +129,16 @@ def test_a_finished_run_is_not_repeated(data, tmp_path):
     pd.testing.assert_frame_equal(first, again)
     with pytest.raises(AssertionError, match="it ran again"):
         run(data, tmp_path, contenders=[replace(QUICK[0], build=never)], batch_size=2)
+
+
+def test_names_do_not_leave_the_folder_of_outcomes(data, tmp_path):
+    names = ("../../x", "..-..-x", "a/b", "a b")
+    measure_minimum_norm(
+        dict.fromkeys(names, small_net()), data, n=2, out=tmp_path / "out", contenders=QUICK[:1], verbose=False
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert len(list((tmp_path / "out" / "carlini_wagner_outcomes").iterdir())) == len(names)
+    assert read_csv(tmp_path / "out" / "carlini_wagner_runs.csv")["model"].tolist() == list(names)
 
 
 def test_runs_keep_their_outcomes_in_whatever_order_they_were_made(data, tmp_path):

@@ -487,6 +487,7 @@ def test_the_model_comes_back_as_it_was(model, data, tmp_path):
     [
         ({"attacks": ["FGSM", "PGD"]}, ValueError, "'PGD' is unknown; known are 'clean', 'FGSM' and 'PGD-<steps>'"),
         ({"attacks": ["PGD-0"]}, ValueError, "'PGD-0' is unknown"),
+        ({"attacks": ["PGD-1000001"]}, ValueError, "'PGD-1000001': must have at most 1,000,000 steps"),
         ({"attacks": []}, ValueError, "attacks="),
         ({"attacks": "FGSM"}, ValueError, "attacks='FGSM': must be a list"),
         ({"implementations": ["advlib"]}, ValueError, "advlib.*known are native, ART, torchattacks, foolbox"),

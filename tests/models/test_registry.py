@@ -188,7 +188,9 @@ class TestBundled:
             load_model("resnet9-4-test", tmp_path / "evil.pt")
         assert not trap.exists()
 
-    @pytest.mark.parametrize("name", ["../outside", "a/b", "a\\b", "a:b", "", 3])
+    @pytest.mark.parametrize(
+        "name", ["../outside", "a/b", "a\\b", "a:b", "", 3, "..", ".hidden", "a\0b", "a\nb", "a" * 201]
+    )
     def test_name_that_is_no_file_name(self, tmp_path: Path, name: str) -> None:
         with pytest.raises(ValueError, match=r"card\['name'\]="):
             save_model(nn.Linear(1, 1), CARD | {"name": name}, tmp_path / "out")
@@ -279,6 +281,29 @@ class TestOwnModel:
         model = load_model(self.NAME, file.name)
         torch.testing.assert_close(model(self.x), self.expected(trained[2].weight, trained[2].bias))
         assert not torch.equal(load_model(self.NAME)(self.x), model(self.x))
+
+    def test_working_directory_is_on_the_path_only_while_loading(self, own: Path) -> None:
+        (own / "own_part_of_a_user.py").write_text("from own_models_of_a_user import build\n")
+        (own / "own_models_of_a_user.py").write_text(
+            OWN_MODULE + "\ndef late():\n    import own_part_of_a_user\n    return own_part_of_a_user.build()\n"
+        )
+        before = list(sys.path)
+        assert isinstance(load_model("own_models_of_a_user:late"), nn.Module)
+        assert sys.path == before
+        with pytest.raises(ValueError, match="call without arguments failed"):
+            load_model("own_models_of_a_user:needs_an_argument")
+        with pytest.raises(ValueError, match="cannot be imported"):
+            load_model("no_such_module_anywhere:build")
+        assert sys.path == before
+
+    def test_what_is_on_the_path_stays_there(self, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (own / "own_models_of_a_user.py").write_text(OWN_MODULE + "\nimport sys\nsys.path.insert(0, 'theirs')\n")
+        before = list(sys.path)
+        load_model(self.NAME)
+        assert sys.path == ["theirs", *before]
+        monkeypatch.setattr(sys, "path", [str(own), *before])
+        load_model(self.NAME)
+        assert sys.path == [str(own), *before]
 
     def test_class(self, own: Path) -> None:
         assert isinstance(load_model("torch.nn:Identity"), nn.Identity)

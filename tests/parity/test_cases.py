@@ -56,6 +56,11 @@ def test_filters_keep_the_cases_of_the_whole():
         assert kept
 
 
+def test_names_are_known_in_any_case_and_once():
+    assert cases(["fgsm", "pgd-10", "c&w"], ["art", "FoolBox"]) == cases(["FGSM", "PGD-10", "C&W"], ["ART", "foolbox"])
+    assert cases(["FGSM", "fgsm"], ["ART", "art"]) == cases(["FGSM"], ["ART"])
+
+
 @pytest.mark.parametrize(
     ("attacks", "references", "message"),
     [

@@ -143,6 +143,13 @@ def test_set_params(net, x, y):
     assert torch.equal(attack(x, y), by_hand(net, x, y, eps=0.1, targeted=True))
     with pytest.raises(ValueError, match="radius"):
         attack.set_params(radius=3)
+    with pytest.raises(TypeError, match=r"eps=\[0.1, 0.2\]"):
+        attack.set_params(eps=[0.1, 0.2])
+
+
+@pytest.mark.parametrize("number", [torch.tensor, np.array, np.float32])
+def test_eps_may_be_any_single_number(net, x, y, number):
+    assert torch.equal(FoolboxAttack(net, pgd(), eps=number(0.0625))(x, y), by_hand(net, x, y, eps=0.0625))
 
 
 @pytest.mark.parametrize(
@@ -153,6 +160,10 @@ def test_set_params(net, x, y):
         ({"eps": None, "attack": pgd().repeat(2)}, ValueError, "eps=None: LinfProjectedGradientDescentAttack needs"),
         ({"eps": -0.1}, ValueError, "eps=-0.1"),
         ({"eps": "0.1"}, TypeError, "eps='0.1'"),
+        ({"eps": [0.1, 0.2]}, TypeError, r"eps=\[0.1, 0.2\]: must be one number or None"),
+        ({"eps": (0.1,)}, TypeError, r"eps=\(0.1,\): must be one number or None"),
+        ({"eps": torch.tensor([0.1, 0.2])}, TypeError, r"eps=tensor.*: must be one number or None"),
+        ({"eps": [None, 0.2]}, TypeError, r"eps=\[None, 0.2\]: must be one number or None"),
         ({"batch_size": 0}, ValueError, "batch_size=0"),
         ({"targeted": 1}, TypeError, "targeted=1"),
         ({"verbose": None}, TypeError, "verbose=None"),
