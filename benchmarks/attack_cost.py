@@ -16,7 +16,7 @@ from guardians.benchmark.figures import plot_cost
 from guardians.benchmark.throughput import measure_cost_of_images, measure_cost_of_robustness
 from guardians.data import ENVIRONMENT_VARIABLE, load_data
 from guardians.models import load_model
-from guardians.tables import print_table
+from guardians.tables import print_table, write_csv
 
 SIZES = [100, 200, 500, 1000, 2000, 5000, 10_000]
 
@@ -48,7 +48,7 @@ def main(
     print_table(by_share, title="Attack cost by share of robust images")
     frame = pd.concat([by_number, by_share])
     out.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(out / "attack_cost.csv", index=False)
+    write_csv(frame, out / "attack_cost.csv")
     plot_cost(frame, out / "attack_cost.png")
 
 

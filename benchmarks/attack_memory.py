@@ -12,7 +12,7 @@ import typer
 
 from guardians.benchmark.throughput import measure_memory
 from guardians.data import ENVIRONMENT_VARIABLE, load_data
-from guardians.tables import print_table
+from guardians.tables import print_table, write_csv
 
 
 def main(
@@ -27,8 +27,7 @@ def main(
     """Measure, print and write the table."""
     images = load_data(data, split="train")
     frame = measure_memory(model, images, size, steps=steps, batch_size=batch_size, device=device)
-    out.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(out / "attack_memory.csv", index=False)
+    write_csv(frame, out / "attack_memory.csv")
     print_table(frame, title="Attack memory")
 
 

@@ -13,7 +13,7 @@ import typer
 from guardians.benchmark.overhead import measure_overhead
 from guardians.data import ENVIRONMENT_VARIABLE, load_data
 from guardians.models import load_model
-from guardians.tables import print_table
+from guardians.tables import print_table, write_csv
 
 
 def main(
@@ -35,8 +35,7 @@ def main(
         rounds=rounds,
     )
     frame.insert(0, "model", model)
-    out.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(out / "attack_overhead.csv", index=False)
+    write_csv(frame, out / "attack_overhead.csv")
     print_table(frame, title="Attack overhead")
 
 

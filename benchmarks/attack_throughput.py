@@ -14,7 +14,7 @@ import typer
 from guardians.benchmark.throughput import measure_throughput
 from guardians.data import ENVIRONMENT_VARIABLE, load_data
 from guardians.models import load_model
-from guardians.tables import print_table
+from guardians.tables import print_table, write_csv
 
 
 def main(
@@ -43,7 +43,7 @@ def main(
         )
         print_table(frame, title=f"Attack throughput: {name}")
         frames.append(frame)
-        pd.concat(frames).to_csv(out / "attack_throughput.csv", index=False)
+        write_csv(pd.concat(frames), out / "attack_throughput.csv")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from guardians.benchmark.minimum_norm import correct_images, measure_consts, mea
 from guardians.data import ENVIRONMENT_VARIABLE, Dataset, load_data
 from guardians.engine.victim import undisturbed
 from guardians.models import load_model
-from guardians.tables import print_table
+from guardians.tables import print_table, write_csv
 
 CONSTS = [0.001, 0.01, 0.1, 1.0, 10.0, 100.0]
 SHOWN = [0.1, 100.0]
@@ -42,7 +42,7 @@ def main(
     print_table(frame, columns, "Carlini-Wagner, L2")
     plot_frontier(frame, out / "carlini_wagner_frontier.png")
     consts = measure_consts(models, subset, CONSTS, n=n, batch_size=batch_size, device=device)
-    consts.to_csv(out / "carlini_wagner_consts.csv", index=False)
+    write_csv(consts, out / "carlini_wagner_consts.csv")
     print_table(consts, title="c fixed")
     plot_accuracy_by_const(consts, out / "carlini_wagner_consts.png")
     _show(models[model[0]], subset, shown, device, out / "carlini_wagner_c.png")

@@ -15,7 +15,7 @@ import typer
 from guardians.benchmark.defence_speed import measure_inference, measure_training
 from guardians.data import ENVIRONMENT_VARIABLE, load_data
 from guardians.models import load_model
-from guardians.tables import print_table
+from guardians.tables import print_table, write_csv
 
 
 def main(
@@ -39,8 +39,7 @@ def main(
         ]
     )
     frame.insert(0, "model", model)
-    out.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(out / "defence_speed.csv", index=False)
+    write_csv(frame, out / "defence_speed.csv")
     print_table(frame, title="Speed of the defences")
 
 

@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import re
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -15,15 +16,26 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-__all__ = ["BENCHMARK_COLUMNS", "PARITY_COLUMNS", "Table", "as_written", "file_name", "print_table", "read_csv"]
+__all__ = [
+    "BENCHMARK_COLUMNS",
+    "PARITY_COLUMNS",
+    "Table",
+    "as_written",
+    "file_name",
+    "print_table",
+    "read_csv",
+    "write_csv",
+]
 
 BENCHMARK_COLUMNS = {
     "model": "name of the model",
+    "model_digest": "first digits of a SHA-256 digest of its weights and structure, see `guardians.models.digest`",
     "data": "where the images came from, and the first digits of a SHA-256 digest of images and labels",
     "defence": "name of the defence, or none",
     "attack": "clean, FGSM, or PGD-<steps>",
@@ -60,12 +72,14 @@ BENCHMARK_COLUMNS = {
     "model computed",
     "search": "the model that the search asked: model, or a cheaper copy of it, as in folded, channels_last, bfloat16",
     "versions": "JSON: versions of guardians, python and the toolkits; null where not installed",
-    "commit": "git commit of the working directory; empty for none",
+    "commit": "git commit of the guardians that ran, with -dirty where tracked files of the package differ from it; "
+    "empty for an installed package",
 }
 
 PARITY_COLUMNS = {
     "case": "the attack, its threat model, its goal, its start and the reference",
     "model": "name of the model",
+    "model_digest": "first digits of a SHA-256 digest of its weights and structure, see `guardians.models.digest`",
     "data": "where the images came from, and the first digits of a SHA-256 digest of images and labels",
     "attack": "FGSM, PGD-<steps> or C&W",
     "reference": "toolkit that the native attack is held against",
@@ -94,7 +108,7 @@ PARITY_COLUMNS = {
 }
 
 _TEXT_COLUMNS = """
-    model data defence attack implementation params flags device precision search versions commit
+    model model_digest data defence attack implementation params flags device precision search versions commit
     case reference kind verdict note
 """.split()  # noqa: SIM905
 _RATES = """
@@ -105,6 +119,9 @@ _RATES = """
 
 class Table:
     """A CSV file to which rows are appended one by one, and which a killed run can open again and continue.
+
+    Several processes may write one table: each reads and writes it under a lock, the file `.<name>.lock` beside it,
+    and takes in what the others have written.
 
     Args:
         path: the file; it and its folder are created where they do not exist. A last line that was cut short, as by a
@@ -126,33 +143,45 @@ class Table:
             raise ValueError(f"key={self.key}: needs at least one, all out of {', '.join(self.columns)}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a+b") as file:
-                rows = self._recover(file)
+            self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+            rows = self._rows()
         except OSError as error:
             raise ValueError(f"table {str(self.path)!r} cannot be written: {error}") from error
-        self._known = {self._key_of(row) for row in rows}
-        self._length = len(rows)
+        self._known = {self._key_of(row) for row in rows}  # at the start, and what is appended here
 
     def __contains__(self, row: object) -> bool:
-        """Whether a row with this key is there; given as a mapping with the key columns, or as the key's values."""
+        """Whether a row with this key is on disk; given as a mapping with the key columns, or as the key's values."""
         if isinstance(row, Mapping):
-            return self._key_of(row) in self._known
-        if isinstance(row, Sequence) and not isinstance(row, str) and len(row) == len(self.key):
-            return tuple(map(as_written, row)) in self._known
-        raise ValueError(f"{row!r}: must be a mapping with, or the values of, {', '.join(self.key)}")
+            key = self._key_of(row)
+        elif isinstance(row, Sequence) and not isinstance(row, str) and len(row) == len(self.key):
+            key = tuple(map(as_written, row))
+        else:
+            raise ValueError(f"{row!r}: must be a mapping with, or the values of, {', '.join(self.key)}")
+        return key in self._known or self._has(key)
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._rows())
 
-    def append(self, row: Mapping[str, Any]) -> None:
+    def append(
+        self, row: Mapping[str, Any], outcomes: tuple[str | os.PathLike[str], pd.DataFrame] | None = None
+    ) -> bool:
         """Write a row; it is on disk when this returns.
 
         None and NaN become empty cells, numbers are written so that they are read back exactly, and line breaks in text
         become spaces. Text that a spreadsheet would take for a formula gets an apostrophe before it, which `read_csv`
         takes away again.
 
+        Args:
+            row: a value for each column.
+            outcomes: the file that belongs to the row and what is in it, written before the row.
+
+        Returns:
+            True; False where another process has written a row with this key in the meantime, which stays, as do its
+            outcomes.
+
         Raises:
-            ValueError: the row has other columns than the table, or its key is there already.
+            ValueError: the row has other columns than the table, or its key was there when the table was opened, or was
+                appended here.
             OSError: the disk does not take it.
         """
         if set(row) != set(self.columns):
@@ -161,26 +190,42 @@ class Table:
         if key in self._known:
             described = ", ".join(f"{name}={value}" for name, value in zip(self.key, key, strict=True))
             raise ValueError(f"table {str(self.path)!r} has a row for {described} already")
-        with self.path.open("ab") as file:
-            _write(file, [_cell(row[name]) for name in self.columns])
+        with self._lock:
+            if self._has(key):
+                return False
+            if outcomes is not None:
+                write_csv(outcomes[1], outcomes[0])
+            with self.path.open("ab") as file:
+                _write(file, [_cell(row[name]) for name in self.columns])
         self._known.add(key)
-        self._length += 1
+        return True
 
     def frame(self) -> pd.DataFrame:
         """The table as it is on disk."""
-        return read_csv(self.path)
+        return _typed(self._cells())
 
     def select(self, rows: Sequence[Mapping[str, Any]], unwritten: Sequence[Mapping[str, Any]] = ()) -> pd.DataFrame:
         """The rows that have the keys of `rows`, in the order of the table, and after them `unwritten` as they are.
 
         What is unwritten looks as if it had been read from the table.
         """
-        cells = _read_cells(self.path)
+        cells = self._cells()
         wanted = {self._key_of(row) for row in rows}
         keys = cells[self.key].itertuples(index=False, name=None)
         found = cells[np.array([key in wanted for key in keys], dtype=bool)]
         added = {name: [as_written(row[name]) for row in unwritten] for name in self.columns}
         return _typed(pd.concat([found, pd.DataFrame(added, dtype=str)], ignore_index=True))
+
+    def _cells(self) -> pd.DataFrame:
+        return pd.DataFrame(self._rows(), columns=self.columns, dtype=str)
+
+    def _rows(self) -> list[dict[str, str]]:
+        with self._lock, self.path.open("a+b") as file:
+            return self._recover(file)
+
+    def _has(self, key: tuple[str, ...]) -> bool:
+        """Whether it is on disk."""
+        return any(self._key_of(row) == key for row in self._rows())
 
     def _key_of(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         return tuple(as_written(row[name]) for name in self.key)
@@ -214,7 +259,31 @@ class Table:
 
 def read_csv(path: str | os.PathLike[str]) -> pd.DataFrame:
     """A table from disk: numbers exactly as they were written, text as it was before (empty for none)."""
-    return _typed(_read_cells(path))
+    cells = pd.read_csv(path, dtype=str, keep_default_na=False)
+    return _typed(pd.DataFrame({name: list(map(_text_of, cells[name])) for name in cells}, dtype=str))
+
+
+def write_csv(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
+    """A table as a file that is there whole or not at all, whoever else writes it; without the frame's index.
+
+    Its folder is created where it does not exist.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            frame.map(lambda value: _cell(value) if isinstance(value, str) else value).to_csv(
+                file, index=False, lineterminator="\n"
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def print_table(
@@ -243,11 +312,6 @@ def print_table(
         # Words stay whole: a log has no width to keep to, and a narrow terminal wraps lines itself.
         console.width = max(console.width, console.measure(table, options=console.options.update(width=10_000)).maximum)
     console.print(table)
-
-
-def _read_cells(path: str | os.PathLike[str]) -> pd.DataFrame:
-    cells = pd.read_csv(path, dtype=str, keep_default_na=False)
-    return pd.DataFrame({name: list(map(_text_of, cells[name])) for name in cells}, dtype=str)
 
 
 def _typed(cells: pd.DataFrame) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 import csv
 import math
+import multiprocessing
 import re
 
 import numpy as np
@@ -9,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from guardians.tables import BENCHMARK_COLUMNS, PARITY_COLUMNS, Table, as_written, file_name, print_table, read_csv
+from guardians import tables
+from guardians.tables import (
+    BENCHMARK_COLUMNS,
+    PARITY_COLUMNS,
+    Table,
+    as_written,
+    file_name,
+    print_table,
+    read_csv,
+    write_csv,
+)
 
 COLUMNS = ["model", "eps", "n", "value", "note"]
 KEY = ["model", "eps"]
@@ -119,6 +130,94 @@ def test_a_row_is_never_written_twice(path):
     with pytest.raises(ValueError, match=r"model=a, eps=0\.0313.* already"):
         table.append(row(n=99))
     assert len(table) == len(table.frame()) == 1
+
+
+def test_a_row_that_another_has_written_in_the_meantime_stays_and_so_do_its_outcomes(path):
+    first, second = Table(path, COLUMNS, KEY), Table(path, COLUMNS, KEY)
+    outcomes = path.with_name("outcomes") / "a.csv"
+    assert first.append(row(n=1), (outcomes, pd.DataFrame({"l2": [1.0]})))
+    assert not second.append(row(n=2), (outcomes, pd.DataFrame({"l2": [2.0]})))
+    assert second.frame()["n"].tolist() == [1]
+    assert read_csv(outcomes)["l2"].tolist() == [1.0]
+
+
+def test_what_another_has_written_is_seen(path):
+    table = Table(path, COLUMNS, KEY)
+    Table(path, COLUMNS, KEY).append(row("b"))
+    assert ("b", 8 / 255) in table
+    assert len(table) == 1
+    assert table.select([row("b")])["model"].tolist() == ["b"]
+
+
+def write_rows(path, name, barrier):
+    """Of a process of its own: rows that are in its name, and in between those that all write; it opens often."""
+    barrier.wait()
+    for i in range(40):
+        table = Table(path, COLUMNS, KEY)
+        table.append(row(name, eps=i, note=name * 3000))
+        if ("shared", i) not in table:
+            table.append(row("shared", eps=i, note=name), (path.parent / f"{i}.csv", pd.DataFrame({"by": [name]})))
+
+
+def test_processes_write_one_table(path):
+    context = multiprocessing.get_context("spawn")
+    barrier, names = context.Barrier(2), ["a", "b"]
+    processes = [context.Process(target=write_rows, args=(path, name, barrier)) for name in names]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    frame = Table(path, COLUMNS, KEY).frame()
+    for name in [*names, "shared"]:
+        assert frame.loc[frame["model"] == name, "eps"].tolist() == list(range(40))
+    assert len(frame) == 3 * 40
+    assert (frame["note"][frame["model"] == "b"] == "b" * 3000).all()
+    for i, by in enumerate(frame["note"][frame["model"] == "shared"]):
+        assert read_csv(path.parent / f"{i}.csv")["by"].tolist() == [by]
+
+
+def test_a_row_that_is_being_written_is_not_cut(path, monkeypatch):
+    """Another process opens the table when half of the row is on disk."""
+    table, context = Table(path, COLUMNS, KEY), multiprocessing.get_context("spawn")
+    started, write = context.Event(), tables._write
+
+    def slowly(file, cells):
+        line = tables._line(cells)
+        file.write(line[:5])
+        file.flush()
+        process.start()
+        assert started.wait(60)
+        process.join(0.5)  # as long as the row is not whole, it has to wait
+        file.write(line[5:])
+
+    process = context.Process(target=open_and_append, args=(path, started))
+    monkeypatch.setattr(tables, "_write", slowly)
+    table.append(row("a"))
+    process.join()
+    assert process.exitcode == 0
+    monkeypatch.setattr(tables, "_write", write)
+    assert table.frame()["model"].tolist() == ["a", "b"]
+
+
+def open_and_append(path, started):
+    started.set()
+    Table(path, COLUMNS, KEY).append(row("b"))
+
+
+def test_a_table_that_cannot_be_written_whole_leaves_what_was_there(path):
+    write_csv(pd.DataFrame({"a": [0.1 + 0.2, 1.0], "b": ["x", 'y, "z"']}), path)
+    whole = path.read_bytes()
+    assert read_csv(path)["a"].tolist() == [0.1 + 0.2, 1.0]
+
+    class Unprintable:
+        def __str__(self):
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError):
+        write_csv(pd.DataFrame({"a": ["x" * 100_000, Unprintable()]}), path)
+    assert path.read_bytes() == whole
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_cut_line_is_dropped_and_the_next_row_is_whole(path):

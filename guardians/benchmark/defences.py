@@ -30,8 +30,8 @@ from guardians.engine.rng import hashed
 from guardians.engine.search import bfloat16_is_native
 from guardians.engine.state import State
 from guardians.engine.victim import predicted_labels
-from guardians.models import load_model, model_card
-from guardians.tables import Table, file_name, read_csv
+from guardians.models import digest, load_model, model_card
+from guardians.tables import BENCHMARK_COLUMNS, Table, file_name, write_csv
 
 __all__ = [
     "ATTACKS",
@@ -83,19 +83,23 @@ _MEASURED = {
     "judgement_per_image": "samples forward through it for judgement",
     "seconds": "wall-clock time of the attack on all images",
 }
-_KEY = ("defence", "attack", "data", "n", "seed", "params")
+_KEY = ["defence", "model_digest", "attack", "data", "n", "seed", "params"]
+_SUMMARY_KEY = [name for name in _KEY if name != "seed"]
 RUN_COLUMNS = {
     "defence": "model, or model and defence",
+    "model_digest": "of model and defence, as it answers: " + BENCHMARK_COLUMNS["model_digest"],
     "attack": "see `ATTACKS`",
     "data": "where the images came from, and the first digits of a SHA-256 digest of images and labels",
     "n": "number of images",
     "seed": "of the draws of defence and attack",
-    "params": "JSON: of a randomised defence its passes when it answers and for a gradient, and draws of EOT; of the "
-    "adaptive attack on another model its loss and random starts",
+    "params": "JSON: radius and step size of the attack; of transfer the digest of the surrogate; of a randomised "
+    "defence its passes when it answers and for a gradient, and draws of EOT; of the adaptive attack on another model "
+    "its loss and random starts",
     **_MEASURED,
 }
 DEFENCE_COLUMNS = {
     "defence": RUN_COLUMNS["defence"],
+    "model_digest": RUN_COLUMNS["model_digest"],
     "attack": RUN_COLUMNS["attack"],
     "data": RUN_COLUMNS["data"],
     "n": RUN_COLUMNS["n"],
@@ -183,8 +187,9 @@ def evaluate(
 ) -> pd.DataFrame:
     """Attack each defence in each way, and append a row for each seed to `out/defences_runs.csv`.
 
-    A row that is on disk is not run again. Whether each image stands goes to `out/defences_outcomes`, and the summary
-    of all rows to `out/defences.csv`.
+    A row that is on disk is not run again. It is known by the digest of the defence with all that it is made of, see
+    `guardians.models.digest`, and by what the attack is given. Whether each image stands goes to
+    `out/defences_outcomes`, and the summary of all rows to `out/defences.csv`.
 
     Args:
         defences: what is attacked, in evaluation mode.
@@ -197,7 +202,7 @@ def evaluate(
         verbose: show a progress bar.
 
     Returns:
-        The summary; columns `DEFENCE_COLUMNS`.
+        The part of the summary that this call is about; columns `DEFENCE_COLUMNS`.
 
     Raises:
         TypeError, ValueError: an argument is outside what is allowed.
@@ -215,33 +220,35 @@ def evaluate(
         for attack in defended.attacks
         if (not attacks or attack in attacks) and (seed == 0 or (defended.defence is not None and attack not in IN_L2))
     ]
-    identity, found = data.identity, _Found()
+    digests = {id(defended): digest(defended.module(0, PASSES)) for defended in defences}
+    identity, surrogate_digest, found, wanted = data.identity, digest(surrogate), _Found(), set()
     progress = tqdm(jobs, desc="defences", unit="attack", disable=not verbose)
     for defended, attack, seed in progress:
         progress.set_postfix_str(f"{defended.name}: {attack}, seed {seed}")
-        key = {"defence": defended.name, "attack": attack, "data": identity, "n": len(data), "seed": seed}
-        key["params"] = json.dumps(_params(defended, attack))
+        key: dict[str, Any] = {"defence": defended.name}
+        key |= {"model_digest": digests[id(defended)], "attack": attack, "data": identity}
+        key |= {"n": len(data), "seed": seed, "params": json.dumps(_params(defended, attack, surrogate_digest))}
+        wanted.add(tuple(key[name] for name in _SUMMARY_KEY))
         if key in table:
             continue
         device = next(defended.base.parameters()).device
         images, labels = data.as_floats().to(device), data.labels.to(device)
         outcome, row = _measure(defended, attack, images, labels, surrogate, seed, batch_size, found)
-        digest = hashlib.sha256(json.dumps(list(key.values())).encode()).hexdigest()[:8]
-        name = file_name(defended.name, attack.replace("&", ""), seed, digest)
+        hashed_key = hashlib.sha256(json.dumps(list(key.values())).encode()).hexdigest()[:8]
+        name = file_name(defended.name, attack.replace("&", ""), seed, hashed_key)
         path = Path(out) / "defences_outcomes" / f"{name}.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        outcome.to_csv(path, index_label="index")
-        table.append({**key, **row})
-    summary = summarise(read_csv(table.path))
-    summary.to_csv(Path(out) / "defences.csv", index=False)
-    return summary
+        table.append({**key, **row}, (path, outcome.reset_index(names="index")))
+    summary = summarise(table.frame())
+    write_csv(summary, Path(out) / "defences.csv")
+    is_wanted = [row in wanted for row in summary[_SUMMARY_KEY].itertuples(index=False, name=None)]
+    return summary[is_wanted].reset_index(drop=True)
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     """A row for each defence and attack, in the order in which they first stand in the rows of the single seeds."""
-    rows, names = [], [name for name in _KEY if name != "seed"]
-    for same, group in runs.groupby(names, sort=False):
-        known: dict[str, Any] = dict(zip(names, same, strict=True))
+    rows = []
+    for same, group in runs.groupby(_SUMMARY_KEY, sort=False):
+        known: dict[str, Any] = dict(zip(_SUMMARY_KEY, same, strict=True))
         accuracy = group["accuracy"].to_numpy(dtype=float)
         low, high = wilson_interval(round(float(accuracy.mean()) * known["n"]), known["n"])
         rows.append(
@@ -254,7 +261,8 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
         )
     frame = pd.DataFrame(rows, columns=[name for name in DEFENCE_COLUMNS if name != "flags"])
     ball = frame["attack"].map({"clean": "none", **dict.fromkeys(IN_L2, "2")}).fillna("inf")
-    highs = frame["accuracy_high"].groupby([frame["defence"], frame["data"], ball])
+    ball += frame["params"].map(lambda params: f" {json.loads(params).get('eps')}")
+    highs = frame["accuracy_high"].groupby([*(frame[name] for name in ("defence", "model_digest", "data")), ball])
     frame["flags"] = np.where(frame["accuracy_low"] > highs.transform("min"), "flattering", "")
     return frame
 
@@ -327,10 +335,18 @@ def _measure(
     }
 
 
-def _params(defended: Defended, attack: str) -> dict[str, Any]:
+def _params(defended: Defended, attack: str, surrogate_digest: str) -> dict[str, Any]:
+    """All that the answer depends on and other columns do not say."""
+    params: dict[str, Any] = {}
+    if attack in IN_L2:
+        params["eps"] = L2_RADIUS
+    elif attack != "clean":
+        params |= {"eps": EPS} if attack == "FGSM" else {"eps": EPS, "eps_step": EPS_STEP}
+    if attack == "transfer":
+        params["surrogate"] = surrogate_digest
     if defended.defence is not None:
-        return {"passes": PASSES, "search_passes": SEARCH_PASSES, "eot_samples": EOT_SAMPLES}
-    return {"loss": "margin", "num_random_init": RANDOM_STARTS} if attack == "adaptive" else {}
+        return params | {"passes": PASSES, "search_passes": SEARCH_PASSES, "eot_samples": EOT_SAMPLES}
+    return params | ({"loss": "margin", "num_random_init": RANDOM_STARTS} if attack == "adaptive" else {})
 
 
 def _defence_seed(seed: int, number: int) -> int:

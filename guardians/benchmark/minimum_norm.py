@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,8 @@ from guardians.data import Dataset
 from guardians.engine.attack import Attack
 from guardians.engine.checks import check_integer
 from guardians.engine.victim import predicted_labels, undisturbed
-from guardians.tables import Table, file_name, read_csv
+from guardians.models import digest
+from guardians.tables import BENCHMARK_COLUMNS, Table, as_written, file_name, read_csv, write_csv
 from guardians.toolkits.implementations import CarliniWagnerSpec, TensorAttack, build_attack
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
 
 RUN_COLUMNS = {
     "model": "name of the model",
+    "model_digest": BENCHMARK_COLUMNS["model_digest"],
     "data": "where the images came from, and the first digits of a SHA-256 digest of images and labels",
     "n": "images, the first that the model gets right",
     "implementation": "native, native as in the paper (adaptive=False), ART, torchattacks, foolbox, or foolbox DDN",
@@ -56,7 +59,7 @@ RUN_COLUMNS = {
     "judgement_per_image": "samples that went forward through the model for judgement alone",
     "seconds": "wall-clock time of the attack on all images",
 }
-_KEY = ("model", "data", "n", "implementation", "setting", "batch_size")
+_KEY = ("model", "model_digest", "data", "n", "implementation", "setting", "params", "batch_size")
 
 MINIMUM_NORM_COLUMNS = RUN_COLUMNS | {
     "l2_best": "mean over the images of the smallest L2 norm that any run of the study found",
@@ -196,6 +199,7 @@ def measure_minimum_norm(
     check_integer("batch_size", batch_size, low=1)
     out = Path(out)
     table = Table(out / "carlini_wagner_runs.csv", RUN_COLUMNS, _KEY)
+    digests = {name: digest(model) for name, model in models.items()}
     samples = {name: correct_images(model, data, n, device) for name, model in models.items()}
     jobs = [(name, contender) for name in models for contender in contenders]
     wanted = []
@@ -203,14 +207,16 @@ def measure_minimum_norm(
         for name, contender in progress:
             progress.set_postfix_str(f"{contender.name} on {name}")
             size = contender.batch_size or batch_size
-            known = {"model": name, "data": data.identity, "n": n, "implementation": contender.implementation}
-            known |= {"setting": contender.setting, "batch_size": size}
+            known = {"model": name, "model_digest": digests[name], "data": data.identity, "n": n}
+            known |= {"implementation": contender.implementation, "setting": contender.setting}
+            known |= {"params": json.dumps(contender.params), "batch_size": size}
             wanted.append(known)
             if known not in table:
-                table.append(known | _run(contender, models[name], *samples[name], size, _outcome_path(out, known)))
+                row, outcome = _run(contender, models[name], *samples[name], size)
+                table.append(known | row, (_outcome_path(out, known), outcome))
     runs = pd.concat([table.select([known]) for known in wanted], ignore_index=True)  # in this order, not the table's
     frame = summarise(runs, [read_csv(_outcome_path(out, known)) for known in wanted])
-    frame.to_csv(out / "carlini_wagner.csv", index=False)
+    write_csv(frame, out / "carlini_wagner.csv")
     return frame
 
 
@@ -304,9 +310,9 @@ def perturb(
 
 
 def _run(
-    contender: Contender, model: nn.Module, images: Tensor, labels: Tensor, batch_size: int, outcome_path: Path
-) -> dict[str, Any]:
-    """The columns of a run that are not its key; the outcomes of its images are written."""
+    contender: Contender, model: nn.Module, images: Tensor, labels: Tensor, batch_size: int
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """The columns of a run that are not its key, and the outcomes of its images."""
     counting = CountingModel(model)
     is_native = contender.implementation.startswith("native")
     with undisturbed(model), torch.no_grad():
@@ -322,12 +328,9 @@ def _run(
         counts = (report.search_forward, report.search_backward, report.judgement_forward)
     fooled = predicted_labels(model, x_adv) != labels
     l2 = lp_norm(x_adv - images, 2).flatten()
-    outcome = pd.DataFrame({"label": labels.tolist(), "fooled": fooled.int().tolist(), "l2": l2.tolist()})
-    outcome_path.parent.mkdir(parents=True, exist_ok=True)
-    outcome.to_csv(outcome_path, index_label="index")
+    outcome = {"label": labels.tolist(), "fooled": fooled.int().tolist(), "l2": l2.tolist()}
     n = len(images)
-    return {
-        "params": json.dumps(contender.params),
+    row = {
         "success_rate": fooled.double().mean().item(),
         "l2_median": l2[fooled].median().item(),
         "l2_mean": l2[fooled].mean().item(),
@@ -340,9 +343,11 @@ def _run(
         ),
         "seconds": seconds,
     }
+    return row, pd.DataFrame({"index": range(n), **outcome})
 
 
 def _outcome_path(out: Path, known: Mapping[str, Any]) -> Path:
-    """Of a run."""
-    name = file_name(*(known[part] for part in ("model", "implementation", "setting", "n", "batch_size")))
+    """Of a run: its file has a digest of the whole key in its name."""
+    hashed = hashlib.sha256(json.dumps([as_written(known[name]) for name in _KEY]).encode()).hexdigest()[:8]
+    name = file_name(known["model"], known["implementation"], known["setting"], hashed)
     return out / "carlini_wagner_outcomes" / f"{name}.csv"

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from guardians import __version__
+import guardians
 from guardians.attacks.norms import as_norm
 from guardians.benchmark.counting import CountingModel, peak_memory
 from guardians.benchmark.statistics import wilson_interval
@@ -35,6 +35,7 @@ from guardians.engine.attack import Attack
 from guardians.engine.checks import check_choice, check_flag, check_integer, check_number
 from guardians.engine.parameters import PRECISIONS
 from guardians.engine.victim import Victim, predicted_labels, undisturbed
+from guardians.models import digest
 from guardians.tables import BENCHMARK_COLUMNS, Table, as_written
 from guardians.toolkits.implementations import (
     IMPLEMENTATIONS,
@@ -54,7 +55,7 @@ ATTACKS = ("clean", "FGSM", "PGD-10", "PGD-40")
 MAX_STEPS = 1_000_000
 
 KEY = """
-    model data defence attack implementation norm eps steps params eot n seed device precision
+    model model_digest data defence attack implementation norm eps steps params eot n seed device precision
 """.split()  # noqa: SIM905
 """The columns of benchmark.csv that identify a row: what was run on what, whatever the versions and the commit."""
 
@@ -181,6 +182,7 @@ def run_benchmark(
 
     common = {
         "model": model_name,
+        "model_digest": digest(model),
         "data": data.identity,
         "defence": "none",
         "norm": norm,
@@ -265,6 +267,8 @@ def _measure_all(run: _Run, jobs: Sequence[_Job], verbose: bool) -> dict[str, An
     with tqdm(jobs, desc="benchmark", unit="row", disable=not verbose) as progress:
         for job in progress:
             progress.set_postfix_str(f"{job.known['attack']} {job.implementation}")
+            if job.known in run.table:  # another process has been faster
+                continue
             unwritten = run.measure(job)
             if unwritten is not None:
                 return unwritten
@@ -321,8 +325,7 @@ class _Run:
         row |= {"peak_memory_mb": cost["peak_memory_mb"], "search": measured.search, "flags": ";".join(flags)}
         if measured.interrupted:
             return row
-        _write_atomically(outcomes, outcome_path(self.table.path.parent, row))
-        self.table.append(row)
+        self.table.append(row, (outcome_path(self.table.path.parent, row), outcomes))
         return None
 
     def _run_native(self, spec: AttackSpec, options: dict[str, Any]) -> _Measured:
@@ -540,7 +543,7 @@ def _versions() -> dict[str, str | None]:
             return None
 
     return {
-        "guardians": __version__,
+        "guardians": guardians.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "art": version("adversarial-robustness-toolbox"),
@@ -549,20 +552,19 @@ def _versions() -> dict[str, str | None]:
     }
 
 
-def _commit() -> str:
+def _commit(package: Path = Path(guardians.__file__).parent) -> str:
+    """Of the package's source tree, with -dirty where tracked files of it differ; empty where it is in none."""
+    # Git says in these, as within its hooks, which repository a command is for.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(package), *arguments]
+        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10, "env": environment}
+        return subprocess.run(command, check=True, **options).stdout.strip()
+
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        git("ls-files", "--error-unmatch", "__init__.py")  # an installed package may lie within a repository
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return ""
-    return found.stdout.strip()
-
-
-def _write_atomically(frame: pd.DataFrame, path: Path) -> None:
-    """A file that is there whole or not at all."""
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        frame.to_csv(file, index=False, lineterminator="\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

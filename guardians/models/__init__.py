@@ -1,6 +1,7 @@
 """Architectures and bundled weights: `load_model("resnet9-16-standard")`."""
 
 from guardians.models.architectures import CIFAR10_MEAN, CIFAR10_STD, Normalize, resnet9, resnet18, wide_resnet
+from guardians.models.identity import digest
 from guardians.models.registry import (
     ARCHITECTURES,
     build_model,
@@ -18,6 +19,7 @@ __all__ = [
     "Normalize",
     "build_model",
     "bundled_models",
+    "digest",
     "load_model",
     "load_weights",
     "model_card",

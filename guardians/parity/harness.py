@@ -22,6 +22,7 @@ from guardians.data import Dataset
 from guardians.engine.attack import Attack
 from guardians.engine.checks import check_integer
 from guardians.engine.victim import Victim, predicted_labels
+from guardians.models import digest
 from guardians.parity.carlini_wagner import is_dominated, largest_difference, runs_of_one
 from guardians.parity.cases import Case, cases
 from guardians.parity.comparison import (
@@ -239,11 +240,12 @@ def run_parity(
         todo = [
             case for case in todo if isinstance(case.spec, AttackSpec) and rules_for(case.reference, case.spec.norm)
         ]
-    key = ("case", "model", "data", "n", "batch_size", "seed")
+    key = ("case", "model", "model_digest", "data", "n", "batch_size", "seed")
     table = Table(Path(out) / ("deviations.csv" if own_rules else "parity.csv"), PARITY_COLUMNS, key)
     device = Victim(model).device or torch.device("cpu")
     x, labels = data.as_floats().to(device), data.labels.to(device)
-    run = {"model": model_name, "data": data.identity, "n": len(data), "batch_size": batch_size, "seed": seed}
+    run = {"model": model_name, "model_digest": digest(model), "data": data.identity, "n": len(data)}
+    run |= {"batch_size": batch_size, "seed": seed}
     rows = []
     for case in tqdm(todo, desc="parity", unit="case", disable=not verbose):
         identity = {"case": case.name, **run}

@@ -31,6 +31,7 @@ from guardians.data import Dataset
 from guardians.defences import MixupInference, RandomSelfEnsemble
 from guardians.engine.search import bfloat16_is_native
 from guardians.engine.victim import predicted_labels
+from guardians.models import digest
 from guardians.tables import read_csv
 
 N, SEEDS = 8, 2
@@ -137,11 +138,15 @@ def test_a_row_for_each_seed_and_only_one_where_nothing_is_random(whole):
     assert rows["seed"].is_monotonic_increasing  # so that a run that is cut short has all defences
     assert set(rows["n"]) == {N}
     assert set(rows["data"]) == {make_data().identity}
-    params = rows["params"].map(json.loads)
-    is_fixed = rows["defence"] == "fixed"
-    assert all(found == {"passes": 3, "search_passes": 2, "eot_samples": 2} for found in params[~is_fixed])
-    assert all(found == {} for found in params[is_fixed & (rows["attack"] != "adaptive")])
-    assert list(params[is_fixed & (rows["attack"] == "adaptive")]) == [{"loss": "margin", "num_random_init": 5}]
+    params = rows.set_index("attack")["params"].map(json.loads)
+    is_fixed = (rows["defence"] == "fixed").to_numpy()
+    of_random = {"passes": 3, "search_passes": 2, "eot_samples": 2}
+    assert all(found.items() >= of_random.items() for found in params[~is_fixed])
+    inf_norm = {"eps": 8 / 255, "eps_step": 2 / 255}
+    expected = {"clean": {}, "FGSM": {"eps": 8 / 255}, "PGD-L2": {"eps": 0.5}, "C&W": {"eps": 0.5}}
+    expected["adaptive"] = {**inf_norm, "loss": "margin", "num_random_init": 5}
+    expected["transfer"] = {**inf_norm, "surrogate": digest(small_net(1))}
+    assert all(found == expected.get(attack, inf_norm) for attack, found in params[is_fixed].items())
     assert (rows.loc[rows["attack"] == "clean", "seconds"] == 0).all()
     assert (rows.loc[rows["attack"] != "clean", "seconds"] > 0).all()
 
@@ -263,6 +268,54 @@ def test_another_seed_draws_anew(whole):
         for name in ("rse", "mi"):
             first, second = (outcome(whole[0], name, attack, seed)["l2"] for seed in range(2))
             assert not first.equals(second)
+
+
+def with_pool(seed):
+    pool = some_images(10, seed=seed), torch.arange(10) % 5
+    return Defended("mi", BASE, lambda seed, passes: MixupInference(BASE, pool, num_samples=passes, seed=seed))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ((FIXED, {}), (Defended("fixed", small_net(2)), {})),
+        ((RSE, {}), (Defended("rse", BASE, lambda seed, n: RandomSelfEnsemble(BASE, 0.2, 0.1, n, seed=seed)), {})),
+        ((with_pool(1), {}), (with_pool(2), {})),
+        ((FIXED, {"surrogate": small_net(1)}), (FIXED, {"surrogate": small_net(2)})),
+    ],
+    ids=["weights", "noise", "pool", "surrogate"],
+)
+def test_what_changes_the_answer_is_run_again_whatever_its_name(first, second, tmp_path):
+    frames = [
+        run(tmp_path, [defended], attacks=["clean", "transfer"], seeds=1, **options)
+        for defended, options in (first, second, first)
+    ]
+    pd.testing.assert_frame_equal(frames[2], frames[0])
+    assert len(frames[1]) == 2  # without those of the other under this name
+    on_disk = runs_in(tmp_path)
+    new = 1 if second[1] else 2  # another surrogate is nothing to clean images
+    assert len(on_disk) == len(outcomes_in(tmp_path)) == 2 + new
+    run(tmp_path / "alone", [second[0]], attacks=["clean", "transfer"], seeds=1, **second[1])
+    for name, table in outcomes_in(tmp_path / "alone").items():
+        pd.testing.assert_frame_equal(table, outcomes_in(tmp_path)[name])
+
+
+@pytest.mark.parametrize(
+    ("constant", "attack"),
+    [("EPS", "FGSM"), ("EPS_STEP", "PGD-10"), ("L2_RADIUS", "C&W"), ("RANDOM_STARTS", "adaptive")],
+)
+def test_other_constants_are_run_again(constant, attack, tmp_path, monkeypatch):
+    first = run(tmp_path, [FIXED], attacks=[attack])
+    monkeypatch.setattr(defences, constant, getattr(defences, constant) * 2)
+    second = run(tmp_path, [FIXED], attacks=[attack])
+    assert len(runs_in(tmp_path)) == 2
+    assert first["params"].item() != second["params"].item()
+
+
+def test_a_larger_ball_does_not_make_a_smaller_one_flattering():
+    rows = made_up([("a", "FGSM", 0, 0.9), ("a", "PGD-40", 0, 0.5), ("a", "PGD-10", 0, 0.3)])
+    rows["params"] = [json.dumps({"eps": eps}) for eps in (0.1, 0.1, 0.2)]
+    assert summarise(rows)["flags"].tolist() == ["flattering", "", ""]
 
 
 @pytest.mark.parametrize(
@@ -436,6 +489,7 @@ def made_up(rows, n=100):
         [
             dict.fromkeys(RUN_COLUMNS, 0)
             | {"defence": defence, "attack": attack, "data": "noise", "n": n, "seed": seed, "accuracy": accuracy}
+            | {"params": "{}"}
             | {"l2_median": 10 * accuracy, "forward_per_image": seed, "seconds": 2 * seed}
             for defence, attack, seed, accuracy in rows
         ],

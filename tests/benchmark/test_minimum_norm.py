@@ -141,6 +141,27 @@ def test_names_do_not_leave_the_folder_of_outcomes(data, tmp_path):
     assert read_csv(tmp_path / "out" / "carlini_wagner_runs.csv")["model"].tolist() == list(names)
 
 
+def test_other_data_or_another_model_under_the_same_name_does_not_change_what_was_measured(data, tmp_path):
+    contenders = [BY_NAME["native 5 x 10"], BY_NAME["native 2 x 10"]]
+    first = run(data, tmp_path, contenders)
+    turned = Dataset(data.images.flip(0), data.labels.flip(0), data.classes, data.source)
+    second = run(turned, tmp_path, contenders, n=N)
+    other = measure_minimum_norm(
+        {"small": small_net(1)}, data, n=2, out=tmp_path, contenders=contenders, batch_size=3, verbose=False
+    )
+    assert (first["l2_best"] != second["l2_best"]).all()
+    assert (first["l2_best"] != other["l2_best"]).all()
+    pd.testing.assert_frame_equal(run(data, tmp_path, contenders), first)
+    pd.testing.assert_frame_equal(run(turned, tmp_path, contenders), second)
+    assert len(list((tmp_path / "carlini_wagner_outcomes").iterdir())) == 6
+
+
+def test_other_arguments_under_the_same_name_are_run(data, tmp_path):
+    first = run(data, tmp_path, QUICK[:1])
+    second = run(data, tmp_path, [replace(BY_NAME["native 5 x 10"], setting=QUICK[0].setting)])
+    assert first["backward_per_image"].item() != second["backward_per_image"].item()
+
+
 def test_runs_keep_their_outcomes_in_whatever_order_they_were_made(data, tmp_path):
     contenders = [BY_NAME["native 5 x 10"], BY_NAME["native 2 x 10"]]
     whole = run(data, tmp_path / "whole", contenders=contenders)

@@ -1,6 +1,7 @@
 import copy
 import json
 import logging
+import subprocess
 from functools import partial
 
 import numpy as np
@@ -395,6 +396,21 @@ def test_rows_of_other_code_are_kept_with_a_warning(model, data, tmp_path, caplo
     assert "2 of the rows" in caplog.text
 
 
+def test_another_model_under_the_same_name_is_measured(model, data, tmp_path):
+    run = partial(run_quietly, data=data, attacks=["FGSM"], implementations=["native"])
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[-1].weight.neg_()
+    first, second = run(model, out=tmp_path), run(other, out=tmp_path)
+    assert first["clean_accuracy"].tolist() == [0.8]
+    assert second["clean_accuracy"].item() < 0.8
+    pd.testing.assert_frame_equal(run(model, out=tmp_path), first)
+    pd.testing.assert_frame_equal(run(other, out=tmp_path), second)
+    for frame in (first, second):
+        outcomes = read_csv(outcome_path(tmp_path, frame.iloc[0]))
+        assert summarise(outcomes)["clean_accuracy"] == frame["clean_accuracy"].item()
+
+
 def test_random_starts_repeat_with_the_seed(model, data, tmp_path):
     run = partial(run_quietly, model, data, attacks=["PGD-1"], eps_step=1e-3, random_start=True)
     first, second, other = run(out=tmp_path / "a"), run(out=tmp_path / "b"), run(out=tmp_path / "c", seed=1)
@@ -538,13 +554,54 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(model, data,
 
 def test_a_table_of_another_kind_is_refused(model, data, tmp_path):
     (tmp_path / "benchmark.csv").write_text("model,accuracy\na,1\n")
-    with pytest.raises(ValueError, match="missing: data"):
+    with pytest.raises(ValueError, match="missing: model_digest"):
         run_quietly(model, data, out=tmp_path)
 
 
-def test_the_commit_is_optional(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GIT_DIR", str(tmp_path / "none"))
-    assert runner._commit() == ""
+@pytest.fixture
+def repository(tmp_path):
+    """A git repository with a package in it, and what runs git there."""
+    folder = tmp_path / "repository"
+    (folder / "package").mkdir(parents=True)
+    for name in ("package/__init__.py", "table.csv", ".gitignore"):
+        (folder / name).write_text("installed\n")
+
+    def git(*arguments):
+        command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    return folder, git
+
+
+def test_the_commit_is_that_of_the_package_wherever_it_runs(repository, monkeypatch, tmp_path):
+    folder, git = repository
+    here = runner._commit()
+    for place in (folder, tmp_path):
+        monkeypatch.chdir(place)
+        monkeypatch.setenv("GIT_DIR", str(folder / ".git"))
+        assert runner._commit() == here
+    monkeypatch.delenv("GIT_DIR")
+    assert runner._commit(folder / "package") == git("rev-parse", "HEAD")
+
+
+def test_a_commit_whose_package_was_changed_is_dirty(repository):
+    folder, git = repository
+    (folder / "table.csv").write_text("of another folder\n")
+    (folder / "package" / "new.py").write_text("not tracked\n")
+    assert runner._commit(folder / "package") == git("rev-parse", "HEAD")
+    (folder / "package" / "__init__.py").write_text("changed\n")
+    assert runner._commit(folder / "package") == git("rev-parse", "HEAD") + "-dirty"
+
+
+def test_an_installed_package_has_no_commit(repository, monkeypatch, tmp_path):
+    folder, _ = repository
+    installed = folder / "installed" / "package"
+    installed.mkdir(parents=True)
+    (installed / "__init__.py").write_text("")
+    assert runner._commit(installed) == ""
+    assert runner._commit(tmp_path) == ""
     monkeypatch.setenv("PATH", "")
-    assert runner._commit() == ""
+    assert runner._commit(folder / "package") == ""

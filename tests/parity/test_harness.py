@@ -1,3 +1,4 @@
+import pandas as pd
 import pytest
 import torch
 from models_for_tests import CLASSES, small_net, some_images, some_labels
@@ -58,7 +59,7 @@ def test_every_case_becomes_a_row(model, data, tmp_path):
     for case, note in zip(expected, frame["note"], strict=True):
         rules = [rule.__name__ for rule in rules_for(case.reference, case.spec.norm)]
         assert note == ("with the toolkit's " + ", ".join(rules) if rules else "")
-    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["parity.csv"]
+    assert [path.name for path in (tmp_path / "new" / "folder").glob("[!.]*")] == ["parity.csv"]
     assert read_csv(tmp_path / "new" / "folder" / "parity.csv").equals(frame)
 
 
@@ -110,16 +111,26 @@ def test_a_run_returns_its_own_rows_only(model, data, tmp_path):
     assert len(read_csv(tmp_path / "parity.csv")) == 4 + 6 + 4 + 4
 
 
+def test_another_model_under_the_same_name_is_measured(model, data, tmp_path):
+    first, other = run(model, data, tmp_path), run(small_net(1), data, tmp_path)
+    assert not (first["native_success"] == other["native_success"]).all()
+    assert len(read_csv(tmp_path / "parity.csv")) == len(first) + len(other)
+    again, alone = run(model, data, tmp_path), run(small_net(1), data, tmp_path / "alone")
+    pd.testing.assert_frame_equal(again, first)
+    pd.testing.assert_frame_equal(alone.drop(columns="time_ratio"), other.drop(columns="time_ratio"))
+
+
 def test_own_rules_are_measured_where_there_are_any(model, data, tmp_path):
     frame = run(model, data, tmp_path, references=["ART", "torchattacks", "foolbox"], own_rules=True)
     expected = [case.name for case in cases(["PGD-10"]) if rules_for(case.reference, case.spec.norm)]
     assert frame["case"].tolist() == expected
     assert len(expected) == 4 + 4 + 8  # ART L1, torchattacks L2, foolbox L1 and L2
     assert set(frame["verdict"]) == {"own rule"}
+    assert set(frame["kind"]) == {"deviation"}
     assert frame[["pixel_mismatch", "unexplained", "max_abs_diff_float64"]].isna().all(axis=None)
     assert frame["note"].str.startswith("without the toolkit's ").all()
     assert (frame["max_abs_diff"] > 1e-4).all()
-    assert [path.name for path in tmp_path.iterdir()] == ["deviations.csv"]
+    assert [path.name for path in tmp_path.glob("[!.]*")] == ["deviations.csv"]
 
 
 def test_a_seed_gives_the_same_rows(model, data, tmp_path):
