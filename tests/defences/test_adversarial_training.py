@@ -25,14 +25,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from guardians import attacks as native_attacks
 from guardians.attacks import FGSM, PGD, CarliniWagnerL2
-from guardians.defences import AdversarialTrainer, adversarial_training
+from guardians.defences import AdversarialTrainer, adversarial_training, training_loop
 
 N, BATCH = 22, 8  # the last batch is of 6
 X = some_images(N).numpy()
 Y = np.arange(N) % CLASSES
 ONE_HOT = np.eye(CLASSES, dtype=np.float32)[Y]
 EPS = 0.05
-MODULE = "guardians.defences.adversarial_training"
+LOOP = "guardians.defences.training_loop"
 
 
 def trainable(net=None, lr=0.01, **options):
@@ -61,7 +61,7 @@ def fitted(trainer, x=X, y=ONE_HOT, epochs=1, seed=0, **options):
 
 
 def ours(classifier, attacks, ratio=0.5, **options):
-    return AdversarialTrainer(classifier, attacks, ratio, **{"precision": "float32", "verbose": False, **options})
+    return AdversarialTrainer(classifier, attacks, ratio, **{"verbose": False, **options})
 
 
 def assert_same(found, expected, before):
@@ -158,7 +158,7 @@ class TestAgainstArt:
         before = weights(classifier)
         mine = [cls.made(name, classifier, native_attacks if native else art_attacks) for name in names]
         theirs = [cls.made(name, reference, art_attacks) for name in names]
-        found = fitted(ours(classifier, mine if len(mine) > 1 else mine[0], ratio, holdout=0), **options)
+        found = fitted(ours(classifier, mine if len(mine) > 1 else mine[0], ratio), **options)
         return found, fitted(ArtTrainer(reference, theirs, ratio), **options), before
 
     @pytest.mark.parametrize("ratio", [0.3, 0.5, 1.0])
@@ -206,7 +206,7 @@ class TestAgainstArt:
         classifier, reference = trainable(), trainable()
         before = weights(classifier)
         mine = [kind(source, eps=0.2), PGD(classifier, eps=EPS, eps_step=0.02, max_iter=2, verbose=False)]
-        found = fitted(ours(classifier, mine, holdout=0), epochs=2)
+        found = fitted(ours(classifier, mine), epochs=2)
         assert calls == [N]
         theirs = [
             art_attacks.FastGradientMethod(source, eps=0.2),
@@ -269,7 +269,7 @@ class TestBatches:
         """Of each batch ceil(ratio n) images, within the ball and with their labels; the others stay as they are."""
         classifier = trainable()
         attack, seen = Recorded(classifier, eps=EPS, eps_step=EPS, max_iter=1), trained_on(classifier)
-        fitted(ours(classifier, attack, ratio, holdout=0), epochs=2)
+        fitted(ours(classifier, attack, ratio), epochs=2)
         sizes = [BATCH, BATCH, N - 2 * BATCH] * 2
         assert [len(batch) for batch in seen] == sizes
         assert [len(x) for x, _, _ in attack.calls] == [math.ceil(ratio * n) for n in sizes if ratio]
@@ -310,7 +310,7 @@ class TestBatches:
         classifier = trainable()
         first, second = (Recorded(classifier, eps=eps, eps_step=eps, max_iter=1) for eps in (0.01, EPS))
         seen = trained_on(classifier)
-        fitted(ours(classifier, [first, second], 1.0, holdout=0), epochs=2)
+        fitted(ours(classifier, [first, second], 1.0), epochs=2)
         radii = [float(rows_of([batch])[0].max()) for batch in seen]
         assert radii == pytest.approx([0.01, EPS] * 3, rel=1e-4)
         assert (len(first.calls), len(second.calls)) == (3, 3)
@@ -369,7 +369,7 @@ class TestSeed:
     def run(seed, attack_seed=None, global_seed=0):
         classifier = trainable()
         attack = FGSM(classifier, eps=EPS, num_random_init=1, seed=attack_seed)
-        return fitted(ours(classifier, attack, seed=seed, holdout=0), epochs=2, seed=global_seed)
+        return fitted(ours(classifier, attack, seed=seed), epochs=2, seed=global_seed)
 
     def test_determines_the_run(self):
         assert torch.equal(self.run(3, global_seed=1), self.run(3, global_seed=2))
@@ -395,7 +395,7 @@ class TestSeed:
         """A step of next to nothing shows the start."""
         classifier = trainable()
         attack = Recorded(classifier, eps=EPS, eps_step=1e-6, max_iter=1, num_random_init=1, seed=attack_seed)
-        fitted(ours(classifier, attack, 1.0, seed=seed, holdout=0), 0.4 + 0.2 * X, epochs=2)
+        fitted(ours(classifier, attack, 1.0, seed=seed), 0.4 + 0.2 * X, epochs=2)
         starts = [(x_adv - x)[: N - 2 * BATCH] for x, _, x_adv in attack.calls]
         assert len(starts) == 6
         for i, start in enumerate(starts):
@@ -417,7 +417,7 @@ class TestAttacksStayAsTheyAre:
     def test_attacks_in_batches_of_the_training(self):
         classifier, asked = trainable(), []
         classifier.model.register_forward_hook(lambda m, args, _: None if m.training else asked.append(len(args[0])))
-        fitted(ours(classifier, FGSM(classifier, eps=EPS, batch_size=1), 1.0, holdout=0))
+        fitted(ours(classifier, FGSM(classifier, eps=EPS, batch_size=1), 1.0))
         assert max(asked) == BATCH
 
     def test_speaks_only_when_asked(self, capfd):
@@ -452,7 +452,7 @@ class TestRobustness:
             attack = PGD(
                 classifier, eps=RADIUS, eps_step=RADIUS, max_iter=steps, num_random_init=1, precision="float32"
             )
-            ours(classifier, attack, share, holdout=0, seed=0).fit(x, y, batch_size=50, nb_epochs=8)
+            ours(classifier, attack, share, seed=0).fit(x, y, batch_size=50, nb_epochs=8)
             robust.append(robust_accuracy(classifier))
         assert robust[0] + 0.2 < robust[1]
 
@@ -462,7 +462,7 @@ class TestRobustness:
         losses, vectors = {}, {}
         for precision in ("float32", "bfloat16"):
             classifier = of_two_features()
-            trainer = ours(classifier, FGSM(classifier, eps=RADIUS), precision=precision, seed=0, holdout=0)
+            trainer = ours(classifier, FGSM(classifier, eps=RADIUS), precision=precision, seed=0)
             before = classifier.compute_loss(x, y).mean()
             trainer.fit(x, y, batch_size=50, nb_epochs=5)
             losses[precision], vectors[precision] = classifier.compute_loss(x, y).mean(), weights(classifier)
@@ -473,13 +473,13 @@ class TestRobustness:
 
     def test_in_bfloat16_the_attack_follows_the_model(self, monkeypatch):
         """Batch norm is folded into the convolutions for it, which is to change nothing but rounding."""
-        views, view_of = [], adversarial_training.folded_view
+        views, view_of = [], training_loop.folded_view
 
         def note(module, x):
             views.append(view_of(module, x))
             return views[-1]
 
-        monkeypatch.setattr(f"{MODULE}.folded_view", note)
+        monkeypatch.setattr(f"{LOOP}.folded_view", note)
         classifier = trainable(traceable_net(), lr=0.1)
         before = weights(classifier)
         after = fitted(ours(classifier, FGSM(classifier, eps=EPS), precision="bfloat16"))
@@ -496,7 +496,7 @@ class TestRobustness:
 
     @pytest.mark.parametrize(("make", "is_native"), [(Uncastable, True), (Viewing, False), (lambda net: net, False)])
     def test_auto_is_float32_where_the_device_or_the_model_knows_nothing_else(self, monkeypatch, make, is_native):
-        monkeypatch.setattr(f"{MODULE}.bfloat16_is_native", lambda device: is_native)
+        monkeypatch.setattr(f"{LOOP}.bfloat16_is_native", lambda device: is_native)
         found = []
         for precision in ("auto", "float32"):
             classifier = trainable(make(traceable_net()))
@@ -508,7 +508,7 @@ class TestRobustness:
     def test_precision_is_that_of_attack_and_training(self, monkeypatch, precision):
         """Whatever the device would rather compute in; an attack's own wish comes first."""
         monkeypatch.setattr("guardians.engine.search.bfloat16_is_native", lambda device: True)
-        monkeypatch.setattr(f"{MODULE}.works_in", lambda *_, **__: True)  # which would ask in either
+        monkeypatch.setattr(f"{LOOP}.works_in", lambda *_, **__: True)  # which would ask in either
         dtypes = {}
 
         class Noting(SmallNet):
@@ -521,7 +521,7 @@ class TestRobustness:
             dtypes[wish] = {True: set(), False: set()}
             classifier = trainable(Noting())
             attack = PGD(classifier, eps=EPS, eps_step=EPS, max_iter=1, precision=wish, verbose=False)
-            fitted(ours(classifier, attack, 1.0, precision=precision, holdout=0))
+            fitted(ours(classifier, attack, 1.0, precision=precision))
         wanted = getattr(torch, precision)
         assert dtypes["auto"][True] == dtypes["float32"][True] == {wanted}
         assert wanted in dtypes["auto"][False] <= {torch.float32, wanted}  # checks and probes are in float32
@@ -558,13 +558,13 @@ class TestWatch:
         ],
     )
     def test_collapse_ends_training_with_the_best_epoch(self, monkeypatch, caplog, standings, best):
-        with caplog.at_level(logging.INFO, MODULE):
+        with caplog.at_level(logging.INFO, LOOP):
             trainer, after, _ = self.run(monkeypatch, standings, epochs=6)
         assert trainer.robust_accuracies == list(standings)
         assert torch.equal(weights(trainer.get_classifier()), after[best - 1])
         assert not torch.equal(after[best - 1], after[-1])
         (record,) = caplog.records
-        assert (record.name, record.levelname) == (MODULE, "WARNING")
+        assert (record.name, record.levelname) == (LOOP, "WARNING")
         message = record.getMessage()
         assert "catastrophic overfitting" in message
         assert f"from {max(standings):.1%} to {standings[-1]:.1%} in epoch {len(standings)}" in message
@@ -634,7 +634,7 @@ class TestWatch:
         for name, (make, images) in makers.items():
             classifier = trainable()
             seen = trained_on(classifier)
-            trainer = ours(classifier, make(classifier))
+            trainer = ours(classifier, make(classifier), holdout=None)
             trainer.fit(x, y, batch_size=50, nb_epochs=1)
             assert sum(map(len, seen)) == images, name
             assert len(trainer.robust_accuracies) == (images < 100), name
@@ -677,26 +677,39 @@ class TestBadArguments:
         attack = FGSM(classifier, eps=EPS)
         with pytest.raises(TypeError, match="classifier of type SmallNet: must be an ART PyTorchClassifier"):
             AdversarialTrainer(small_net(), attack)
-        with pytest.raises(ValueError, match="classifier has no optimizer"):
-            AdversarialTrainer(art_classifier(small_net()), attack)
 
     @pytest.mark.parametrize("attacks", [[], (), None, "FGSM", [None], [FGSM]])
     def test_attacks(self, classifier, attacks):
-        with pytest.raises(TypeError, match=r"attacks=.*must be an art\.attacks.EvasionAttack or a list of them"):
+        with pytest.raises(ValueError, match=r"attacks=.*must be an art\.attacks.EvasionAttack or a list of them"):
             AdversarialTrainer(classifier, attacks)
 
+    @pytest.mark.parametrize("fit", ["fit", "fit_generator"])
     @pytest.mark.parametrize("kind", [FGSM, art_attacks.FastGradientMethod])
-    def test_targeted_attacks(self, classifier, kind):
+    def test_targeted_attacks(self, classifier, kind, fit):
+        """Refused where ART's trainer refuses them, and as it does, but before any image is attacked."""
         attacks = [FGSM(classifier, eps=EPS), kind(classifier, eps=EPS, targeted=True)]
-        with pytest.raises(ValueError, match="attacks: FastGradientMethod is targeted"):
-            AdversarialTrainer(classifier, attacks)
+        generator = NumpyDataGenerator(X, ONE_HOT, batch_size=BATCH)
+        for trainer in (ours(classifier, attacks), ArtTrainer(classifier, attacks)):
+            with pytest.raises(NotImplementedError, match="targeted"):
+                trainer.fit(X, ONE_HOT) if fit == "fit" else trainer.fit_generator(generator)
+
+    def test_optimizer_is_needed_by_fit_alone(self):
+        classifier = art_classifier(small_net())
+        attack = FGSM(classifier, eps=EPS)
+        generator = NumpyDataGenerator(X, ONE_HOT, batch_size=BATCH)
+        for trainer in (AdversarialTrainer(classifier, attack), ArtTrainer(classifier, attack)):
+            assert trainer.predict(X).shape == (N, CLASSES)
+            with pytest.raises(ValueError, match="optimizer"):
+                trainer.fit(X, ONE_HOT)
+            with pytest.raises(ValueError, match="optimizer"):
+                trainer.fit_generator(generator)
 
     @pytest.mark.parametrize(
         ("arguments", "error", "match"),
         [
             ({"batch_size": 0}, ValueError, "batch_size=0: must be at least 1"),
             ({"batch_size": 2.0}, TypeError, "batch_size=2.0: must be an integer"),
-            ({"nb_epochs": 0}, ValueError, "nb_epochs=0: must be at least 1"),
+            ({"nb_epochs": -1}, ValueError, "nb_epochs=-1: must be at least 0"),
             ({"nb_epochs": None}, TypeError, "nb_epochs=None: must be an integer"),
             ({"y": Y + 1}, ValueError, r"y has labels from 1 to 5: must be in \[0, 5\)"),
             ({"y": Y - 1}, ValueError, "y has labels from -1 to 3"),
@@ -705,7 +718,8 @@ class TestBadArguments:
             ({"y": ONE_HOT / 2}, ValueError, "not one-hot"),
             ({"x": (255 * X).astype(np.uint8)}, ValueError, "x has dtype torch.uint8"),
             ({"x": X[:0], "y": Y[:0]}, ValueError, "x has .*at least one"),
-            ({"training_mode": False}, TypeError, "unknown arguments .*training_mode.*scheduler"),
+            ({"training_mode": 0}, TypeError, "training_mode=0: must be True or False"),
+            ({"verbose": True}, TypeError, "verbose=True: an argument of the trainer"),
         ],
     )
     def test_of_fit(self, classifier, arguments, error, match):
@@ -731,13 +745,19 @@ class TestBadArguments:
     def test_of_fit_generator(self, classifier):
         generator = NumpyDataGenerator(X, ONE_HOT, batch_size=BATCH, drop_remainder=False, shuffle=False)
         trainer = ours(classifier, FGSM(classifier, eps=EPS))
-        with pytest.raises(ValueError, match="nb_epochs=0: must be at least 1"):
-            trainer.fit_generator(generator, nb_epochs=0)
-        with pytest.raises(TypeError, match=r"unknown arguments .*verbose"):
-            trainer.fit_generator(generator, verbose=True)
+        with pytest.raises(ValueError, match="nb_epochs=-1: must be at least 0"):
+            trainer.fit_generator(generator, nb_epochs=-1)
+        for name, value in (("verbose", True), ("batch_size", 4)):
+            for each in (trainer, ArtTrainer(classifier, FGSM(classifier, eps=EPS))):
+                with pytest.raises(TypeError, match=name):
+                    each.fit_generator(generator, **{name: value})
+        with pytest.raises(TypeError, match="checkpoint='file': not an argument of fit_generator"):
+            trainer.fit_generator(generator, checkpoint="file")
         elsewhere = ours(classifier, FGSM(art_classifier(small_net()), eps=EPS))
-        with pytest.raises(ValueError, match="attacks: one is on another estimator"):
-            elsewhere.fit_generator(generator)
+        few = NumpyDataGenerator(X[:-1], ONE_HOT[:-1], batch_size=BATCH, drop_remainder=False)
+        few._size = N
+        with pytest.raises(ValueError, match=r"generator\.size=22: it gave only 21 images"):
+            elsewhere.fit_generator(few)
         generator._size = None
         with pytest.raises(ValueError, match=r"generator\.size=None: the generator must know how many images"):
             trainer.fit_generator(generator)
