@@ -4,7 +4,10 @@ import csv
 import logging
 import math
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -506,6 +509,49 @@ class TestInterruption:
         thread.start()
         thread.join()
         assert results == [uninterrupted]
+
+
+class TestTwoProcesses:
+    """On one folder. The other one trains, stops in the middle of the second epoch, says so and waits."""
+
+    @pytest.fixture
+    def other(self, tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
+        script = f"""
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_training import RECIPE, STEPS, TEST, TRAIN, at_call, small_model, train, training
+
+def wait():
+    Path({str(tmp_path / "waits")!r}).touch()
+    time.sleep(600)
+
+training._augment = at_call(STEPS + 2, training._augment, wait)
+train(small_model(), TRAIN, TEST, RECIPE, {str(tmp_path / "run")!r}, verbose=False)
+"""
+        with subprocess.Popen([sys.executable, "-c", script]) as process:
+            try:
+                while not (tmp_path / "waits").exists():
+                    assert process.poll() is None
+                    time.sleep(0.05)
+                yield process
+            finally:
+                process.kill()
+
+    def test_the_second_is_refused_until_the_first_is_killed(
+        self, tmp_path: Path, other: "subprocess.Popen[bytes]", uninterrupted: tuple[Any, ...]
+    ) -> None:
+        folder, model = tmp_path / "run", small_model()
+        before = {file.name: file.read_bytes() for file in folder.iterdir()}
+        weights = [parameter.clone() for parameter in model.parameters()]
+        with pytest.raises(ValueError, match=f"folder='{folder}': is in use by another training"):
+            train(model, TRAIN, TEST, RECIPE, folder, verbose=False)
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+        assert all(map(torch.equal, model.parameters(), weights))
+        assert run(tmp_path / "another") == uninterrupted
+        other.kill()
+        other.wait()
+        assert run(folder) == uninterrupted
 
 
 def seen_in_training(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

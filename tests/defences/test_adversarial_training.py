@@ -2,6 +2,8 @@
 
 import logging
 import math
+import signal
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -250,6 +252,75 @@ class TestAgainstArt:
         assert rates == pytest.approx([0.01 * 0.8**6] * 2)
         assert_same(*results, before)
 
+    def test_defaults_compute_as_art_does(self, monkeypatch):
+        """In the model's own precision and on all images, though there are enough to hold some out."""
+        monkeypatch.setattr(adversarial_training, "_WATCHABLE", 1)
+        monkeypatch.setattr(f"{LOOP}.bfloat16_is_native", lambda device: True)
+        x, y = some_images(100).numpy(), np.arange(100) % CLASSES
+        found = []
+        for kind, attack in ((AdversarialTrainer, FGSM), (ArtTrainer, art_attacks.FastGradientMethod)):
+            classifier = trainable()
+            seen = trained_on(classifier)
+            seed_all(0)
+            trainer = kind(classifier, attack(classifier, eps=EPS))
+            trainer.fit(x, np.eye(CLASSES, dtype=np.float32)[y], batch_size=50, nb_epochs=1)
+            assert sum(map(len, seen)) == 100
+            found.append(weights(classifier))
+        assert (found[0] - found[1]).abs().max() < 1e-6
+
+    @pytest.mark.parametrize("fit", ["fit", "fit_generator"])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"validation_data": None},
+            {"validation_data": (X, ONE_HOT), "training_mode": True},
+            {"drop_last": True},
+            {"training_mode": False},
+            {"training_mode": False, "drop_last": True, "scheduler": None},
+            {"unheard_of": 1},
+        ],
+        ids=str,
+    )
+    def test_options_of_fit(self, options, fit):
+        """The last batch is smaller than the others, and in training mode batch norm tells."""
+        results, modes = [], []
+        for kind, attack in ((ours, FGSM), (ArtTrainer, art_attacks.FastGradientMethod)):
+            classifier = trainable()
+            before = weights(classifier)
+            trainer = kind(classifier, attack(classifier, eps=EPS))
+            seed_all(0)
+            if fit == "fit":
+                trainer.fit(X, ONE_HOT, BATCH, 2, **options)
+            else:
+                generator = NumpyDataGenerator(X, ONE_HOT, BATCH, drop_remainder=False, shuffle=True)
+                trainer.fit_generator(generator, 2, **options)
+            results.append(weights(classifier))
+            modes.append(classifier.model.training)
+        assert modes == [options.get("training_mode", True)] * 2
+        assert_same(*results, before)
+
+    def test_options_without_effect_are_named_in_the_log(self, caplog):
+        classifier = trainable()
+        trainer = ours(classifier, FGSM(classifier, eps=EPS))
+        fitted(trainer, validation_data=None, drop_last=True)
+        assert not caplog.records
+        fitted(trainer, shedule=1)
+        assert "without effect, as in PyTorchClassifier.fit: shedule" in caplog.text
+
+    def test_no_epochs(self):
+        for kind in (ours, ArtTrainer):
+            classifier = trainable()
+            before = weights(classifier)
+            assert torch.equal(fitted(kind(classifier, FGSM(classifier, eps=EPS)), epochs=0), before)
+
+    def test_attacks_of_art_are_silenced_as_art_does(self, capfd):
+        for kind in (ours, ArtTrainer):
+            classifier = trainable()
+            attack = art_attacks.ProjectedGradientDescent(classifier, eps=EPS, eps_step=0.02, max_iter=2, verbose=True)
+            fitted(kind(classifier, attack))
+            assert not attack.verbose
+            assert "PGD" not in "".join(capfd.readouterr())
+
     @pytest.mark.parametrize("ratio", [0.5, 1.0])
     def test_generator(self, ratio):
         results = []
@@ -261,6 +332,34 @@ class TestAgainstArt:
             kind(classifier, attacks(classifier, eps=EPS), ratio).fit_generator(generator, nb_epochs=2)
             results.append(weights(classifier))
         assert_same(*results, before)
+
+    @pytest.mark.parametrize("drop_remainder", [True, False])
+    @pytest.mark.parametrize("ratio", [0.3, 1.0])
+    def test_generator_with_an_attack_on_another_estimator(self, ratio, drop_remainder):
+        """The same images as ART's trainer trains on, but with their labels: ART takes those of others."""
+        source, images, right = art_classifier(small_net(seed=1)), [], []
+        for kind in (ours, ArtTrainer):
+            labels = []
+
+            class Noting(nn.CrossEntropyLoss):
+                def forward(self, logits, target, noted=labels):
+                    noted.append(target.clone())
+                    return super().forward(logits, target)
+
+            classifier = trainable(loss=Noting())
+            seen = trained_on(classifier)
+            generator = NumpyDataGenerator(X, ONE_HOT, BATCH, drop_remainder=drop_remainder, shuffle=True)
+            seed_all(0)
+            attack = art_attacks.FastGradientMethod(source, eps=EPS)
+            kind(classifier, attack, ratio).fit_generator(generator, nb_epochs=2)
+            images.append([{image.numpy().tobytes() for image in batch} for batch in seen])  # ART shuffles a batch
+            distances, rows = rows_of(seen)
+            assert (distances <= EPS + 1e-6).all()
+            assert (distances > 0).float().mean() > 0.9 * ratio
+            right.append(torch.from_numpy(Y)[rows] == torch.cat(labels))
+        assert images[0] == images[1]
+        assert right[0].all()
+        assert not right[1].all()
 
 
 class TestBatches:
@@ -441,6 +540,119 @@ class TestAttacksStayAsTheyAre:
         assert trainer.get_classifier() is classifier
 
 
+def wavering():
+    """A net that draws from torch's global generator in training."""
+    net = traceable_net()
+    return nn.Sequential(*net[:-1], nn.Dropout(0.3), net[-1])
+
+
+class Stopped(Exception):
+    """A kill, which nothing catches."""
+
+
+class TestCheckpoint:
+    """Of three epochs of two steps, with dropout and random starts, of native attacks and of ART's."""
+
+    @staticmethod
+    def fit(file, at=None, action=None, global_seed=0, epochs=3, **options):
+        """What a fit comes to; `action` is taken in step `at`, from 1 on, or in each."""
+        classifier = trainable(wavering())
+        forwards = iter(range(1, 10**6))
+        if action is not None:
+            classifier.model[-1].register_forward_pre_hook(
+                lambda module, _: action() if module.training and at in (None, next(forwards)) else None
+            )
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(classifier.optimizer, 0.8)
+        attacks = [
+            FGSM(classifier, eps=EPS, num_random_init=1),
+            art_attacks.ProjectedGradientDescent(classifier, eps=EPS, eps_step=0.02, max_iter=2, num_random_init=1),
+            FGSM(art_classifier(small_net(seed=1)), eps=EPS, num_random_init=1),
+        ]
+        trainer = ours(classifier, attacks, **{"holdout": 6, **options})
+        seed_all(global_seed)
+        trainer.fit(X, ONE_HOT, BATCH, epochs, scheduler=scheduler, checkpoint=file)
+        state = [np.random.random(), float(torch.rand(()))]  # noqa: NPY002
+        return weights(classifier).tolist(), trainer.robust_accuracies, scheduler.get_last_lr(), state
+
+    @staticmethod
+    def control_c():
+        signal.raise_signal(signal.SIGINT)
+
+    @staticmethod
+    def kill():
+        raise Stopped
+
+    @pytest.mark.parametrize("seed", [None, 4])
+    @pytest.mark.parametrize(
+        ("at", "action", "left"),
+        [
+            *[(1, "control_c", 5), (2, "control_c", 4), (3, "control_c", 3), (5, "control_c", 1)],
+            *[(1, "kill", 6), (3, "kill", 4), (6, "kill", 2)],
+        ],
+    )
+    def test_interrupted_and_resumed_is_uninterrupted(self, tmp_path, seed, at, action, left):
+        """In another process, whose global generators stand elsewhere: a resumed fit goes on from the last step that
+        Ctrl-C let it finish, or after a kill from the last epoch."""
+        whole = self.fit(tmp_path / "whole", seed=seed)
+        file = tmp_path / "new" / "checkpoint.pt"
+        with pytest.raises((KeyboardInterrupt, Stopped)):
+            self.fit(file, at, getattr(self, action), seed=seed)
+        seen = []
+        resumed = self.fit(file, None, lambda: seen.append(1), global_seed=5 if file.exists() else 0, seed=seed)
+        assert len(seen) == left
+        assert resumed == whole
+        assert self.fit(file, 1, self.kill, global_seed=6, seed=seed)[:3] == whole[:3]  # there is nothing left to do
+
+    def test_is_no_other_training(self, tmp_path):
+        assert self.fit(tmp_path / "file")[:3] == self.fit(None)[:3]
+
+    def test_collapse_is_remembered(self, tmp_path, monkeypatch):
+        standings = iter((0.5, 0.1))
+        monkeypatch.setattr(adversarial_training, "share_standing", lambda *_: next(standings))
+        first = self.fit(tmp_path / "file", seed=0)
+        assert first[1] == [0.5, 0.1]
+        assert self.fit(tmp_path / "file", 1, self.kill, seed=0)[:3] == first[:3]
+
+    @pytest.mark.parametrize(
+        ("options", "match"),
+        [
+            ({"seed": 1}, r"'seed': \(0, 1\)"),
+            ({"ratio": 0.25}, r"'ratio': \(0.5, 0.25\)"),
+            ({"epochs": 4}, r"'nb_epochs': \(3, 4\)"),
+            ({"holdout": 5}, r"'images': \(16, 17\)"),
+        ],
+    )
+    def test_of_another_fit_is_refused(self, tmp_path, options, match):
+        self.fit(tmp_path / "file", seed=0)
+        before = (tmp_path / "file").read_bytes()
+        with pytest.raises(ValueError, match=f"file' cannot be resumed.*{match}.*delete it to start over"):
+            self.fit(tmp_path / "file", **{"seed": 0, **options})
+        assert (tmp_path / "file").read_bytes() == before
+
+    def test_attacks_are_part_of_it(self, tmp_path):
+        for eps, error in ((EPS, nullcontext()), (0.1, pytest.raises(ValueError, match=r"eps=0\.1"))):
+            classifier = trainable()
+            with error:
+                fitted(ours(classifier, FGSM(classifier, eps=eps)), checkpoint=tmp_path / "file")
+
+    def test_in_use(self, tmp_path):
+        """By a fit that is in the middle of a step."""
+        file, refused = tmp_path / "file", []
+
+        def another():
+            with pytest.raises(ValueError, match=f"checkpoint='{file}': is in use by another training"):
+                self.fit(file)
+            refused.append(True)
+
+        self.fit(file, 2, another)
+        assert refused == [True]
+
+    def test_that_cannot_be_made(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(ValueError, match="file/checkpoint': cannot be made"):
+            self.fit(tmp_path / "file" / "checkpoint")
+
+
 class TestRobustness:
     @pytest.mark.parametrize(("steps", "ratio"), [(1, 1.0), (2, 1.0), (1, 0.5)])
     def test_training_makes_robust(self, steps, ratio):
@@ -471,6 +683,18 @@ class TestRobustness:
         assert losses["bfloat16"] == pytest.approx(losses["float32"], abs=0.05)
         assert not torch.equal(vectors["float32"], vectors["bfloat16"])
 
+    @pytest.mark.parametrize("kind", ["images of the model's dtype", "images in float32"])
+    def test_a_float64_model_is_trained_in_float64(self, kind):
+        found = {}
+        for dtype in (torch.float32, torch.float64):
+            classifier = trainable(small_net(dtype=dtype))
+            before, seen = weights(classifier), trained_on(classifier)
+            x = X.astype(np.float64) if kind.startswith("images of") and dtype == torch.float64 else X
+            found[dtype] = fitted(ours(classifier, FGSM(classifier, eps=EPS)), x)
+            assert {batch.dtype for batch in seen} == {dtype}
+            assert (found[dtype] - before).abs().max() > 1e-2
+        assert (found[torch.float32] - found[torch.float64]).abs().max() < 1e-5
+
     def test_in_bfloat16_the_attack_follows_the_model(self, monkeypatch):
         """Batch norm is folded into the convolutions for it, which is to change nothing but rounding."""
         views, view_of = [], training_loop.folded_view
@@ -487,6 +711,21 @@ class TestRobustness:
         (view,), model = views, classifier.model.eval()
         assert view is not model
         torch.testing.assert_close(view(torch.from_numpy(X)), model(torch.from_numpy(X)), rtol=1e-5, atol=1e-5)
+
+    def test_says_which_speed_options_were_on(self, monkeypatch):
+        found = {}
+        for is_native in (True, False):
+            monkeypatch.setattr(f"{LOOP}.bfloat16_is_native", lambda device, is_native=is_native: is_native)
+            for precision in ("float32", "bfloat16", "auto"):
+                classifier = trainable(traceable_net())
+                trainer = ours(classifier, FGSM(classifier, eps=EPS), precision=precision)
+                assert trainer.speed_options == []
+                fitted(trainer)
+                found[precision, is_native] = trainer.speed_options
+        everything = ["bfloat16", "channels_last", "folded batch norm"]
+        assert found["float32", True] == found["float32", False] == []
+        assert found["bfloat16", True] == found["bfloat16", False] == found["auto", True] == everything
+        assert found["auto", False] == everything[1:]
 
     def test_a_model_that_channels_last_breaks(self):
         classifier = trainable(Viewing(traceable_net()))
