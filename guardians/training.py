@@ -301,17 +301,7 @@ def _train(
         _append_row(log_file, row)
         sums.load_state_dict(vars(_Sums()))
 
-    run_epochs(
-        model,
-        recipe.epochs,
-        progress,
-        best,
-        batches=batches,
-        step=step,
-        measure=measure,
-        record=record,
-        checkpoint=checkpoint,
-    )
+    run_epochs(model, recipe.epochs, progress, best, batches, step, measure, record, checkpoint)
     if average is not None and not best.collapsed:
         model.load_state_dict(average.module.state_dict())
         update_bn((batch.float() / 255 for batch in images.split(recipe.batch_size)), asked)

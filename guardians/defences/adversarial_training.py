@@ -155,11 +155,12 @@ class AdversarialTrainer(Trainer):
         if not images.is_floating_point() or not len(images):
             got = f"dtype {images.dtype} and shape {tuple(images.shape)}"
             raise ValueError(f"x has {got}: must be floating-point images, at least one")
-        images, labels = images.to(self._dtype), labels_from(y, len(images), self._classifier.nb_classes)
+        images, labels = images.to(self._dtype), labels_from(y, len(images), self._classifier.nb_classes).cpu()
         check_images("x", images, Victim(self._classifier))
         (images, labels), held_out = self._split(images, labels)
 
-        def run(file: Path | None) -> None:
+        file = None if checkpoint is None else Path(checkpoint)
+        with nullcontext() if file is None else claimed("checkpoint", file, Path(f"{file}.lock")):
             self._run(
                 len(images),
                 batch_size,
@@ -171,13 +172,6 @@ class AdversarialTrainer(Trainer):
                 held_out=held_out,
                 file=file,
             )
-
-        if checkpoint is None:
-            run(None)
-        else:
-            file = Path(checkpoint)
-            with claimed("checkpoint", file, Path(f"{file}.lock")):
-                run(file)
 
     def fit_generator(self, generator: Any, nb_epochs: int = 20, **kwargs: Any) -> None:
         """Train the classifier on the batches of an ART `DataGenerator`, of which none are held out.
@@ -263,7 +257,7 @@ class AdversarialTrainer(Trainer):
             settings = {name: getattr(self, name) for name in ("ratio", "precision", "holdout", "seed")}
             settings |= {"images": n, "batch_size": batch_size, "nb_epochs": nb_epochs, "training_mode": training_mode}
             settings |= {"attacks": list(map(_described, self.attacks)), "scheduler": type(scheduler).__name__}
-            checkpoint = Checkpoint(file, settings, parts)
+            checkpoint = Checkpoint(file, {name: _plain(value) for name, value in settings.items()}, parts)
             resumed = checkpoint.restore()
         self.robust_accuracies = best.accuracies
 
@@ -318,17 +312,7 @@ class AdversarialTrainer(Trainer):
                 bar.set_postfix_str(f"robust accuracy {measured['robust_accuracy']:.1%}")
 
         with bar:
-            run_epochs(
-                model,
-                nb_epochs,
-                progress,
-                best,
-                batches=batches,
-                step=step,
-                measure=measure,
-                record=record,
-                checkpoint=checkpoint,
-            )
+            run_epochs(model, nb_epochs, progress, best, batches, step, measure, record, checkpoint)
 
     def _loss(self, asked: InPrecision, x: Tensor, y: Tensor) -> Tensor:
         """As the classifier's `fit` computes it, of images on the device and labels (N,)."""
@@ -462,6 +446,11 @@ class _Draws:
         for name, generator in (("numpy", np.random), ("own", self.generator)):
             kind, keys, *rest = states[name]
             generator.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+
+
+def _plain(value: Any) -> Any:
+    """A number of Python's for one of numpy's, which a checkpoint does not give back."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _described(attack: EvasionAttack) -> str:

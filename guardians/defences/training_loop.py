@@ -184,7 +184,6 @@ def run_epochs(
     epochs: int,
     progress: Progress,
     best: BestEpoch,
-    *,
     batches: Callable[[], Iterable[Batch]],
     step: Callable[[Batch], None],
     measure: Callable[[], dict[str, float]],

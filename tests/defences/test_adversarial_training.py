@@ -568,7 +568,7 @@ class TestCheckpoint:
             art_attacks.ProjectedGradientDescent(classifier, eps=EPS, eps_step=0.02, max_iter=2, num_random_init=1),
             FGSM(art_classifier(small_net(seed=1)), eps=EPS, num_random_init=1),
         ]
-        trainer = ours(classifier, attacks, **{"holdout": 6, **options})
+        trainer = ours(classifier, attacks, **{"ratio": 0.5, "holdout": 6, **options})
         seed_all(global_seed)
         trainer.fit(X, ONE_HOT, BATCH, epochs, scheduler=scheduler, checkpoint=file)
         state = [np.random.random(), float(torch.rand(()))]  # noqa: NPY002
@@ -628,6 +628,13 @@ class TestCheckpoint:
         with pytest.raises(ValueError, match=f"file' cannot be resumed.*{match}.*delete it to start over"):
             self.fit(tmp_path / "file", **{"seed": 0, **options})
         assert (tmp_path / "file").read_bytes() == before
+
+    def test_numbers_of_numpy_are_as_good(self, tmp_path):
+        first = self.fit(tmp_path / "file", seed=4)
+        options = {"seed": np.int64(4), "holdout": np.int32(6), "epochs": np.int64(3), "ratio": np.float64(0.5)}
+        assert self.fit(tmp_path / "file", 1, self.kill, **options)[:3] == first[:3]
+        self.fit(tmp_path / "other", **options)
+        assert self.fit(tmp_path / "other", 1, self.kill, seed=4)[:3] == first[:3]
 
     def test_attacks_are_part_of_it(self, tmp_path):
         for eps, error in ((EPS, nullcontext()), (0.1, pytest.raises(ValueError, match=r"eps=0\.1"))):
