@@ -55,9 +55,10 @@ class AdversarialTrainer(Trainer):
     """Training on adversarial images of the model as it is at each step, mixed with clean ones.
 
     A drop-in for `art.defences.trainer.AdversarialTrainer`, with its batches, its draws of `np.random` and its
-    optimizer, in a loop that stays on the device: the same call gives the same weights up to rounding. With FGSM it is
-    that of Goodfellow et al. 2015; with FGSM from a random start "fast" training (Wong et al. 2020, algorithm 3); with
-    PGD and `ratio` 1 that of Madry et al. 2018. What ART does not have is keyword-only and off unless asked for.
+    optimizer, in a loop that stays on the device: the same call gives the same weights up to rounding, unless model or
+    attack draw from torch's global generator. With FGSM it is that of Goodfellow et al. 2015; with FGSM from a random
+    start "fast" training (Wong et al. 2020, algorithm 3); with PGD and `ratio` 1 that of Madry et al. 2018. What ART
+    does not have is keyword-only and off unless asked for.
 
     Args:
         classifier: an ART `PyTorchClassifier`. Its optimizer, which `fit` needs, loss and preprocessing are honoured.

@@ -148,7 +148,7 @@ class Checkpoint:
     def save(self) -> None:
         """Write the parts as they are; a kill while writing leaves the previous file whole."""
         state = {"run": self.run} | {name: part.state_dict() for name, part in self.parts.items()}
-        partial = self.file.with_suffix(".partial")
+        partial = Path(f"{self.file}.partial")
         torch.save(state, partial)
         partial.replace(self.file)
 
