@@ -11,11 +11,7 @@ import csv
 import math
 import operator
 import os
-import signal
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,17 +24,29 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm.auto import tqdm
 
-from guardians.attacks.pgd import ProjectedGradientDescent
-from guardians.data import Dataset, class_balanced_mask, class_balanced_subset
-from guardians.defences.adversarial_training import has_collapsed, share_standing, warn_of_collapse
+from guardians.attacks import PGD
+from guardians.data import Dataset, class_balanced_subset
 from guardians.defences.random_self_ensemble import RandomSelfEnsemble
+from guardians.defences.training_loop import (
+    BestEpoch,
+    Checkpoint,
+    Progress,
+    State,
+    asked_in,
+    claimed,
+    descend,
+    held_out_mask,
+    logits_of,
+    on_model_as_trained,
+    run_epochs,
+    share_standing,
+    watching,
+)
 from guardians.engine.checks import check_flag
 from guardians.engine.rng import hashed, row_keys
-from guardians.engine.search import InPrecision, bfloat16_is_native, folded_view
+from guardians.engine.victim import Victim
 
 __all__ = ["ENSEMBLE", "LOG_COLUMNS", "RECIPES", "SCHEDULES", "Recipe", "accuracy", "robust_accuracy", "train"]
-
-Weights = dict[str, Tensor]
 
 SCHEDULES = ("one-cycle", "swa")
 LOG_COLUMNS = ("epoch", "learning_rate", "train_loss", "train_accuracy", "test_accuracy", "robust_accuracy", "seconds")
@@ -175,7 +183,8 @@ def train(
 
     `folder` receives `log.csv`, a row an epoch (`LOG_COLUMNS`; the robust accuracy is that on held-out images under
     PGD-10, nan without them), and `checkpoint.pt`, written after every epoch and on Ctrl-C, which waits for the end
-    of the step; where it exists, training goes on from it.
+    of the step; where it exists, training goes on from it. Two processes cannot train in one folder: `lock` is the file
+    whose lock the first of them holds, which the operating system frees when it ends in whatever way.
 
     Adversarial training with held-out images stops when its robust accuracy on them has fallen below half of the best
     so far: single-step training can learn, within an epoch, to fool its own attack ("catastrophic overfitting", Wong et
@@ -183,11 +192,10 @@ def train(
 
     Raises:
         ValueError: there are fewer training images than one batch, no test images, fewer training images than are held
-            out, the images are too small for `crop_padding`, `folder` cannot be made, or the checkpoint is of another
-            recipe, another number of steps or another model, or cannot be read.
+            out, the images are too small for `crop_padding`, `folder` cannot be made or is in use by another training,
+            or the checkpoint is of another recipe, another number of steps or another model, or cannot be read.
         KeyboardInterrupt: on Ctrl-C, after the checkpoint is written.
     """
-    device = torch.device(device)
     held_out = None
     if recipe.holdout and recipe.is_adversarial:
         train_data, held_out = _split(train_data, recipe.holdout, recipe.seed)
@@ -198,126 +206,105 @@ def train(
     if recipe.crop_padding >= (side := min(train_data.images.shape[2:])):
         raise ValueError(f"crop_padding={recipe.crop_padding}: must be below {side}, the side of the images")
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"folder={str(folder)!r}: cannot be made: {error}") from error
-    checkpoint_file, log_file = folder / "checkpoint.pt", folder / "log.csv"
+    with claimed("folder", folder, folder / "lock"):
+        return _train(model, train_data, held_out, test_data, recipe, folder, torch.device(device), verbose)
 
+
+def _train(
+    model: nn.Module,
+    train_data: Dataset,
+    held_out: Dataset | None,
+    test_data: Dataset,
+    recipe: Recipe,
+    folder: Path,
+    device: torch.device,
+    verbose: bool,
+) -> float:
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     network = model
     if recipe.is_noisy:
         network = RandomSelfEnsemble(
             model, recipe.sigma_init, recipe.sigma_inner, n=1, seed=recipe.seed, share_parameters=True
         )
-    steps_per_epoch = len(train_data) // recipe.batch_size
+    steps = len(train_data) // recipe.batch_size
     optimizer = torch.optim.SGD(
         _parameter_groups(model, recipe.weight_decay),
         lr=recipe.peak_lr,
         momentum=recipe.momentum,
         nesterov=recipe.momentum > 0,
     )
-    schedule = _schedule(optimizer, recipe, recipe.epochs * steps_per_epoch)
+    schedule = _schedule(optimizer, recipe, recipe.epochs * steps)
+    progress, sums, best = Progress(), _Sums(), BestEpoch()
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    parts |= {"progress": progress, "sums": sums, "best": best}
     average = AveragedModel(model) if recipe.schedule == "swa" else None
-    stateful: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
     if average is not None:
-        stateful["average"] = average
-    progress, best_weights, between_steps = _Progress(), _weights_of(model), True
-    if checkpoint_file.exists():
-        progress, best_weights = _restore(checkpoint_file, recipe, recipe.epochs * steps_per_epoch, stateful)
+        parts["average"] = average
+    checkpoint = Checkpoint(folder / "checkpoint.pt", asdict(recipe) | {"steps": recipe.epochs * steps}, parts)
+    checkpoint.restore()
+    log_file = folder / "log.csv"
     _start_log(log_file, progress.epoch)
 
-    def save() -> None:
-        state = {"recipe": asdict(recipe), "progress": asdict(progress), "steps": recipe.epochs * steps_per_epoch}
-        state |= {"best_weights": best_weights if held_out is not None else {}}
-        state |= {name: part.state_dict() for name, part in stateful.items()}
-        partial = checkpoint_file.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(checkpoint_file)  # a kill while writing leaves the previous checkpoint whole
-
     images, labels = train_data.images.to(device), train_data.labels.to(device)
-    dtype = torch.bfloat16 if bfloat16_is_native(device) else torch.float32
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    asked = asked_in("auto", Victim(network), device)
     adversary = None
     if recipe.is_adversarial:
-        view = folded_view(network, images[:8].float() / 255)
-        adversary = _adversary(InPrecision(view, dtype, channels_last=True), recipe)
-    start = time.perf_counter() - progress.seconds
-    try:
-        while progress.epoch < recipe.epochs and not progress.collapsed:
-            batches = tqdm(
-                _batches(images, labels, recipe, progress.epoch, progress.step),
-                desc=f"epoch {progress.epoch + 1}/{recipe.epochs}",
-                total=steps_per_epoch,
-                initial=progress.step,
-                disable=not verbose,
-                leave=False,
-            )
-            network.train()
-            for x, y in batches:
-                with _uninterrupted():
-                    between_steps = False
-                    seed = _seed(recipe.seed, progress.epoch, progress.step)
-                    perturbed = 0
-                    if adversary is not None:
-                        perturbed = math.ceil(recipe.ratio * len(y))  # the order is random: the first ones will do
-                        adversary.seed = seed
-                        x = torch.cat([adversary(x[:perturbed], y[:perturbed]), x[perturbed:]])
-                    weight, partners = _mixup(len(y), perturbed, recipe.mixup_alpha, seed)
-                    if weight < 1:
-                        x = weight * x + (1 - weight) * x[partners]
-                    with autocast, row_keys(hashed(seed, np.arange(len(y)))):
-                        logits = network(x.contiguous(memory_format=torch.channels_last)).float()
-                    loss = weight * cross_entropy(logits, y, label_smoothing=recipe.label_smoothing)
-                    if weight < 1:
-                        other = cross_entropy(logits, y[partners], label_smoothing=recipe.label_smoothing)
-                        loss = loss + (1 - weight) * other
-                    optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
-                    optimizer.step()
-                    progress.learning_rate = float(schedule.get_last_lr()[0])
-                    schedule.step()
-                    progress.step += 1
-                    progress.loss_sum += loss.item() * len(y)
-                    progress.correct += int((logits.argmax(1) == y).sum())
-                    between_steps = True
-            seen = steps_per_epoch * recipe.batch_size
-            row = {
-                "epoch": progress.epoch + 1,
-                "learning_rate": progress.learning_rate,
-                "train_loss": progress.loss_sum / seen,
-                "train_accuracy": progress.correct / seen,
-                "test_accuracy": accuracy(network, test_data),
-                "robust_accuracy": math.nan
-                if held_out is None
-                else robust_accuracy(network, held_out, 10, eps=recipe.eps),
-                "seconds": time.perf_counter() - start,
-            }
-            if verbose:
-                tqdm.write("  ".join(f"{key} {value:.4g}" for key, value in row.items()))
-            with _uninterrupted():
-                if average is not None:
-                    average.update_parameters(model)
-                _append_row(log_file, row)
-                progress = progress.after_epoch(row["robust_accuracy"], row["seconds"])
-                if progress.collapsed:
-                    warn_of_collapse(
-                        progress.best_accuracy, row["robust_accuracy"], progress.epoch, progress.best_epoch
-                    )
-                    model.load_state_dict(best_weights)
-                elif progress.best_epoch == progress.epoch:
-                    best_weights = _weights_of(model)
-                save()
-    except KeyboardInterrupt:
-        if between_steps:  # else a hook raised it inside a step, half of which is in the model
-            with _uninterrupted():
-                progress.seconds = time.perf_counter() - start
-                save()
-        raise
-    if average is not None and not progress.collapsed:
+        adversary = on_model_as_trained(_adversary(network, recipe), asked, images[:8].float() / 255)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        network.train()
+        yield from tqdm(
+            _batches(images, labels, recipe, progress.epoch, progress.step),
+            desc=f"epoch {progress.epoch + 1}/{recipe.epochs}",
+            total=steps,
+            initial=progress.step,
+            disable=not verbose,
+            leave=False,
+        )
+
+    def step(batch: tuple[Tensor, Tensor]) -> None:
+        x, y = batch
+        seed = _seed(recipe.seed, progress.epoch, progress.step)
+        perturbed = 0
+        if adversary is not None:
+            perturbed = math.ceil(recipe.ratio * len(y))  # the order is random: the first ones will do
+            adversary.seed = seed
+            x = torch.cat([adversary(x[:perturbed], y[:perturbed]), x[perturbed:]])
+        weight, partners = _mixup(len(y), perturbed, recipe.mixup_alpha, seed)
+        if weight < 1:
+            x = weight * x + (1 - weight) * x[partners]
+        with row_keys(hashed(seed, np.arange(len(y)))):
+            logits = logits_of(asked, x)
+        loss = weight * cross_entropy(logits, y, label_smoothing=recipe.label_smoothing)
+        if weight < 1:
+            other = cross_entropy(logits, y[partners], label_smoothing=recipe.label_smoothing)
+            loss = loss + (1 - weight) * other
+        sums.learning_rate = float(schedule.get_last_lr()[0])
+        descend(loss, optimizer, schedule)
+        sums.loss += loss.item() * len(y)
+        sums.correct += int((logits.argmax(1) == y).sum())
+
+    def measure() -> dict[str, float]:
+        return {
+            "test_accuracy": accuracy(network, test_data),
+            "robust_accuracy": math.nan if held_out is None else robust_accuracy(network, held_out, 10, eps=recipe.eps),
+        }
+
+    def record(measured: dict[str, float]) -> None:
+        seen = steps * recipe.batch_size
+        row = {"epoch": progress.epoch + 1, "learning_rate": sums.learning_rate, "train_loss": sums.loss / seen}
+        row |= {"train_accuracy": sums.correct / seen, **measured, "seconds": progress.seconds}
+        if verbose:
+            tqdm.write("  ".join(f"{key} {value:.4g}" for key, value in row.items()))
+        if average is not None:
+            average.update_parameters(model)
+        _append_row(log_file, row)
+        sums.load_state_dict(vars(_Sums()))
+
+    run_epochs(model, recipe.epochs, progress, best, batches, step, measure, record, checkpoint)
+    if average is not None and not best.collapsed:
         model.load_state_dict(average.module.state_dict())
-        with autocast:
-            update_bn(_float_batches(images, recipe.batch_size), network)
+        update_bn((batch.float() / 255 for batch in images.split(recipe.batch_size)), asked)
     if isinstance(network, RandomSelfEnsemble):
         network.n = ENSEMBLE
     result = accuracy(network, test_data)
@@ -365,72 +352,28 @@ def robust_accuracy(model: nn.Module, data: Dataset, steps: int, n: int | None =
     chosen = torch.arange(len(data))
     if n is not None and n < len(data):
         chosen = torch.from_numpy(class_balanced_subset(data.labels.tolist(), n))
-    attack = ProjectedGradientDescent(
-        model, eps=eps, eps_step=eps / 4 or 1, max_iter=steps, batch_size=128, seed=0, early_stop=True, verbose=False
-    )
     batches = ((data.images[rows].float() / 255, data.labels[rows]) for rows in chosen.split(500))
-    return share_standing(attack, batches)
+    return share_standing(watching(model, np.inf, eps, 128, steps), batches)
 
 
-def _adversary(model: nn.Module, recipe: Recipe) -> ProjectedGradientDescent:
-    return ProjectedGradientDescent(
+def _adversary(model: nn.Module, recipe: Recipe) -> PGD:
+    return PGD(
         model,
         eps=recipe.eps,
         eps_step=recipe.eps_step,
         max_iter=recipe.attack_steps,
         num_random_init=int(recipe.random_start),
         batch_size=recipe.batch_size,
-        precision="float32",  # the model comes in its own
-        verbose=False,
     )
 
 
 @dataclass
-class _Progress:
-    """Where a run stands: `step` steps into `epoch`, with the sums over those steps and the rate of the last.
+class _Sums(State):
+    """Over the steps of an epoch so far, with the learning rate of the last."""
 
-    The best epoch is the one after which robust accuracy on held-out images was highest, counted from 1; 0 for none.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    loss_sum: float = 0.0
+    loss: float = 0.0
     correct: int = 0
-    seconds: float = 0.0
     learning_rate: float = 0.0
-    best_epoch: int = 0
-    best_accuracy: float = 0.0
-    collapsed: bool = False
-
-    def after_epoch(self, robust_accuracy: float, seconds: float) -> _Progress:
-        """At the start of the next epoch; `robust_accuracy` is NaN where none was measured."""
-        epoch, best_epoch, best_accuracy = self.epoch + 1, self.best_epoch, self.best_accuracy
-        if robust_accuracy >= best_accuracy:
-            best_epoch, best_accuracy = epoch, robust_accuracy
-        return _Progress(
-            epoch=epoch,
-            seconds=seconds,
-            best_epoch=best_epoch,
-            best_accuracy=best_accuracy,
-            collapsed=has_collapsed(robust_accuracy, best_accuracy),
-        )
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the end of the block, so that no checkpoint has half a step or misses its log row."""
-    previous = signal.getsignal(signal.SIGINT)
-    if previous is None or threading.current_thread() is not threading.main_thread():
-        yield  # not Python's to handle, or handled in another thread
-        return
-    received: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: received.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if received:
-        signal.raise_signal(signal.SIGINT)
 
 
 def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int) -> LRScheduler:
@@ -462,38 +405,9 @@ def _mixup(n: int, perturbed: int, alpha: float, seed: int) -> tuple[float, Tens
 
 def _split(data: Dataset, n: int, seed: int) -> tuple[Dataset, Dataset]:
     """The data without `n` images, class-balanced, and those."""
-    if n >= len(data):
-        raise ValueError(f"holdout={n}: the training set has only {len(data)} images")
-    taken = class_balanced_mask(data.labels, n, seed)
+    taken = held_out_mask(data.labels, n, seed)
     rest, held_out = (replace(data, images=data.images[rows], labels=data.labels[rows]) for rows in (~taken, taken))
     return rest, held_out
-
-
-def _weights_of(model: nn.Module) -> Weights:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def _float_batches(images: Tensor, batch_size: int) -> Iterator[Tensor]:
-    for batch in images.split(batch_size):
-        yield (batch.float() / 255).contiguous(memory_format=torch.channels_last)
-
-
-def _restore(file: Path, recipe: Recipe, steps: int, stateful: dict[str, Any]) -> tuple[_Progress, Weights]:
-    try:
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        if state["recipe"] != asdict(recipe):
-            there, here = state["recipe"], asdict(recipe)
-            changed = {key: (there.get(key), here.get(key)) for key in here | there if there.get(key) != here.get(key)}
-            raise ValueError(f"it was written with another recipe (there, here): {changed}")
-        if state["steps"] != steps:
-            raise ValueError(f"it is of a run of {state['steps']} steps, this is one of {steps}: other data")
-        for name, part in stateful.items():
-            part.load_state_dict(state[name])
-        return _Progress(**state["progress"]), state["best_weights"]
-    except Exception as error:  # torch.load raises a different type for each way a file can be broken
-        raise ValueError(
-            f"checkpoint {str(file)!r} cannot be resumed: {type(error).__name__}: {error}; delete it to start over"
-        ) from error
 
 
 def _start_log(file: Path, epochs: int) -> None:

@@ -4,7 +4,10 @@ import csv
 import logging
 import math
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 
 from guardians import training
 from guardians.data import Dataset
-from guardians.defences import RandomSelfEnsemble
+from guardians.defences import RandomSelfEnsemble, training_loop
 from guardians.engine.rng import hashed, row_keys
 from guardians.engine.search import bfloat16_is_native
 from guardians.training import LOG_COLUMNS, RECIPES, Recipe, accuracy, robust_accuracy, train
@@ -164,7 +167,7 @@ class TestOutcome:
 
     def test_steps_are_those_of_the_papers(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Label smoothing (Szegedy et al. 2016, section 7), Nesterov momentum and weight decay, written out."""
-        monkeypatch.setattr(training, "bfloat16_is_native", lambda device: False)
+        monkeypatch.setattr(training_loop, "bfloat16_is_native", lambda device: False)
         recipe = Recipe(epochs=4, batch_size=70, peak_lr=1.0, crop_padding=0, cutout=0, label_smoothing=0.3)
         recipe = replace(recipe, weight_decay=0.1)
         data = replace(TRAIN, images=TRAIN.images[..., :1].expand(-1, -1, -1, 6).contiguous())  # flips change nothing
@@ -424,7 +427,7 @@ class TestInterruption:
     def test_seconds_go_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A clock that advances by 1 at each reading: what passes between the two runs does not count."""
         clock = iter(range(10**6))
-        monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(clock)))
+        monkeypatch.setattr(training_loop.time, "perf_counter", lambda: float(next(clock)))
         with pytest.MonkeyPatch.context() as patch:
             evaluating(2, interrupt)(patch, small_model())
             with pytest.raises(KeyboardInterrupt):
@@ -475,9 +478,10 @@ class TestInterruption:
             assert run(tmp_path) == uninterrupted
         assert (tmp_path / "log.csv").read_bytes() == log
 
-    def test_nothing_but_log_and_checkpoint_is_left(self, tmp_path: Path) -> None:
+    def test_nothing_but_log_checkpoint_and_lock_is_left(self, tmp_path: Path) -> None:
         run(tmp_path / "new" / "folder")
-        assert sorted(file.name for file in (tmp_path / "new" / "folder").iterdir()) == ["checkpoint.pt", "log.csv"]
+        left = {file.name for file in (tmp_path / "new" / "folder").iterdir()}
+        assert left - {"lock"} == {"checkpoint.pt", "log.csv"}
 
     @pytest.mark.parametrize("interrupted", [False, True])
     def test_signal_handler_of_the_caller_comes_back(self, tmp_path: Path, interrupted: bool) -> None:
@@ -505,6 +509,49 @@ class TestInterruption:
         thread.start()
         thread.join()
         assert results == [uninterrupted]
+
+
+class TestTwoProcesses:
+    """On one folder. The other one trains, stops in the middle of the second epoch, says so and waits."""
+
+    @pytest.fixture
+    def other(self, tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
+        script = f"""
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_training import RECIPE, STEPS, TEST, TRAIN, at_call, small_model, train, training
+
+def wait():
+    Path({str(tmp_path / "waits")!r}).touch()
+    time.sleep(600)
+
+training._augment = at_call(STEPS + 2, training._augment, wait)
+train(small_model(), TRAIN, TEST, RECIPE, {str(tmp_path / "run")!r}, verbose=False)
+"""
+        with subprocess.Popen([sys.executable, "-c", script]) as process:
+            try:
+                while not (tmp_path / "waits").exists():
+                    assert process.poll() is None
+                    time.sleep(0.05)
+                yield process
+            finally:
+                process.kill()
+
+    def test_the_second_is_refused_until_the_first_is_killed(
+        self, tmp_path: Path, other: "subprocess.Popen[bytes]", uninterrupted: tuple[Any, ...]
+    ) -> None:
+        folder, model = tmp_path / "run", small_model()
+        before = {file.name: file.read_bytes() for file in folder.iterdir()}
+        weights = [parameter.clone() for parameter in model.parameters()]
+        with pytest.raises(ValueError, match=f"folder='{folder}': is in use by another training"):
+            train(model, TRAIN, TEST, RECIPE, folder, verbose=False)
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+        assert all(map(torch.equal, model.parameters(), weights))
+        assert run(tmp_path / "another") == uninterrupted
+        other.kill()
+        other.wait()
+        assert run(folder) == uninterrupted
 
 
 def seen_in_training(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
@@ -608,7 +655,7 @@ class TestMixup:
     def test_model_sees_mixtures_and_learns_from_both_labels(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, float]
     ) -> None:
-        monkeypatch.setattr(training, "bfloat16_is_native", lambda device: False)
+        monkeypatch.setattr(training_loop, "bfloat16_is_native", lambda device: False)
         recipe, model = replace(self.RECIPE, **changes), small_model()
         clean, seen = seen_in_training(monkeypatch, model)
         inputs: list[Tensor] = []  # of mixup: the images with those that are perturbed
@@ -697,7 +744,7 @@ class TestNoise:
             convolutions = nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1)
             return nn.Sequential(*convolutions, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
-        monkeypatch.setattr(training, "bfloat16_is_native", lambda device: False)
+        monkeypatch.setattr(training_loop, "bfloat16_is_native", lambda device: False)
         recipe = replace(self.RECIPE, epochs=1, batch_size=70, momentum=0.0, weight_decay=0.0, seed=4)
         recipe = replace(recipe, schedule="swa", peak_lr=1.0)
         model, other = make(), make()
@@ -782,7 +829,7 @@ class TestAllAtOnce:
 
 class TestHoldout:
     RECIPE = replace(RECIPE, epochs=6, attack_steps=1, eps=0.05, eps_step=0.05, holdout=6)
-    LOGGER = "guardians.defences.adversarial_training"
+    LOGGER = "guardians.defences.training_loop"
 
     @staticmethod
     def script(patch: pytest.MonkeyPatch, standings: tuple[float, ...]) -> list[dict[str, Any]]:
@@ -926,7 +973,7 @@ class TestBadCheckpoint:
     @pytest.mark.parametrize(("name", "value"), [("epochs", 2), ("peak_lr", 0.06), ("cutout", 0), ("seed", 1)])
     def test_other_recipe(self, folder: Path, name: str, value: float) -> None:
         there = getattr(replace(RECIPE, epochs=1), name)
-        match = rf"another recipe.*'{name}': \({there}, {value}\)"
+        match = rf"other settings or data.*'{name}': \({there}, {value}\)"
         self.refuses(folder, match, replace(RECIPE, **{"epochs": 1, name: value}), small_model())
 
     def test_other_model(self, folder: Path) -> None:
@@ -934,7 +981,9 @@ class TestBadCheckpoint:
         self.refuses(folder, r"1\.weight", replace(RECIPE, epochs=1), other)
 
     def test_other_number_of_images(self, folder: Path) -> None:
-        self.refuses(folder, "4 steps, this is one of 6", replace(RECIPE, epochs=1), small_model(), colours(100))
+        self.refuses(
+            folder, r"other settings or data.*'steps': \(4, 6\)", replace(RECIPE, epochs=1), small_model(), colours(100)
+        )
 
     def test_weights_are_not_unpickled(self, folder: Path, tmp_path: Path) -> None:
         trap = tmp_path / "trap"
@@ -1009,7 +1058,7 @@ class TestBadArguments:
     @pytest.mark.parametrize("holdout", [70, 71])
     def test_holdout_as_large_as_the_data(self, tmp_path: Path, holdout: int) -> None:
         recipe = replace(RECIPE, attack_steps=1, holdout=holdout)
-        with pytest.raises(ValueError, match=f"holdout={holdout}: the training set has only 70 images"):
+        with pytest.raises(ValueError, match=f"holdout={holdout}: there are only 70 images"):
             train(small_model(), TRAIN, TEST, recipe, tmp_path / "run")
         with pytest.raises(ValueError, match="batch_size=16: the training set has only 15 images"):
             train(small_model(), TRAIN, TEST, replace(recipe, holdout=55), tmp_path / "run")

@@ -24,7 +24,9 @@ __all__ = ["SPEED_COLUMNS", "measure_inference", "measure_training"]
 SPEED_COLUMNS = {
     "work": "what is done",
     "implementation": "whose code does it",
-    "precision": "of native training: float32, or auto, the fastest that the device has; else float32",
+    "precision": "of native training: float32, the default, or auto, the fastest that the device has; else float32",
+    "options": "speed options of native training that were on, of bfloat16, channels_last, folded batch norm; "
+    "else none",
     "n": "images, one pass over them",
     "batch_size": "images in a step",
     "rounds": "runs of each; within a round all run once, in random order",
@@ -74,13 +76,16 @@ def measure_training(
             trained, loss, x.shape[1:], nb_classes, optimizer, clip_values=(0, 1), device_type=device_type
         )
 
-    def native(attack: type[PGD], options: dict[str, Any], ratio: float, precision: str) -> Callable[[], None]:
+    were_on: dict[tuple[str, str, str], list[str]] = {}
+
+    def native(work: str, attack: Any, options: dict[str, Any], ratio: float, precision: str) -> Callable[[], None]:
         def run() -> None:
             trained = classifier()
             trainer = AdversarialTrainer(
                 trained, attack(trained, **options), ratio, precision=precision, holdout=0, verbose=False
             )
             trainer.fit(x, y, batch_size=batch_size, nb_epochs=1)
+            were_on[work, "native", precision] = trainer.speed_options
 
         return run
 
@@ -106,15 +111,16 @@ def measure_training(
         ("PGD-7, ratio 1", "ART AdversarialTrainerMadryPGD", "float32"): madry,
     }
     for precision in ("float32", "auto"):
-        runs["FGSM, ratio 0.5", "native", precision] = native(FGSM, fgsm, 0.5, precision)
-        runs["PGD-7, ratio 1", "native", precision] = native(PGD, pgd, 1.0, precision)
+        for work, attack, options, ratio in (("FGSM, ratio 0.5", FGSM, fgsm, 0.5), ("PGD-7, ratio 1", PGD, pgd, 1.0)):
+            runs[work, "native", precision] = native(work, attack, options, ratio, precision)
     names = {", ".join(key): key for key in runs}
     times = paired_times({name: runs[key] for name, key in names.items()}, rounds, seed, "training")
     rows = []
     for name, (work, implementation, precision) in names.items():
-        ratio = times[", ".join((work, "ART", "float32"))] / times[name]
+        speedup = times[", ".join((work, "ART", "float32"))] / times[name]
         known = {"work": work, "implementation": implementation, "precision": precision}
-        rows.append(known | _columns(times[name], ratio, len(images), batch_size))
+        known["options"] = " + ".join(were_on.get((work, implementation, precision), [])) or "none"
+        rows.append(known | _columns(times[name], speedup, len(images), batch_size))
     return pd.DataFrame(rows, columns=list(SPEED_COLUMNS))
 
 
@@ -166,7 +172,7 @@ def measure_inference(
     times = paired_times(runs, rounds, seed, "inference")
     rows = []
     for name in runs:
-        known = {"work": f"inference: {name}", "implementation": "native", "precision": "float32"}
+        known = {"work": f"inference: {name}", "implementation": "native", "precision": "float32", "options": "none"}
         rows.append(known | _columns(times[name], times[name] / times[plain], len(images), batch_size))
     return pd.DataFrame(rows, columns=list(SPEED_COLUMNS))
 

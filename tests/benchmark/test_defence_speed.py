@@ -6,11 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from models_for_tests import CLASSES, small_net, snapshot, some_images, some_labels
+from models_for_tests import CLASSES, small_net, snapshot, some_images, some_labels, traceable_net
 
 from guardians.benchmark import overhead
 from guardians.benchmark.defence_speed import SPEED_COLUMNS, measure_inference, measure_training
 from guardians.benchmark.overhead import paired_times
+from guardians.defences import training_loop
 
 N, BATCH_SIZE, ROUNDS, SEED = 6, 4, 3, 11
 FGSM, PGD = "FGSM, ratio 0.5", "PGD-7, ratio 1"
@@ -83,8 +84,20 @@ def test_training_is_held_against_that_of_art(monkeypatch):
     assert next(readings, None) is None
     assert list(frame.columns) == list(SPEED_COLUMNS)
     assert list(frame[["work", "implementation", "precision"]].itertuples(index=False, name=None)) == TRAINING
+    assert set(frame["options"][frame["precision"] != "auto"]) == {"none"}
     assert_follows(frame, seconds, [TRAINING.index((work, "ART", "float32")) for work, _, _ in TRAINING], inverted=True)
     assert snapshot(net) == before  # though its copies were trained
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+@pytest.mark.parametrize(("make", "folded"), [(traceable_net, ["folded batch norm"]), (small_net, [])])
+def test_training_says_which_options_were_on(monkeypatch, is_native, make, folded):
+    """Those that "auto" has turned on for this model on this device."""
+    monkeypatch.setattr(training_loop, "bfloat16_is_native", lambda device: is_native)
+    script(monkeypatch, some_seconds(len(TRAINING))[:1], SEED)
+    frame = training(model=make(), rounds=1)
+    expected = " + ".join([*["bfloat16"] * is_native, "channels_last", *folded])
+    assert frame["options"].tolist() == ["none"] * 5 + [expected] * 2
 
 
 def test_every_training_run_trains_a_copy(monkeypatch):
@@ -117,6 +130,7 @@ def test_inference_is_held_against_the_plain_passes(monkeypatch):
     assert frame["work"].tolist() == INFERENCE
     assert set(frame["implementation"]) == {"native"}
     assert set(frame["precision"]) == {"float32"}
+    assert set(frame["options"]) == {"none"}
     assert_follows(frame, seconds, [0] * len(INFERENCE), inverted=False)
     assert snapshot(net) == before
 

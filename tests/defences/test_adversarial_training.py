@@ -2,6 +2,8 @@
 
 import logging
 import math
+import signal
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -25,14 +27,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from guardians import attacks as native_attacks
 from guardians.attacks import FGSM, PGD, CarliniWagnerL2
-from guardians.defences import AdversarialTrainer, adversarial_training
+from guardians.defences import AdversarialTrainer, adversarial_training, training_loop
 
 N, BATCH = 22, 8  # the last batch is of 6
 X = some_images(N).numpy()
 Y = np.arange(N) % CLASSES
 ONE_HOT = np.eye(CLASSES, dtype=np.float32)[Y]
 EPS = 0.05
-MODULE = "guardians.defences.adversarial_training"
+LOOP = "guardians.defences.training_loop"
 
 
 def trainable(net=None, lr=0.01, **options):
@@ -61,7 +63,7 @@ def fitted(trainer, x=X, y=ONE_HOT, epochs=1, seed=0, **options):
 
 
 def ours(classifier, attacks, ratio=0.5, **options):
-    return AdversarialTrainer(classifier, attacks, ratio, **{"precision": "float32", "verbose": False, **options})
+    return AdversarialTrainer(classifier, attacks, ratio, **{"verbose": False, **options})
 
 
 def assert_same(found, expected, before):
@@ -158,7 +160,7 @@ class TestAgainstArt:
         before = weights(classifier)
         mine = [cls.made(name, classifier, native_attacks if native else art_attacks) for name in names]
         theirs = [cls.made(name, reference, art_attacks) for name in names]
-        found = fitted(ours(classifier, mine if len(mine) > 1 else mine[0], ratio, holdout=0), **options)
+        found = fitted(ours(classifier, mine if len(mine) > 1 else mine[0], ratio), **options)
         return found, fitted(ArtTrainer(reference, theirs, ratio), **options), before
 
     @pytest.mark.parametrize("ratio", [0.3, 0.5, 1.0])
@@ -206,7 +208,7 @@ class TestAgainstArt:
         classifier, reference = trainable(), trainable()
         before = weights(classifier)
         mine = [kind(source, eps=0.2), PGD(classifier, eps=EPS, eps_step=0.02, max_iter=2, verbose=False)]
-        found = fitted(ours(classifier, mine, holdout=0), epochs=2)
+        found = fitted(ours(classifier, mine), epochs=2)
         assert calls == [N]
         theirs = [
             art_attacks.FastGradientMethod(source, eps=0.2),
@@ -250,6 +252,75 @@ class TestAgainstArt:
         assert rates == pytest.approx([0.01 * 0.8**6] * 2)
         assert_same(*results, before)
 
+    def test_defaults_compute_as_art_does(self, monkeypatch):
+        """In the model's own precision and on all images, though there are enough to hold some out."""
+        monkeypatch.setattr(adversarial_training, "_WATCHABLE", 1)
+        monkeypatch.setattr(f"{LOOP}.bfloat16_is_native", lambda device: True)
+        x, y = some_images(100).numpy(), np.arange(100) % CLASSES
+        found = []
+        for kind, attack in ((AdversarialTrainer, FGSM), (ArtTrainer, art_attacks.FastGradientMethod)):
+            classifier = trainable()
+            seen = trained_on(classifier)
+            seed_all(0)
+            trainer = kind(classifier, attack(classifier, eps=EPS))
+            trainer.fit(x, np.eye(CLASSES, dtype=np.float32)[y], batch_size=50, nb_epochs=1)
+            assert sum(map(len, seen)) == 100
+            found.append(weights(classifier))
+        assert (found[0] - found[1]).abs().max() < 1e-6
+
+    @pytest.mark.parametrize("fit", ["fit", "fit_generator"])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"validation_data": None},
+            {"validation_data": (X, ONE_HOT), "training_mode": True},
+            {"drop_last": True},
+            {"training_mode": False},
+            {"training_mode": False, "drop_last": True, "scheduler": None},
+            {"unheard_of": 1},
+        ],
+        ids=str,
+    )
+    def test_options_of_fit(self, options, fit):
+        """The last batch is smaller than the others, and in training mode batch norm tells."""
+        results, modes = [], []
+        for kind, attack in ((ours, FGSM), (ArtTrainer, art_attacks.FastGradientMethod)):
+            classifier = trainable()
+            before = weights(classifier)
+            trainer = kind(classifier, attack(classifier, eps=EPS))
+            seed_all(0)
+            if fit == "fit":
+                trainer.fit(X, ONE_HOT, BATCH, 2, **options)
+            else:
+                generator = NumpyDataGenerator(X, ONE_HOT, BATCH, drop_remainder=False, shuffle=True)
+                trainer.fit_generator(generator, 2, **options)
+            results.append(weights(classifier))
+            modes.append(classifier.model.training)
+        assert modes == [options.get("training_mode", True)] * 2
+        assert_same(*results, before)
+
+    def test_options_without_effect_are_named_in_the_log(self, caplog):
+        classifier = trainable()
+        trainer = ours(classifier, FGSM(classifier, eps=EPS))
+        fitted(trainer, validation_data=None, drop_last=True)
+        assert not caplog.records
+        fitted(trainer, shedule=1)
+        assert "without effect, as in PyTorchClassifier.fit: shedule" in caplog.text
+
+    def test_no_epochs(self):
+        for kind in (ours, ArtTrainer):
+            classifier = trainable()
+            before = weights(classifier)
+            assert torch.equal(fitted(kind(classifier, FGSM(classifier, eps=EPS)), epochs=0), before)
+
+    def test_attacks_of_art_are_silenced_as_art_does(self, capfd):
+        for kind in (ours, ArtTrainer):
+            classifier = trainable()
+            attack = art_attacks.ProjectedGradientDescent(classifier, eps=EPS, eps_step=0.02, max_iter=2, verbose=True)
+            fitted(kind(classifier, attack))
+            assert not attack.verbose
+            assert "PGD" not in "".join(capfd.readouterr())
+
     @pytest.mark.parametrize("ratio", [0.5, 1.0])
     def test_generator(self, ratio):
         results = []
@@ -262,6 +333,34 @@ class TestAgainstArt:
             results.append(weights(classifier))
         assert_same(*results, before)
 
+    @pytest.mark.parametrize("drop_remainder", [True, False])
+    @pytest.mark.parametrize("ratio", [0.3, 1.0])
+    def test_generator_with_an_attack_on_another_estimator(self, ratio, drop_remainder):
+        """The same images as ART's trainer trains on, but with their labels: ART takes those of others."""
+        source, images, right = art_classifier(small_net(seed=1)), [], []
+        for kind in (ours, ArtTrainer):
+            labels = []
+
+            class Noting(nn.CrossEntropyLoss):
+                def forward(self, logits, target, noted=labels):
+                    noted.append(target.clone())
+                    return super().forward(logits, target)
+
+            classifier = trainable(loss=Noting())
+            seen = trained_on(classifier)
+            generator = NumpyDataGenerator(X, ONE_HOT, BATCH, drop_remainder=drop_remainder, shuffle=True)
+            seed_all(0)
+            attack = art_attacks.FastGradientMethod(source, eps=EPS)
+            kind(classifier, attack, ratio).fit_generator(generator, nb_epochs=2)
+            images.append([{image.numpy().tobytes() for image in batch} for batch in seen])  # ART shuffles a batch
+            distances, rows = rows_of(seen)
+            assert (distances <= EPS + 1e-6).all()
+            assert (distances > 0).float().mean() > 0.9 * ratio
+            right.append(torch.from_numpy(Y)[rows] == torch.cat(labels))
+        assert images[0] == images[1]
+        assert right[0].all()
+        assert not right[1].all()
+
 
 class TestBatches:
     @pytest.mark.parametrize("ratio", [0, 0.1, 0.5, 0.8, 1])
@@ -269,7 +368,7 @@ class TestBatches:
         """Of each batch ceil(ratio n) images, within the ball and with their labels; the others stay as they are."""
         classifier = trainable()
         attack, seen = Recorded(classifier, eps=EPS, eps_step=EPS, max_iter=1), trained_on(classifier)
-        fitted(ours(classifier, attack, ratio, holdout=0), epochs=2)
+        fitted(ours(classifier, attack, ratio), epochs=2)
         sizes = [BATCH, BATCH, N - 2 * BATCH] * 2
         assert [len(batch) for batch in seen] == sizes
         assert [len(x) for x, _, _ in attack.calls] == [math.ceil(ratio * n) for n in sizes if ratio]
@@ -310,7 +409,7 @@ class TestBatches:
         classifier = trainable()
         first, second = (Recorded(classifier, eps=eps, eps_step=eps, max_iter=1) for eps in (0.01, EPS))
         seen = trained_on(classifier)
-        fitted(ours(classifier, [first, second], 1.0, holdout=0), epochs=2)
+        fitted(ours(classifier, [first, second], 1.0), epochs=2)
         radii = [float(rows_of([batch])[0].max()) for batch in seen]
         assert radii == pytest.approx([0.01, EPS] * 3, rel=1e-4)
         assert (len(first.calls), len(second.calls)) == (3, 3)
@@ -369,7 +468,7 @@ class TestSeed:
     def run(seed, attack_seed=None, global_seed=0):
         classifier = trainable()
         attack = FGSM(classifier, eps=EPS, num_random_init=1, seed=attack_seed)
-        return fitted(ours(classifier, attack, seed=seed, holdout=0), epochs=2, seed=global_seed)
+        return fitted(ours(classifier, attack, seed=seed), epochs=2, seed=global_seed)
 
     def test_determines_the_run(self):
         assert torch.equal(self.run(3, global_seed=1), self.run(3, global_seed=2))
@@ -395,7 +494,7 @@ class TestSeed:
         """A step of next to nothing shows the start."""
         classifier = trainable()
         attack = Recorded(classifier, eps=EPS, eps_step=1e-6, max_iter=1, num_random_init=1, seed=attack_seed)
-        fitted(ours(classifier, attack, 1.0, seed=seed, holdout=0), 0.4 + 0.2 * X, epochs=2)
+        fitted(ours(classifier, attack, 1.0, seed=seed), 0.4 + 0.2 * X, epochs=2)
         starts = [(x_adv - x)[: N - 2 * BATCH] for x, _, x_adv in attack.calls]
         assert len(starts) == 6
         for i, start in enumerate(starts):
@@ -417,7 +516,7 @@ class TestAttacksStayAsTheyAre:
     def test_attacks_in_batches_of_the_training(self):
         classifier, asked = trainable(), []
         classifier.model.register_forward_hook(lambda m, args, _: None if m.training else asked.append(len(args[0])))
-        fitted(ours(classifier, FGSM(classifier, eps=EPS, batch_size=1), 1.0, holdout=0))
+        fitted(ours(classifier, FGSM(classifier, eps=EPS, batch_size=1), 1.0))
         assert max(asked) == BATCH
 
     def test_speaks_only_when_asked(self, capfd):
@@ -441,6 +540,126 @@ class TestAttacksStayAsTheyAre:
         assert trainer.get_classifier() is classifier
 
 
+def wavering():
+    """A net that draws from torch's global generator in training."""
+    net = traceable_net()
+    return nn.Sequential(*net[:-1], nn.Dropout(0.3), net[-1])
+
+
+class Stopped(Exception):
+    """A kill, which nothing catches."""
+
+
+class TestCheckpoint:
+    """Of three epochs of two steps, with dropout and random starts, of native attacks and of ART's."""
+
+    @staticmethod
+    def fit(file, at=None, action=None, global_seed=0, epochs=3, **options):
+        """What a fit comes to; `action` is taken in step `at`, from 1 on, or in each."""
+        classifier = trainable(wavering())
+        forwards = iter(range(1, 10**6))
+        if action is not None:
+            classifier.model[-1].register_forward_pre_hook(
+                lambda module, _: action() if module.training and at in (None, next(forwards)) else None
+            )
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(classifier.optimizer, 0.8)
+        attacks = [
+            FGSM(classifier, eps=EPS, num_random_init=1),
+            art_attacks.ProjectedGradientDescent(classifier, eps=EPS, eps_step=0.02, max_iter=2, num_random_init=1),
+            FGSM(art_classifier(small_net(seed=1)), eps=EPS, num_random_init=1),
+        ]
+        trainer = ours(classifier, attacks, **{"ratio": 0.5, "holdout": 6, **options})
+        seed_all(global_seed)
+        trainer.fit(X, ONE_HOT, BATCH, epochs, scheduler=scheduler, checkpoint=file)
+        state = [np.random.random(), float(torch.rand(()))]  # noqa: NPY002
+        return weights(classifier).tolist(), trainer.robust_accuracies, scheduler.get_last_lr(), state
+
+    @staticmethod
+    def control_c():
+        signal.raise_signal(signal.SIGINT)
+
+    @staticmethod
+    def kill():
+        raise Stopped
+
+    @pytest.mark.parametrize("seed", [None, 4])
+    @pytest.mark.parametrize(
+        ("at", "action", "left"),
+        [
+            *[(1, "control_c", 5), (2, "control_c", 4), (3, "control_c", 3), (5, "control_c", 1)],
+            *[(1, "kill", 6), (3, "kill", 4), (6, "kill", 2)],
+        ],
+    )
+    def test_interrupted_and_resumed_is_uninterrupted(self, tmp_path, seed, at, action, left):
+        """In another process, whose global generators stand elsewhere: a resumed fit goes on from the last step that
+        Ctrl-C let it finish, or after a kill from the last epoch."""
+        whole = self.fit(tmp_path / "whole", seed=seed)
+        file = tmp_path / "new" / "checkpoint.pt"
+        with pytest.raises((KeyboardInterrupt, Stopped)):
+            self.fit(file, at, getattr(self, action), seed=seed)
+        seen = []
+        resumed = self.fit(file, None, lambda: seen.append(1), global_seed=5 if file.exists() else 0, seed=seed)
+        assert len(seen) == left
+        assert resumed == whole
+        assert self.fit(file, 1, self.kill, global_seed=6, seed=seed)[:3] == whole[:3]  # there is nothing left to do
+
+    def test_is_no_other_training(self, tmp_path):
+        assert self.fit(tmp_path / "file")[:3] == self.fit(None)[:3]
+
+    def test_collapse_is_remembered(self, tmp_path, monkeypatch):
+        standings = iter((0.5, 0.1))
+        monkeypatch.setattr(adversarial_training, "share_standing", lambda *_: next(standings))
+        first = self.fit(tmp_path / "file", seed=0)
+        assert first[1] == [0.5, 0.1]
+        assert self.fit(tmp_path / "file", 1, self.kill, seed=0)[:3] == first[:3]
+
+    @pytest.mark.parametrize(
+        ("options", "match"),
+        [
+            ({"seed": 1}, r"'seed': \(0, 1\)"),
+            ({"ratio": 0.25}, r"'ratio': \(0.5, 0.25\)"),
+            ({"epochs": 4}, r"'nb_epochs': \(3, 4\)"),
+            ({"holdout": 5}, r"'images': \(16, 17\)"),
+        ],
+    )
+    def test_of_another_fit_is_refused(self, tmp_path, options, match):
+        self.fit(tmp_path / "file", seed=0)
+        before = (tmp_path / "file").read_bytes()
+        with pytest.raises(ValueError, match=f"file' cannot be resumed.*{match}.*delete it to start over"):
+            self.fit(tmp_path / "file", **{"seed": 0, **options})
+        assert (tmp_path / "file").read_bytes() == before
+
+    def test_numbers_of_numpy_are_as_good(self, tmp_path):
+        first = self.fit(tmp_path / "file", seed=4)
+        options = {"seed": np.int64(4), "holdout": np.int32(6), "epochs": np.int64(3), "ratio": np.float64(0.5)}
+        assert self.fit(tmp_path / "file", 1, self.kill, **options)[:3] == first[:3]
+        self.fit(tmp_path / "other", **options)
+        assert self.fit(tmp_path / "other", 1, self.kill, seed=4)[:3] == first[:3]
+
+    def test_attacks_are_part_of_it(self, tmp_path):
+        for eps, error in ((EPS, nullcontext()), (0.1, pytest.raises(ValueError, match=r"eps=0\.1"))):
+            classifier = trainable()
+            with error:
+                fitted(ours(classifier, FGSM(classifier, eps=eps)), checkpoint=tmp_path / "file")
+
+    def test_in_use(self, tmp_path):
+        """By a fit that is in the middle of a step."""
+        file, refused = tmp_path / "file", []
+
+        def another():
+            with pytest.raises(ValueError, match=f"checkpoint='{file}': is in use by another training"):
+                self.fit(file)
+            refused.append(True)
+
+        self.fit(file, 2, another)
+        assert refused == [True]
+
+    def test_that_cannot_be_made(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(ValueError, match="file/checkpoint': cannot be made"):
+            self.fit(tmp_path / "file" / "checkpoint")
+
+
 class TestRobustness:
     @pytest.mark.parametrize(("steps", "ratio"), [(1, 1.0), (2, 1.0), (1, 0.5)])
     def test_training_makes_robust(self, steps, ratio):
@@ -452,7 +671,7 @@ class TestRobustness:
             attack = PGD(
                 classifier, eps=RADIUS, eps_step=RADIUS, max_iter=steps, num_random_init=1, precision="float32"
             )
-            ours(classifier, attack, share, holdout=0, seed=0).fit(x, y, batch_size=50, nb_epochs=8)
+            ours(classifier, attack, share, seed=0).fit(x, y, batch_size=50, nb_epochs=8)
             robust.append(robust_accuracy(classifier))
         assert robust[0] + 0.2 < robust[1]
 
@@ -462,7 +681,7 @@ class TestRobustness:
         losses, vectors = {}, {}
         for precision in ("float32", "bfloat16"):
             classifier = of_two_features()
-            trainer = ours(classifier, FGSM(classifier, eps=RADIUS), precision=precision, seed=0, holdout=0)
+            trainer = ours(classifier, FGSM(classifier, eps=RADIUS), precision=precision, seed=0)
             before = classifier.compute_loss(x, y).mean()
             trainer.fit(x, y, batch_size=50, nb_epochs=5)
             losses[precision], vectors[precision] = classifier.compute_loss(x, y).mean(), weights(classifier)
@@ -471,15 +690,27 @@ class TestRobustness:
         assert losses["bfloat16"] == pytest.approx(losses["float32"], abs=0.05)
         assert not torch.equal(vectors["float32"], vectors["bfloat16"])
 
+    @pytest.mark.parametrize("kind", ["images of the model's dtype", "images in float32"])
+    def test_a_float64_model_is_trained_in_float64(self, kind):
+        found = {}
+        for dtype in (torch.float32, torch.float64):
+            classifier = trainable(small_net(dtype=dtype))
+            before, seen = weights(classifier), trained_on(classifier)
+            x = X.astype(np.float64) if kind.startswith("images of") and dtype == torch.float64 else X
+            found[dtype] = fitted(ours(classifier, FGSM(classifier, eps=EPS)), x)
+            assert {batch.dtype for batch in seen} == {dtype}
+            assert (found[dtype] - before).abs().max() > 1e-2
+        assert (found[torch.float32] - found[torch.float64]).abs().max() < 1e-5
+
     def test_in_bfloat16_the_attack_follows_the_model(self, monkeypatch):
         """Batch norm is folded into the convolutions for it, which is to change nothing but rounding."""
-        views, view_of = [], adversarial_training.folded_view
+        views, view_of = [], training_loop.folded_view
 
         def note(module, x):
             views.append(view_of(module, x))
             return views[-1]
 
-        monkeypatch.setattr(f"{MODULE}.folded_view", note)
+        monkeypatch.setattr(f"{LOOP}.folded_view", note)
         classifier = trainable(traceable_net(), lr=0.1)
         before = weights(classifier)
         after = fitted(ours(classifier, FGSM(classifier, eps=EPS), precision="bfloat16"))
@@ -487,6 +718,21 @@ class TestRobustness:
         (view,), model = views, classifier.model.eval()
         assert view is not model
         torch.testing.assert_close(view(torch.from_numpy(X)), model(torch.from_numpy(X)), rtol=1e-5, atol=1e-5)
+
+    def test_says_which_speed_options_were_on(self, monkeypatch):
+        found = {}
+        for is_native in (True, False):
+            monkeypatch.setattr(f"{LOOP}.bfloat16_is_native", lambda device, is_native=is_native: is_native)
+            for precision in ("float32", "bfloat16", "auto"):
+                classifier = trainable(traceable_net())
+                trainer = ours(classifier, FGSM(classifier, eps=EPS), precision=precision)
+                assert trainer.speed_options == []
+                fitted(trainer)
+                found[precision, is_native] = trainer.speed_options
+        everything = ["bfloat16", "channels_last", "folded batch norm"]
+        assert found["float32", True] == found["float32", False] == []
+        assert found["bfloat16", True] == found["bfloat16", False] == found["auto", True] == everything
+        assert found["auto", False] == everything[1:]
 
     def test_a_model_that_channels_last_breaks(self):
         classifier = trainable(Viewing(traceable_net()))
@@ -496,7 +742,7 @@ class TestRobustness:
 
     @pytest.mark.parametrize(("make", "is_native"), [(Uncastable, True), (Viewing, False), (lambda net: net, False)])
     def test_auto_is_float32_where_the_device_or_the_model_knows_nothing_else(self, monkeypatch, make, is_native):
-        monkeypatch.setattr(f"{MODULE}.bfloat16_is_native", lambda device: is_native)
+        monkeypatch.setattr(f"{LOOP}.bfloat16_is_native", lambda device: is_native)
         found = []
         for precision in ("auto", "float32"):
             classifier = trainable(make(traceable_net()))
@@ -508,7 +754,7 @@ class TestRobustness:
     def test_precision_is_that_of_attack_and_training(self, monkeypatch, precision):
         """Whatever the device would rather compute in; an attack's own wish comes first."""
         monkeypatch.setattr("guardians.engine.search.bfloat16_is_native", lambda device: True)
-        monkeypatch.setattr(f"{MODULE}.works_in", lambda *_, **__: True)  # which would ask in either
+        monkeypatch.setattr(f"{LOOP}.works_in", lambda *_, **__: True)  # which would ask in either
         dtypes = {}
 
         class Noting(SmallNet):
@@ -521,7 +767,7 @@ class TestRobustness:
             dtypes[wish] = {True: set(), False: set()}
             classifier = trainable(Noting())
             attack = PGD(classifier, eps=EPS, eps_step=EPS, max_iter=1, precision=wish, verbose=False)
-            fitted(ours(classifier, attack, 1.0, precision=precision, holdout=0))
+            fitted(ours(classifier, attack, 1.0, precision=precision))
         wanted = getattr(torch, precision)
         assert dtypes["auto"][True] == dtypes["float32"][True] == {wanted}
         assert wanted in dtypes["auto"][False] <= {torch.float32, wanted}  # checks and probes are in float32
@@ -558,13 +804,13 @@ class TestWatch:
         ],
     )
     def test_collapse_ends_training_with_the_best_epoch(self, monkeypatch, caplog, standings, best):
-        with caplog.at_level(logging.INFO, MODULE):
+        with caplog.at_level(logging.INFO, LOOP):
             trainer, after, _ = self.run(monkeypatch, standings, epochs=6)
         assert trainer.robust_accuracies == list(standings)
         assert torch.equal(weights(trainer.get_classifier()), after[best - 1])
         assert not torch.equal(after[best - 1], after[-1])
         (record,) = caplog.records
-        assert (record.name, record.levelname) == (MODULE, "WARNING")
+        assert (record.name, record.levelname) == (LOOP, "WARNING")
         message = record.getMessage()
         assert "catastrophic overfitting" in message
         assert f"from {max(standings):.1%} to {standings[-1]:.1%} in epoch {len(standings)}" in message
@@ -634,7 +880,7 @@ class TestWatch:
         for name, (make, images) in makers.items():
             classifier = trainable()
             seen = trained_on(classifier)
-            trainer = ours(classifier, make(classifier))
+            trainer = ours(classifier, make(classifier), holdout=None)
             trainer.fit(x, y, batch_size=50, nb_epochs=1)
             assert sum(map(len, seen)) == images, name
             assert len(trainer.robust_accuracies) == (images < 100), name
@@ -677,26 +923,39 @@ class TestBadArguments:
         attack = FGSM(classifier, eps=EPS)
         with pytest.raises(TypeError, match="classifier of type SmallNet: must be an ART PyTorchClassifier"):
             AdversarialTrainer(small_net(), attack)
-        with pytest.raises(ValueError, match="classifier has no optimizer"):
-            AdversarialTrainer(art_classifier(small_net()), attack)
 
     @pytest.mark.parametrize("attacks", [[], (), None, "FGSM", [None], [FGSM]])
     def test_attacks(self, classifier, attacks):
-        with pytest.raises(TypeError, match=r"attacks=.*must be an art\.attacks.EvasionAttack or a list of them"):
+        with pytest.raises(ValueError, match=r"attacks=.*must be an art\.attacks.EvasionAttack or a list of them"):
             AdversarialTrainer(classifier, attacks)
 
+    @pytest.mark.parametrize("fit", ["fit", "fit_generator"])
     @pytest.mark.parametrize("kind", [FGSM, art_attacks.FastGradientMethod])
-    def test_targeted_attacks(self, classifier, kind):
+    def test_targeted_attacks(self, classifier, kind, fit):
+        """Refused where ART's trainer refuses them, and as it does, but before any image is attacked."""
         attacks = [FGSM(classifier, eps=EPS), kind(classifier, eps=EPS, targeted=True)]
-        with pytest.raises(ValueError, match="attacks: FastGradientMethod is targeted"):
-            AdversarialTrainer(classifier, attacks)
+        generator = NumpyDataGenerator(X, ONE_HOT, batch_size=BATCH)
+        for trainer in (ours(classifier, attacks), ArtTrainer(classifier, attacks)):
+            with pytest.raises(NotImplementedError, match="targeted"):
+                trainer.fit(X, ONE_HOT) if fit == "fit" else trainer.fit_generator(generator)
+
+    def test_optimizer_is_needed_by_fit_alone(self):
+        classifier = art_classifier(small_net())
+        attack = FGSM(classifier, eps=EPS)
+        generator = NumpyDataGenerator(X, ONE_HOT, batch_size=BATCH)
+        for trainer in (AdversarialTrainer(classifier, attack), ArtTrainer(classifier, attack)):
+            assert trainer.predict(X).shape == (N, CLASSES)
+            with pytest.raises(ValueError, match="optimizer"):
+                trainer.fit(X, ONE_HOT)
+            with pytest.raises(ValueError, match="optimizer"):
+                trainer.fit_generator(generator)
 
     @pytest.mark.parametrize(
         ("arguments", "error", "match"),
         [
             ({"batch_size": 0}, ValueError, "batch_size=0: must be at least 1"),
             ({"batch_size": 2.0}, TypeError, "batch_size=2.0: must be an integer"),
-            ({"nb_epochs": 0}, ValueError, "nb_epochs=0: must be at least 1"),
+            ({"nb_epochs": -1}, ValueError, "nb_epochs=-1: must be at least 0"),
             ({"nb_epochs": None}, TypeError, "nb_epochs=None: must be an integer"),
             ({"y": Y + 1}, ValueError, r"y has labels from 1 to 5: must be in \[0, 5\)"),
             ({"y": Y - 1}, ValueError, "y has labels from -1 to 3"),
@@ -705,7 +964,8 @@ class TestBadArguments:
             ({"y": ONE_HOT / 2}, ValueError, "not one-hot"),
             ({"x": (255 * X).astype(np.uint8)}, ValueError, "x has dtype torch.uint8"),
             ({"x": X[:0], "y": Y[:0]}, ValueError, "x has .*at least one"),
-            ({"training_mode": False}, TypeError, "unknown arguments .*training_mode.*scheduler"),
+            ({"training_mode": 0}, TypeError, "training_mode=0: must be True or False"),
+            ({"verbose": True}, TypeError, "verbose=True: an argument of the trainer"),
         ],
     )
     def test_of_fit(self, classifier, arguments, error, match):
@@ -731,13 +991,19 @@ class TestBadArguments:
     def test_of_fit_generator(self, classifier):
         generator = NumpyDataGenerator(X, ONE_HOT, batch_size=BATCH, drop_remainder=False, shuffle=False)
         trainer = ours(classifier, FGSM(classifier, eps=EPS))
-        with pytest.raises(ValueError, match="nb_epochs=0: must be at least 1"):
-            trainer.fit_generator(generator, nb_epochs=0)
-        with pytest.raises(TypeError, match=r"unknown arguments .*verbose"):
-            trainer.fit_generator(generator, verbose=True)
+        with pytest.raises(ValueError, match="nb_epochs=-1: must be at least 0"):
+            trainer.fit_generator(generator, nb_epochs=-1)
+        for name, value in (("verbose", True), ("batch_size", 4)):
+            for each in (trainer, ArtTrainer(classifier, FGSM(classifier, eps=EPS))):
+                with pytest.raises(TypeError, match=name):
+                    each.fit_generator(generator, **{name: value})
+        with pytest.raises(TypeError, match="checkpoint='file': not an argument of fit_generator"):
+            trainer.fit_generator(generator, checkpoint="file")
         elsewhere = ours(classifier, FGSM(art_classifier(small_net()), eps=EPS))
-        with pytest.raises(ValueError, match="attacks: one is on another estimator"):
-            elsewhere.fit_generator(generator)
+        few = NumpyDataGenerator(X[:-1], ONE_HOT[:-1], batch_size=BATCH, drop_remainder=False)
+        few._size = N
+        with pytest.raises(ValueError, match=r"generator\.size=22: it gave only 21 images"):
+            elsewhere.fit_generator(few)
         generator._size = None
         with pytest.raises(ValueError, match=r"generator\.size=None: the generator must know how many images"):
             trainer.fit_generator(generator)
