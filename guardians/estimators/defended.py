@@ -40,6 +40,7 @@ class DefendedClassifier(PyTorchClassifier, ABC):
     ) -> None:
         super().__init__(defence, loss, input_shape, nb_classes, optimizer, **options)
         self._layer_names = list(undefended._modules)  # as ART lists them
+        self.is_rnn = False  # of recurrent models ART takes gradients in training mode, in which nothing is defended
 
     @abstractmethod
     def defence_arguments(self) -> dict[str, Any]:

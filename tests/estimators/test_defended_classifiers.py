@@ -118,6 +118,27 @@ class TestGradients:
         assert single.shape == (N, 1, *SHAPE)
         np.testing.assert_allclose(single[:, 0], expected[:, 2], rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
+    @every_defence
+    def test_recurrent_model_is_defended_too(self, case):
+        """As ART takes gradients of recurrent models in training mode, in which a defence is the model itself."""
+
+        class Recurrent(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv, self.rnn = nn.Conv2d(3, 4, 3, padding=1), nn.GRU(32, 16, batch_first=True)
+                self.head = nn.Linear(16, CLASSES)
+
+            def forward(self, x):
+                return self.head(self.rnn(self.conv(x).movedim(2, 1).flatten(2))[1][0])
+
+        torch.manual_seed(0)
+        net = Recurrent().eval()
+        found = classifier_of(case, net).loss_gradient(X, ONE_HOT)
+        x = torch.from_numpy(X).requires_grad_()
+        loss = nn.functional.cross_entropy(module_of(case, net.eval())(x), torch.from_numpy(Y))
+        (expected,) = torch.autograd.grad(loss, x)
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
 
 ATTACKS = {
     "native FGSM": lambda c: FGSM(c, eps=EPS, seed=0),
