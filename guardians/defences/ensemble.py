@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,10 @@ class RandomEnsemble(nn.Module):
             keys = np.arange(self.images_seen, self.images_seen + n)
             self.images_seen += n
         return hashed(self.seed, keys)
+
+    def undefended(self) -> nn.Module:
+        """A copy of the model without the defence, which shares no tensor with it."""
+        return copy.deepcopy(self.model)
 
     def mean_over_passes(
         self, one_pass: Callable[[Tensor, Any], Tensor], x: Tensor, draws: np.ndarray | Tensor

@@ -89,6 +89,11 @@ class MixupInference(RandomEnsemble):
         self.register_buffer("_counts", counts, persistent=False)
         self.register_buffer("_starts", counts.cumsum(0) - counts, persistent=False)
 
+    @property
+    def pool_labels(self) -> Tensor:
+        """The labels (M,) of the images in `pool`, which are sorted by them."""
+        return torch.arange(len(self._counts), device=self._counts.device).repeat_interleave(self._counts)
+
     def forward(self, x: Tensor) -> Tensor:
         """Log-probabilities (N, classes) of images (N, ...).
 

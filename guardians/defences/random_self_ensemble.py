@@ -86,6 +86,27 @@ class RandomSelfEnsemble(RandomEnsemble):
             elif layer in noisy:
                 setattr(self.model.get_submodule(parent), name, noisy[layer])
 
+    @property
+    def sigma_init(self) -> float:
+        """Standard deviation of the noise in front of the first convolution."""
+        return self._tape.sigma_init
+
+    @property
+    def sigma_inner(self) -> float:
+        """Standard deviation of that in front of all others."""
+        return self._tape.sigma_inner
+
+    def undefended(self) -> nn.Module:
+        """A copy of the model without noise layers, which shares no tensor with it."""
+        model = super().undefended()
+        if isinstance(model, _Noisy):
+            return model[1]
+        for path, layer in list(model.named_modules(remove_duplicate=False)):
+            parent, _, name = path.rpartition(".")
+            if isinstance(layer, _Noisy):
+                setattr(model.get_submodule(parent), name, layer[1])
+        return model
+
     def forward(self, x: Tensor) -> Tensor:
         """Log-probabilities (N, classes) of images (N, ...); in training mode those of a single noisy pass."""
         passes = 1 if self.training else self.n
@@ -94,7 +115,7 @@ class RandomSelfEnsemble(RandomEnsemble):
 
     def extra_repr(self) -> str:
         """The arguments."""
-        return f"sigma_init={self._tape.sigma_init:g}, sigma_inner={self._tape.sigma_inner:g}, n={self.n}"
+        return f"sigma_init={self.sigma_init:g}, sigma_inner={self.sigma_inner:g}, n={self.n}"
 
     def _noisy_pass(self, x: Tensor, keys: np.ndarray) -> Tensor:
         """Log-probabilities of images (M, ...), each with the noise of its key."""
@@ -122,6 +143,8 @@ class _Noisy(nn.Sequential):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name == "reset_parameters":  # who resets all layers finds the convolution itself
+                raise
             return getattr(super().__getattr__("1"), name)
 
 
@@ -156,6 +179,10 @@ class _NoiseTape:
         self._keys = np.empty(0)
         self._reached: set[nn.Module] | None = None
         self._position = self._layers_passed = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, without the memory that is kept."""
+        return {**self.__dict__, "_buffer": torch.empty(0)}
 
     def add_noise(self, x: Tensor, layer: nn.Module) -> Tensor:
         """`x` (N, C, ...) with the noise of the next layer; `x` itself outside of a pass."""

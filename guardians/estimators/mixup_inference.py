@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from art.estimators.classification import PyTorchClassifier
+import numpy as np
+from art.preprocessing.standardisation_mean_std.numpy import StandardisationMeanStd
+from art.preprocessing.standardisation_mean_std.pytorch import StandardisationMeanStdPyTorch
 from torch import Tensor, nn
 
 from guardians.defences.mixup_inference import MixupInference
+from guardians.estimators.defended import DefendedClassifier
 
 __all__ = ["MixupInferenceClassifier"]
 
 
-class MixupInferenceClassifier(PyTorchClassifier):
+class MixupInferenceClassifier(DefendedClassifier):
     """An ART classifier that predicts with, and is attacked as, a `MixupInference`; `fit` trains the model itself.
 
-    `classifier.model` is the defence.
+    `classifier.model` is the defence; `get_activations` is of the layers of `model`, without mixing.
 
     Args:
         model: as of `PyTorchClassifier`.
@@ -49,8 +52,7 @@ class MixupInferenceClassifier(PyTorchClassifier):
         seed: int | None = None,
         **options: Any,
     ) -> None:
-        if options.get("preprocessing") not in (None, (0.0, 1.0), (0, 1)):
-            raise ValueError(f"preprocessing={options['preprocessing']!r}: must be left out; normalise in the model")
+        _check_preprocessing(options)
         defence = MixupInference(
             model,
             pool,
@@ -63,4 +65,33 @@ class MixupInferenceClassifier(PyTorchClassifier):
             chunk_size=chunk_size,
             seed=seed,
         )
-        super().__init__(defence, loss, input_shape, nb_classes, optimizer, **options)
+        super().__init__(model, defence, loss, input_shape, nb_classes, optimizer, **options)
+
+    def set_params(self, **kwargs: Any) -> None:
+        """As of `PyTorchClassifier`; with the check of `preprocessing`."""
+        _check_preprocessing(kwargs)
+        super().set_params(**kwargs)
+
+    def defence_arguments(self) -> dict[str, Any]:
+        """The pool, mixing and seed."""
+        names = ("method", "lam", "num_samples", "detection_lam", "detection_samples", "threshold")
+        arguments = {name: getattr(self.model, name) for name in (*names, "chunk_size", "seed")}
+        return arguments | {"pool": (self.model.pool, self.model.pool_labels)}
+
+
+def _check_preprocessing(options: dict[str, Any]) -> None:
+    """Whether images are left as they are.
+
+    Raises:
+        ValueError: they are not.
+    """
+    preprocessing = options.get("preprocessing")
+    mean_and_std = preprocessing
+    if isinstance(preprocessing, (StandardisationMeanStd, StandardisationMeanStdPyTorch)):
+        mean_and_std = preprocessing.mean, preprocessing.std
+    if isinstance(mean_and_std, tuple) and len(mean_and_std) == 2:
+        mean, std = (np.asarray(value) for value in mean_and_std)
+        if (mean == 0).all() and (std == 1).all():
+            return
+    if preprocessing is not None:
+        raise ValueError(f"preprocessing={preprocessing!r}: must be left out; normalise in the model")

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from art.estimators.classification import PyTorchClassifier
+import torch
 from torch import nn
 
 from guardians.defences.random_self_ensemble import RandomSelfEnsemble
+from guardians.estimators.defended import DefendedClassifier
 
 __all__ = ["RandomSelfEnsembleClassifier"]
 
 
-class RandomSelfEnsembleClassifier(PyTorchClassifier):
+class RandomSelfEnsembleClassifier(DefendedClassifier):
     """An ART classifier that predicts with, is attacked as, and trains as a `RandomSelfEnsemble`.
 
     `fit` trains the parameters of `model` itself, those that an optimizer is made with; its layers stay as they are.
-    `classifier.model` is the ensemble.
+    `classifier.model` is the ensemble; `get_activations` is of the layers of `model`, without noise.
 
     Args:
         model, loss, input_shape, nb_classes, optimizer: as of `PyTorchClassifier`; the loss is given log-probabilities,
@@ -43,7 +44,14 @@ class RandomSelfEnsembleClassifier(PyTorchClassifier):
         seed: int | None = None,
         **options: Any,
     ) -> None:
+        if isinstance(model, nn.Module) and options.get("device_type") != "cpu" and torch.cuda.is_available():
+            model.to("cuda")  # where ART takes it: buffers that are moved later are shared no more
         ensemble = RandomSelfEnsemble(
             model, sigma_init, sigma_inner, n, chunk_size=chunk_size, seed=seed, share_parameters=True
         )
-        super().__init__(ensemble, loss, input_shape, nb_classes, optimizer, **options)
+        super().__init__(model, ensemble, loss, input_shape, nb_classes, optimizer, **options)
+
+    def defence_arguments(self) -> dict[str, Any]:
+        """Noise, passes and seed."""
+        names = ("sigma_init", "sigma_inner", "n", "chunk_size", "seed")
+        return {name: getattr(self.model, name) for name in names}
