@@ -56,7 +56,7 @@ def check_number(
     except (TypeError, ValueError):
         raise ArgumentTypeError(f"{name}={value!r}: must be a number, an array or a tensor") from None
     if single and entries.ndim:
-        raise ArgumentTypeError(f"{name}={value!r}: must be a single number")
+        raise ArgumentTypeError(f"{name} has shape {entries.shape}: must be a single number")
     allowed = entries > low if exclusive else entries >= low
     bad = ~(allowed & np.isfinite(entries) if finite else allowed)
     if bad.any():

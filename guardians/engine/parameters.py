@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import KW_ONLY
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from typing import Annotated, Any, ClassVar, get_args, get_origin
 
 import numpy as np
@@ -68,34 +69,35 @@ class Parameters:
         TypeError, ValueError: an argument is outside what is allowed, or unknown; checked before any work.
     """
 
-    _positional: ClassVar[dict[str, inspect.Parameter]] = {}
-    _keywords: ClassVar[dict[str, inspect.Parameter]] = {}
+    _fields: ClassVar[dict[str, inspect.Parameter]] = {}
+    """Those of a class's own body."""
     _checks: ClassVar[dict[str, Callable[[str, Any], None]]] = {}
     __signature__: ClassVar[inspect.Signature]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        positional: dict[str, inspect.Parameter] = {}
-        cls._keywords, cls._checks = dict(cls._keywords), dict(cls._checks)
+        cls._fields, cls._checks = {}, dict(cls._checks)
         kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        found = positional
         for name, annotation in inspect.get_annotations(cls, eval_str=True).items():
             if annotation is KW_ONLY:
-                kind, found = inspect.Parameter.KEYWORD_ONLY, cls._keywords
+                kind = inspect.Parameter.KEYWORD_ONLY
             elif ClassVar not in (annotation, get_origin(annotation)):
                 default = vars(cls).get(name, inspect.Parameter.empty)
                 if name in vars(cls):
                     delattr(cls, name)  # it would hide a property of a base
                 if get_origin(annotation) is Annotated:
                     annotation, cls._checks[name] = get_args(annotation)[:2]
-                found[name] = inspect.Parameter(name, kind, default=default, annotation=annotation)
-        cls._positional = positional or cls._positional
-        cls.__signature__ = inspect.Signature([*cls._positional.values(), *cls._keywords.values()])
+                cls._fields[name] = inspect.Parameter(name, kind, default=default, annotation=annotation)
+        bodies = [vars(base).get("_fields", {}) for base in cls.__mro__]
+        positional = next(filter(None, (_of_kind(fields, "POSITIONAL_OR_KEYWORD") for fields in bodies)), {})
+        keywords = [_of_kind(fields, "KEYWORD_ONLY") for fields in reversed(bodies)]
+        cls.__signature__ = inspect.Signature(list(reduce(or_, keywords, positional).values()))
+        cls._checks = reduce(or_, (vars(base).get("_checks", {}) for base in reversed(cls.__mro__)), {})
 
     @classmethod
     def parameters(cls) -> list[str]:
         """The names of the constructor's arguments, in its order."""
-        return [*cls._positional, *cls._keywords]
+        return list(cls.__signature__.parameters)
 
     @classmethod
     def _bound(cls, arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
@@ -123,3 +125,7 @@ class Parameters:
             elif name in self._checks and not (value is parameter.default or value == parameter.default):
                 shown.append(f"{name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _of_kind(fields: dict[str, inspect.Parameter], kind: str) -> dict[str, inspect.Parameter]:
+    return {name: parameter for name, parameter in fields.items() if parameter.kind.name == kind}

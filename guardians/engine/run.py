@@ -56,7 +56,8 @@ class Run:
     ) -> None:
         self.attack, self.victim, self.seed, self.report = attack, attack.victim, seed, report
         self._first_index, self._dtype = first_index, dtype
-        self.batch_size = attack.batch_size_for(probe)
+        with row_keys(self.keys(_PROBE_DRAW, np.arange(1))):
+            self.batch_size = attack.batch_size_for(probe)
         self.capacity = max(1, self.batch_size // attack.eot_samples)
         self.searches = [Search(self.victim.logits)]
         self.judge_logits: Logits = self.victim.logits

@@ -27,6 +27,7 @@ def runs_of_one(
         abort_early=False,
         verbose=False,
         precision="float32",
+        batch_size=1,
     )
     shape = tuple(x.shape[1:])
     theirs = build_attack(reference, spec, recorder, nb_classes=nb_classes, input_shape=shape, batch_size=1)

@@ -6,6 +6,7 @@ from models_for_tests import CLASSES, small_net, some_images, some_labels
 from torch import nn
 
 from guardians.attacks.norms import as_norm, project
+from guardians.engine.state import Progress
 from guardians.parity import Case, cases, compare, comparison, harness
 from guardians.parity.comparison import Steps, Trajectory, compare_steps, native_attack, record
 from guardians.toolkits.implementations import AttackSpec
@@ -39,7 +40,7 @@ class NoProjection:
 
 class NoClip:
     def inside(self, x_adv, state):
-        return state["x"] + project(x_adv - state["x"], state["eps"].to(x_adv.dtype), as_norm(self.norm))
+        return state.x + project(x_adv - state.x, state.eps.to(x_adv.dtype), as_norm(self.norm))
 
 
 class NoSignForTargets:
@@ -53,8 +54,10 @@ class OtherLoss:
 
 
 class OwnStart:
-    def start(self, x, y, rng, **options):
-        return super().start(x, y, rng)
+    def start(self, state):
+        given = state.known.pop("x_adv_init")
+        super().start(state)
+        state.known["x_adv_init"] = given
 
 
 class NanIterate:
@@ -64,12 +67,13 @@ class NanIterate:
 
 class CleanResult:
     def result(self, state):
-        return state["x"]
+        return state.x
 
 
 class OneStepLess:
-    def update(self, state, logits, gradient):
-        return super().update(state, logits, gradient) | (state["steps"] >= self.max_iter - 1)
+    def update(self, state, answer):
+        super().update(state, answer)
+        return Progress(state.steps >= self.max_iter - 1)
 
 
 def run(case, net=None, **options):
