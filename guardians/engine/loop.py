@@ -307,7 +307,6 @@ class _Pool:
                 return
             ended, images, again = ended.rows(~again), select(images, ~again), again[~again]
             known = ended.known
-        # The nearest image of all is a lucky one, of which a majority says little.
         judge = run.judge_unanimously if nearest and run.is_random else run.judge
         fooled, logits = judge(images, known)
         if nearest and run.is_random:

@@ -179,8 +179,13 @@ class Run:
         return np.isin(np.arange(len(images)), rows), answers
 
     def further_out(self, images: Tensor, ended: State, fooled: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """The images, moved on where they do not fool a random model after all, and whether they do now: bool (N,)."""
+        """The images, moved on where they do not fool a random model after all, and whether they do now: bool (N,).
+
+        `fooled` says which seemed to; they are asked once more, for the nearest of all is one that was lucky.
+        """
         images, fooled = images.clone(), fooled.copy()
+        ended.known["asked"] += 1
+        fooled &= self.judge_unanimously(images, ended.known)[0]
         for length in _LENGTHS:
             if fooled.all():
                 break
