@@ -178,8 +178,8 @@ class CarliniWagnerL2(_CarliniWagner):
       one with the largest logit. The first steps measure f / ||grad f||, the distance to first order
       (Moosavi-Dezfooli et al., "DeepFool", 2016, equation 8), of up to 9 classes. Descents go to the nearest, the
       second nearest and so on.
-    - c starts where the linear model puts it, 2 f / ||grad f||^2, if that is larger than `initial_const`. It falls
-      by a tenth with each step that fools the model and grows with each that does not.
+    - c starts where the linear model puts it, 2 f / ||grad f||^2, or at `initial_const` where that says nothing. It
+      falls by a tenth with each step that fools the model and grows with each that does not.
     - The step size starts in proportion to the distance, at most at `learning_rate`, and falls to a hundredth.
     - With `abort_early`, a descent whose best image gets no better moves on to smaller steps, and ends when it is
       behind another class. Classes that cannot be nearer than the best image, to first order, are left out.
@@ -193,7 +193,7 @@ class CarliniWagnerL2(_CarliniWagner):
         learning_rate: of Adam, in units of half the range of `clip_values`; with `box="tanh"` for the variable w.
         binary_search_steps: values of c. With 1, c stays at `initial_const`. Adaptive: the most descents.
         max_iter: steps for each of them. An image costs at most `binary_search_steps * max_iter` gradients, or 2.
-        initial_const: the first c, for images in the unit of `clip_values`.
+        initial_const: the first c, for images in the unit of `clip_values`; see above for the adaptive search.
         max_halving, max_doubling: without effect; ART's line search, whose place Adam takes here as in the paper.
         batch_size: images in one forward pass.
         verbose: show a progress bar.
@@ -411,7 +411,7 @@ class _NearestClasses(_SearchForConst):
         linear = (2 * (answer.f + self.attack.confidence) / slope.square()).nan_to_num(nan=0, posinf=0)
         missed = torch.where(state.nearest.isfinite(), self._const_not_fooled, self._const_never_fooled)
         followed = state.const * torch.where(answer.reached, self._const_fooled, missed)
-        first = linear.clamp_min(self.attack.initial_const)
+        first = torch.where(linear > 0, linear, self.attack.initial_const)
         state.const = torch.where(state.step == 0, first, followed).clamp_max(_LARGEST_CONST)
 
     def _first_rate(self, state: State) -> Tensor:

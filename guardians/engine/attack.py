@@ -129,8 +129,8 @@ class Attack(ClassifierAttack):
     def stream(self, batches: Iterable[tuple[Tensor, Tensor] | Tensor], *, first_index: int = 0) -> Iterator[Finished]:
         """Adversarial images of a data set of any size, in the order in which they are finished.
 
-        Batches are read when the search has room, so memory is bounded by `batch_size` and theirs. Between two results
-        the model is as it was. `report` counts along.
+        Batches are read when the search has room, so memory is bounded by a few times `batch_size`, and theirs. Between
+        two results the model is as it was. `report` counts along.
 
         Args:
             batches: such as a `DataLoader`'s: pairs of images (N, C, H, W) and labels (N,), or images alone, whose

@@ -39,6 +39,8 @@ _BATCH_NORMS: dict[type[nn.Module], type[nn.Module]] = {
 }
 _ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 """Of logits, relative to the largest: a copy that differs by more is another model."""
+_MAGNIFIED = 12.0
+"""Times the rounding of logits: how far short of the boundary the rounding of gradients may leave a search."""
 _LOSS_SCALE = 2.0**12
 """Keeps gradients of images that the model is sure of out of float16's underflow."""
 
@@ -85,7 +87,7 @@ class Search:
     Attributes:
         logits: of images (N, ...), as `Victim.logits`.
         description: of the model behind them, such as "folded, channels_last, bfloat16".
-        rounding: by how much they may be off, relative to the largest: twice what they were on the images of the probe.
+        rounding: how far short of the boundary they may end a search for their rounding, relative to the largest logit.
     """
 
     logits: Logits
@@ -119,7 +121,7 @@ def choose_searches(victim: Victim, precision: str, x: Tensor, expected: Tensor 
             tried += 1
             off = _disagreement(victim, candidate, x, expected)
             if off is not None and off <= _ROUNDING[candidate.dtype]:
-                found.append(Search(partial(victim.logits, module=candidate), str(candidate), 2 * off))
+                found.append(Search(partial(victim.logits, module=candidate), str(candidate), _MAGNIFIED * off))
                 break
     if not found:
         logger.info("nothing cheaper gives the model's logits: the search asks the model itself")

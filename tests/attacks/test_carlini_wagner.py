@@ -623,6 +623,28 @@ def test_the_verdict_is_the_models_own_whatever_searches(make, search, precision
     assert attack.report.fooled.sum() > 6
 
 
+class Scaled(nn.Module):
+    def __init__(self, net, scale):
+        super().__init__()
+        self.net, self.scale = net, scale
+
+    def forward(self, x):
+        return self.scale * self.net(x)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3, 1e6])
+@pytest.mark.parametrize("targeted", [False, True])
+def test_the_scale_of_the_logits_moves_no_boundary(scale, targeted, net):
+    x = some_images(10)
+    y = other_labels(net, x) if targeted else predictions(net, x)
+    distances = []
+    for model in (net, Scaled(net, scale)):
+        attack = CarliniWagnerL2(model, targeted=targeted, verbose=False)
+        distances.append(attack.distance(attack(x, y), x).mean().item())
+        assert attack.report.fooled.all()
+    assert distances[1] == pytest.approx(distances[0], rel=0.01)
+
+
 class Noisy(nn.Module):
     """A net that adds fresh noise to its logits at every pass."""
 

@@ -709,7 +709,8 @@ def test_a_stream_reads_no_further_than_the_search_has_room(make, early_stop):
     attack = pgd(net, eps=0.03, eps_step=0.01, max_iter=4, batch_size=size, early_stop=early_stop)
     done = 0
     for finished in attack.stream(forever()):
-        assert read - done <= size + source
+        # What one model has failed waits for the next until it fills a batch; there are three here.
+        assert read - done <= 3 * size + source
         done += len(finished.index)
         if done > 100:
             break

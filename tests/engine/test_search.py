@@ -435,6 +435,34 @@ def test_what_a_copy_finds_while_it_looks_for_the_smallest_size_is_judged(monkey
     assert recorder.images(with_gradient=True) > 0
 
 
+class Misled(nn.Module):
+    """The logits of a net up to rounding, and a gradient that leads nowhere."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.register_buffer("wrong", torch.randn(192, CLASSES, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x):
+        return 1.01 * self.net(x.detach()) + (x - x.detach()).flatten(1) @ self.wrong
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_what_ends_just_short_of_the_boundary_is_searched_again_by_a_better_model(targeted, monkeypatch):
+    net, x = traceable_net(), some_images(40)
+    y = some_labels(40) if targeted else net(x).argmax(1)
+    monkeypatch.setattr(search, "folded_copy", lambda module: Misled(net))
+    own = pgd(Hooked(net), precision="float32", targeted=targeted)
+    fooled = is_fooled(net, own(x, y), y, targeted)
+    short = []
+    for magnified in (0.0, 12.0):
+        monkeypatch.setattr(search, "_MAGNIFIED", magnified)
+        attack = pgd(net, precision="bfloat16", targeted=targeted)
+        assert (is_fooled(net, attack(x, y), y, targeted) == attack.report.fooled).all()
+        short.append((fooled & ~attack.report.fooled).sum())
+    assert short[1] < short[0]
+
+
 WORSE_THAN_ROUNDING = {
     "another model": lambda net: traceable_net(seed=5),
     "always NaN": lambda net: WrongOffTheData(net, torch.full((1, 3, 8, 8), 9.0), lambda logits: logits * float("nan")),
