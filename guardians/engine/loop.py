@@ -32,6 +32,8 @@ __all__ = ["stream"]
 
 _GIVEN = ("x", "y", "mask", "x_adv_init", "index")
 """What a search starts from."""
+_KEPT = ("doubted", "best", "best_distance")
+"""What a restart does not forget."""
 
 
 def stream(
@@ -295,13 +297,13 @@ class _Pool:
     def _end(self, ended: State) -> Iterator[Finished]:
         """Let samples that are out of steps go, or start again, or go on to the next model."""
         run, attack, known = self.run, self.run.attack, ended.known
-        nearest = attack.keep == "nearest"
+        nearest = attack.keeps == "nearest"
         images = run.returned(known["best"] if nearest else attack.result(ended), ended.x)
         if not run.judges:
             yield Finished(known["index"], images, None)
             return
         again = known["restart"] + 1 < attack.restarts
-        if nearest and again.any():  # the next start may find a nearer one
+        if attack.keep == "nearest" and again.any():  # the next start may find a nearer one
             self._restart(ended.rows(again))
             if again.all():
                 return
@@ -334,9 +336,7 @@ class _Pool:
             yield Finished(known["index"][leaves], select(images, leaves), fooled[leaves])
 
     def _restart(self, ended: State) -> None:
-        kept = {
-            name: ended.known[name] for name in (*_GIVEN, "doubted", "best", "best_distance") if name in ended.known
-        }
+        kept = {name: ended.known[name] for name in (*_GIVEN, *_KEPT) if name in ended.known}
         self.returning.append(self.run.start({**kept, "restart": ended.known["restart"] + 1}))
 
     def _place(self, state: State) -> None:

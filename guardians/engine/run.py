@@ -67,7 +67,6 @@ class Run:
         if self.judges or attack.precision not in ("auto", "float32"):
             self._probe(probe)
         self.judge_samples = attack.judge_samples or (_DRAWS if self.is_random else 1)
-        self._checked = False
 
     def keys(self, purpose: int, *numbers: np.ndarray | int) -> np.ndarray:
         """Seeds of a random model's draws: of the sample, of what it is asked for, and of how often it was before."""
@@ -122,9 +121,7 @@ class Run:
             known |= {"best": x.clone(), "best_distance": x.new_full((n,), torch.inf)}
         state = State(known, SampleRng(self.seed, *self._numbers(known)))
         self.attack.start(state)
-        if not self._checked:
-            state.check(type(self.attack).__name__)
-            self._checked = True
+        state.has_started(type(self.attack).__name__)
         return state
 
     def search_keys(self, state: State) -> np.ndarray:

@@ -37,11 +37,13 @@ class State:
     """
 
     def __init__(self, known: Columns, rng: SampleRng | None = None) -> None:
-        self.__dict__["known"], self.__dict__["_rng"] = known, rng
+        self.__dict__.update(known=known, _rng=rng, _has_started=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _ENGINES:
             raise AttributeError(f"column {name!r} is the engine's; an attack needs another name")
+        if self._has_started and name not in self.__dict__:  # rows that are put here later would not have it
+            raise AttributeError(f"column {name!r} is new: an attack makes all its columns in start")
         self.__dict__[name] = value
 
     def __getattr__(self, name: str) -> Any:
@@ -64,7 +66,7 @@ class State:
     @property
     def own(self) -> Columns:
         """The columns of the attack."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("known", "_rng")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("known", "_rng", "_has_started")}
 
     def rng_is(self, rng: SampleRng) -> None:
         """Give the rows another random stream."""
@@ -97,13 +99,13 @@ class State:
     def _of(parts: Any) -> State:
         known, own = parts
         state = State(known)
-        state.__dict__.update(own)
+        state.__dict__.update(own, _has_started=True)
         return state
 
-    def check(self, attack: str) -> None:
-        """Raise unless the columns of an attack that has just started are what the engine can work with.
+    def has_started(self, attack: str) -> None:
+        """Take no new columns from now on.
 
-        Raises:
+        Raises, unless those of the attack are what the engine can work with:
             TypeError: a column is neither a tensor nor a numpy array, or is on another device.
             ValueError: it has not a row a sample, or shares memory, between its rows or with another column.
         """
@@ -124,11 +126,12 @@ class State:
             other = memory.setdefault(_memory(value), name)
             if other != name and _memory(value):
                 raise ValueError(f"{where} shares memory with {other!r}: must be cloned")
+        self.__dict__["_has_started"] = True
 
 
 _ENGINES = {name for name, value in vars(State).items() if isinstance(value, property)} | {
-    *("asked", "best", "doubted", "known", "margin", "stuck", "_rng"),
-    *("rows", "put", "joined", "check", "rng_is"),
+    *("asked", "best", "doubted", "known", "stuck", "_rng", "_has_started"),
+    *("rows", "put", "joined", "has_started", "rng_is"),
 }
 
 
@@ -215,4 +218,4 @@ def join(parts: list[Any]) -> Any:
 
 def _memory(tensor: Tensor) -> int:
     """Where its entries are; 0 where they are nowhere."""
-    return tensor.untyped_storage().data_ptr() if tensor.numel() else 0
+    return tensor.untyped_storage()._cdata if tensor.numel() else 0
