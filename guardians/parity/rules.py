@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from guardians.attacks import CarliniWagnerL2, FastGradientMethod, ProjectedGradientDescent
+from guardians.attacks import CarliniWagnerL2, FastGradientMethod, FastMinimumNorm, ProjectedGradientDescent
 from guardians.attacks.boxes import Box, ChangeOfVariables
 from guardians.attacks.norms import as_norm, lp_norm, project, steepest_ascent
 from guardians.attacks.pgd import SteepestAscent
@@ -129,6 +129,14 @@ class TorchattacksCarliniWagner(CarliniWagnerL2):
         is_own = torch.zeros_like(logits).scatter(1, y[:, None], 1)
         own, other = (is_own * logits).amax(1), ((1 - is_own) * logits).amax(1)
         return (other - own if self.targeted else own - other).clamp_min(-self.confidence)
+
+
+class UnprojectedFastMinimumNorm(FastMinimumNorm):
+    """foolbox, norm 2: the projection divides a norm by itself, so that no step is ever drawn back into the ball."""
+
+    def projected(self, delta: Tensor, epsilon: Tensor) -> Tensor:
+        """The step as it is."""
+        return delta
 
 
 CARLINI_WAGNER_RULES: dict[str, type[CarliniWagnerL2]] = {
