@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from guardians.engine import loop
 from guardians.engine.batch import default_batch_size
+from guardians.engine.checks import check_integer
 from guardians.engine.interfaces import ClassifierAttack
 from guardians.engine.parameters import KW_ONLY, Count, Flag, OptionalCount, Precision, Seed
 from guardians.engine.report import Finished, Report
@@ -140,9 +141,10 @@ class Attack(ClassifierAttack):
                 from 0.
 
         Raises:
-            TypeError, ValueError: a batch is outside what is allowed.
+            TypeError, ValueError: a batch or `first_index` is outside what is allowed.
         """
-        yield from self._search(self._checked_batches(batches), first_index=first_index)
+        check_integer("first_index", first_index, low=0)
+        yield from self._search(self._checked_batches(batches), first_index=int(first_index))
 
     def _checked_batches(self, batches: Iterable[tuple[Tensor, Tensor] | Tensor]) -> Iterator[dict[str, Tensor]]:
         names, shape = None, None  # of the first batch

@@ -181,6 +181,8 @@ def labels_from(y: Any, n: int, nb_classes: int | None) -> Tensor:
             raise ValueError(f"y has shape {tuple(y.shape)}: the model has {nb_classes} classes")
         if not ((y >= 0).all() and ((y.double().sum(1) - 1).abs() < 1e-3).all()):
             raise ValueError("y has rows that are not one-hot, nor probabilities: each must sum to 1")
+        if ((y != 0) & (y != 1)).any():
+            logger.warning("y has rows of probabilities: the class of the largest is the label")
         return y.to(torch.float64).argmax(1)
     indices = y.reshape(n).long()
     if y.is_floating_point() and not (y.reshape(n) == indices).all():
