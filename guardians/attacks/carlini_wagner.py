@@ -436,7 +436,7 @@ class _NearestClasses(_SearchForConst):
         state.stalled = (state.stalled + state.nearest.isfinite()).masked_fill(improves, 0)
         leaps = state.stalled >= max(3, self.steps // 10)
         state.stalled = state.stalled.masked_fill(leaps, 0)
-        state.progress = state.progress + self._leap * leaps
+        state.progress = state.progress + self._leap * leaps.to(state.progress)
         behind = state.nearest > self._behind * state.best_distance
         return over | (state.progress >= 1) | ((state.progress >= 0.5) & behind)
 

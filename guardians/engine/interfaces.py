@@ -147,8 +147,9 @@ class ClassifierAttack(Parameters, EvasionAttack):
         return torch.as_tensor(np.require(array, requirements=["C", "W"]), dtype=dtype, device="cpu")
 
     def _checked_run(self, x: Tensor, y: Any, options: dict[str, Any], device: torch.device) -> Tensor:
-        inputs, first_index = self._checked_inputs(x, y, options), options.get("first_index", 0)
+        first_index = options.get("first_index", 0)
         check_integer("first_index", first_index, low=0)
+        inputs = self._checked_inputs(x, y, options)
         with undisturbed(self.victim.module), isolated(device):
             return self._run(inputs, device, int(first_index))
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 __all__ = ["ForkedGenerators", "SampleRng", "fresh_seed", "given_keys", "hashed", "row_keys"]
 
-_NEVER_SEEDED = 67280421310721
-"""torch's own seed of its global generator."""
+_SEED_AT_IMPORT = torch.initial_seed()
+"""Of torch's global generator."""
 _KEYS: ContextVar[np.ndarray | None] = ContextVar("row_keys", default=None)
 
 
@@ -75,7 +75,7 @@ def hashed(*parts: np.ndarray | int) -> np.ndarray:
 
 def fresh_seed() -> int:
     """A new seed, from torch's global generator, or where that was never seeded from numpy's, which ART draws from."""
-    if torch.initial_seed() == _NEVER_SEEDED:
+    if torch.initial_seed() == _SEED_AT_IMPORT >= 2**32:  # 64 random bits, with which torch starts, not a user's
         return int(np.random.randint(2**62, dtype=np.int64))  # noqa: NPY002
     return int(torch.randint(2**62, (), device="cpu"))
 
