@@ -34,6 +34,8 @@ from torch.nn.functional import one_hot
 
 from guardians.attacks import FGSM, PGD, CarliniWagnerL2, CarliniWagnerLinf
 from guardians.defences import RandomSelfEnsemble
+from guardians.toolkits.foolbox import FoolboxAttack
+from guardians.toolkits.torchattacks import TorchattacksAttack
 
 INF = float("inf")
 N = 6
@@ -48,9 +50,7 @@ def fgsm(model, **options):
 
 
 def cw2(model, **options):
-    return CarliniWagnerL2(
-        model, **{"binary_search_steps": 2, "max_iter": 10, "seed": 0, "verbose": False, **options}
-    )
+    return CarliniWagnerL2(model, **{"binary_search_steps": 2, "max_iter": 10, "seed": 0, "verbose": False, **options})
 
 
 def cwinf(model, **options):
@@ -235,28 +235,68 @@ JUDGED = {
 }
 
 
-@pytest.mark.parametrize("judge_samples", [None, 1, 3])
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7])
-@pytest.mark.parametrize("make", JUDGED.values(), ids=JUDGED)
-def test_the_verdict_on_a_random_model_is_that_of_draws_that_chose_nothing(make, share, judge_samples):
+class KeyedCoin(Coin):
+    """Whose draws are those of the keys that it is given, as the defences' are."""
+
+    def forward(self, x):
+        from guardians.engine.rng import given_keys, hashed
+
+        draw = torch.from_numpy((hashed(given_keys(len(x)), 7) >> np.uint64(11)).astype(np.float64)) / 2**53
+        logits = 4 * one_hot((draw < self.share).long(), CLASSES) + 1e-3 * draw[:, None] * torch.arange(CLASSES)
+        return logits.to(x) + 1e-3 * x.flatten(1)[:, :CLASSES]
+
+
+every_share = pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
+every_judge = pytest.mark.parametrize("make", JUDGED.values(), ids=JUDGED)
+
+
+def assert_judged_by_draws_that_chose_nothing(make, model, judge_samples, precision):
     n = 400
     x = torch.rand(n, 1, 2, 4, generator=torch.Generator().manual_seed(0))
-    attack = make(Coin(share), judge_samples=judge_samples, batch_size=512)
+    attack = make(model, judge_samples=judge_samples, batch_size=512, precision=precision)
     attack(x, torch.zeros(n, dtype=torch.int64))
-    assert_unbiased(attack.report.fooled, majority_of(judge_samples or 9, share))
+    assert_unbiased(attack.report.fooled, majority_of(judge_samples or 9, model.share))
 
 
-@pytest.mark.parametrize("share", [0.2, 0.35, 0.8])
-@pytest.mark.parametrize("make", JUDGED.values(), ids=JUDGED)
+@pytest.mark.parametrize("judge_samples", [None, 1])
+@every_share
+@every_judge
+def test_the_verdict_on_a_random_model_is_that_of_draws_that_chose_nothing(make, share, judge_samples):
+    assert_judged_by_draws_that_chose_nothing(make, Coin(share), judge_samples, "float32")
+
+
+@every_share
+@every_judge
+def test_the_verdict_is_that_of_draws_that_chose_nothing_where_draws_have_keys(make, share):
+    assert_judged_by_draws_that_chose_nothing(make, KeyedCoin(share), None, "float32")
+
+
+EARLY = [make for name, make in JUDGED.items() if "early" in name]
+
+
+@pytest.mark.xfail(strict=True, reason="loop._end: what a search in low precision fails is judged a second time")
+@pytest.mark.parametrize("make", EARLY)
+def test_a_second_search_is_no_second_chance_for_the_verdict(make):
+    assert_judged_by_draws_that_chose_nothing(make, Coin(0.5), None, "bfloat16")
+
+
+@pytest.mark.xfail(strict=True, reason="loop._settle: draws that refused a claim are those of the verdict at the end")
+@pytest.mark.parametrize("make", [JUDGED["FGSM, early"], JUDGED["C&W, early"]])
+def test_draws_that_refused_a_claim_do_not_judge_it_at_the_end(make):
+    assert_judged_by_draws_that_chose_nothing(make, KeyedCoin(0.5), 1, "float32")
+
+
+@pytest.mark.parametrize("share", [0.35, 0.65])
+@every_judge
 def test_the_verdict_on_a_random_model_agrees_with_many_fresh_draws(make, share):
-    n, model = 300, Coin(share)
+    n, model = 100, Coin(share)
     x, y = torch.rand(n, 1, 2, 4, generator=torch.Generator().manual_seed(1)), torch.zeros(n, dtype=torch.int64)
-    attack = make(model, judge_samples=101, batch_size=512)
+    attack = make(model, judge_samples=101, batch_size=512, precision="float32")
     x_adv = attack(x, y)
     with torch.random.fork_rng():
         torch.manual_seed(5)
         wrong = torch.stack([model(x_adv).argmax(1) != y for _ in range(301)]).float().mean(0) > 0.5
-    assert abs(attack.report.fooled.mean() - wrong.float().mean().item()) < 0.02
+    assert abs(attack.report.fooled.mean() - wrong.float().mean().item()) <= 0.02
 
 
 def test_restarts_without_early_stop_judge_a_random_model_by_nine_draws():
@@ -297,6 +337,158 @@ def test_two_values_that_do_not_go_together_change_nothing(net):
     with pytest.raises(ValueError, match="confidence"):
         made.set_params(confidence=1.0, objective_function="f1")
     assert (made.confidence, made.objective_function) == (0.0, "f6")
+
+
+ADAPTERS = {
+    "torchattacks": (
+        lambda package, net: TorchattacksAttack(net, package.PGD, eps=0.1, alpha=0.05, steps=2, random_start=False),
+        {"batch_size": 0, "targeted": 1, "attack": "PGD", "verbose": "yes", "eps_step": 0.1},
+    ),
+    "foolbox": (
+        lambda package, net: FoolboxAttack(net, package.attacks.LinfPGD(steps=2, random_start=False), 0.1),
+        {"batch_size": 0, "targeted": 1, "attack": "PGD", "verbose": "yes", "eps": -1.0, "eps_step": 0.1},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "name", "value"), [(key, name, value) for key in ADAPTERS for name, value in ADAPTERS[key][1].items()]
+)
+def test_a_refused_change_of_an_adapter_changes_nothing(toolkit, name, value, net):
+    made = ADAPTERS[toolkit][0](pytest.importorskip(toolkit), net)
+    x, y = some_images(N), some_labels(N)
+    before, expected = {key: getattr(made, key) for key in made.attack_params}, made(x, y)
+    with pytest.raises((TypeError, ValueError), match=name):
+        made.set_params(**{name: value})
+    with pytest.raises((TypeError, ValueError), match=name):
+        made.set_params(**{"batch_size": 3, name: value})
+    assert {key: getattr(made, key) for key in made.attack_params} == before
+    assert torch.equal(made(x, y), expected)
+
+
+# The columns of an attack
+
+
+def pgd_with(column, model, **options):
+    """PGD that has columns besides."""
+
+    class WithColumn(PGD):
+        def start(self, state):
+            super().start(state)
+            column(state)
+
+    return WithColumn(model, **{"eps": 0.1, "eps_step": 0.05, "max_iter": 2, "verbose": False, "seed": 0, **options})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("x", "y", "mask", "x_adv_init", "index", "restart", "best", "best_distance", "rng", "own", "known"),
+        *("asked", "doubted", "stuck", "rows", "put", "joined"),
+    ],
+)
+def test_a_column_with_a_name_of_the_engines_is_refused(name, net):
+    attack = pgd_with(lambda state: setattr(state, name, state.x.clone()), net)
+    with pytest.raises(AttributeError, match=f"{name!r} is the engine's"):
+        attack(some_images(N), some_labels(N))
+
+
+def twins(state):
+    state.first = torch.zeros_like(state.x)
+    state.mine = state.first
+
+
+def halves(state):
+    state.first, state.mine = torch.zeros(2, len(state)).unbind()
+
+
+def twins_on_the_host(state):
+    state.first = np.zeros(len(state))
+    state.mine = state.first[:]
+
+
+# what is made of the state, what the error says
+REFUSED = {
+    "too long": (lambda state: torch.zeros(len(state) + 1), "first dimension must be 6"),
+    "too short": (lambda state: np.zeros(len(state) - 1), "first dimension must be 6"),
+    "no dimension": (lambda state: torch.tensor(1.0), "first dimension must be 6"),
+    "a number": (lambda state: 1.0, "of type float"),
+    "a list": (lambda state: [0] * len(state), "of type list"),
+    "nothing": (lambda state: None, "of type NoneType"),
+    "another device": (lambda state: torch.zeros(len(state), device="meta"), "on meta"),
+    "expanded": (lambda state: torch.zeros(1).expand(len(state)), "expanded"),
+    "expanded pixels": (lambda state: torch.zeros(len(state), 1).expand(-1, 3), "expanded"),
+    "expanded on the host": (lambda state: np.broadcast_to(np.zeros(1), len(state)), "expanded"),
+    "the images": (lambda state: state.x, "shares memory with 'x'"),
+    "the labels": (lambda state: state.y[:, None], "shares memory with 'y'"),
+    "the index": (lambda state: state.index, "shares memory with 'index'"),
+    "the restart": (lambda state: state.restart[:], "shares memory with 'restart'"),
+    "another column": (twins, "shares memory with 'first'"),
+    "a part of another column": (halves, "shares memory with 'first'"),
+    "another column on the host": (twins_on_the_host, "shares memory with 'first'"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_column_that_the_engine_cannot_work_with_is_refused_by_name(make, message, net):
+    def column(state):
+        made = make(state)
+        if "mine" not in state.own:
+            state.mine = made
+
+    with pytest.raises((TypeError, ValueError), match=f"column 'mine'.*{message}"):
+        pgd_with(column, net)(some_images(N), some_labels(N))
+
+
+def test_a_column_that_is_made_at_some_starts_alone_is_refused_by_name(net):
+    def at_first(state):
+        if not state.restart.any():
+            state.mine = state.x.clone()
+
+    def later(state):
+        if state.restart.any():
+            state.mine = state.x.clone()
+
+    x, y = some_images(20), small_net()(some_images(20)).argmax(1)
+    for column in (at_first, later):
+        attack = pgd_with(column, net, num_random_init=4, early_stop=True, batch_size=8, eps=0.01, max_iter=3)
+        with pytest.raises(ValueError, match="'mine'"):
+            attack(x, y)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("batch_size", [3, 8, 64])
+def test_a_row_is_always_that_of_its_sample(batch_size, precision):
+    x, y = some_images(40), some_labels(40)
+
+    class Marked(PGD):
+        def start(self, state):
+            super().start(state)
+            state.mark, state.number = state.x.flatten(1).sum(1), 10 * state.index + state.restart
+            state.empty = state.x.new_zeros(len(state), 0)
+
+        def update(self, state, answer):
+            assert torch.equal(state.mark, state.x.flatten(1).sum(1))
+            assert np.array_equal(state.number, 10 * state.index + state.restart)
+            assert torch.equal(state.x, x[torch.from_numpy(state.index)])
+            assert torch.equal(state.y, y[torch.from_numpy(state.index)])
+            assert ((state.x_adv - state.x).abs() <= 0.03).all()
+            assert state.empty.shape == (len(state), 0)
+            return super().update(state, answer)
+
+    attack = Marked(
+        *(small_net(), np.inf, 0.02, 0.01),
+        max_iter=5,
+        num_random_init=3,
+        early_stop=True,
+        verbose=False,
+        seed=0,
+        batch_size=batch_size,
+        precision=precision,
+    )
+    x_adv = attack(x, y)
+    assert np.array_equal(attack.report.fooled, is_fooled(small_net(), x_adv, y))
+    assert 0 < attack.report.fooled.mean() < 1
 
 
 # Parts of a data set
@@ -507,9 +699,7 @@ def test_attacks_in_two_threads_on_models_that_share_parts(second_ends_first):
     one, two, x, y = gate(net), gate(net), some_images(N), some_labels(N)
     before = flags(one), flags(two)
     found = []
-    overlapping(
-        attacking(one, pgd, x, y, found), attacking(two, pgd, x, y, found), second_ends_first=second_ends_first
-    )
+    overlapping(attacking(one, pgd, x, y, found), attacking(two, pgd, x, y, found), second_ends_first=second_ends_first)
     assert (flags(one), flags(two)) == before
     assert all(one.quiet + two.quiet)
 
@@ -527,9 +717,7 @@ def test_an_error_in_one_of_two_threads_leaves_the_model_as_it_was(second_ends_f
         model.at_pass[threading.get_ident()] = fail
         pgd(model)(x, y)
 
-    overlapping(
-        failing, attacking(model, pgd, x, y, found), second_ends_first=second_ends_first, errors=[KeyError]
-    )
+    overlapping(failing, attacking(model, pgd, x, y, found), second_ends_first=second_ends_first, errors=[KeyError])
     assert flags(model) == before
     assert all(model.quiet)
 
@@ -590,7 +778,9 @@ def test_a_stream_of_what_another_stream_finds_leaves_the_model_as_it_was():
     model, x, y = gate(), some_images(N), some_labels(N)
     before = flags(model)
     inner = pgd(model, batch_size=2).stream([(x, y)])
-    outer = pgd(model, 2, 0.5, 0.2, batch_size=3).stream((part.x_adv, y[torch.from_numpy(part.index)]) for part in inner)
+    outer = pgd(model, 2, 0.5, 0.2, batch_size=3).stream(
+        (part.x_adv, y[torch.from_numpy(part.index)]) for part in inner
+    )
     next(outer)
     assert flags(model) == before
     assert len(list(outer)) > 0
@@ -786,7 +976,9 @@ CHANGES = {
         clip_values=(np.linspace(0.2, 0.3, 8), np.linspace(0.6, 0.65, 8))
     ),
     "another loss": lambda estimator: setattr(estimator, "_loss", shifted_loss),
-    "the loss of another reduction": lambda estimator: setattr(estimator, "_loss", nn.CrossEntropyLoss(reduction="sum")),
+    "the loss of another reduction": lambda estimator: setattr(
+        estimator, "_loss", nn.CrossEntropyLoss(reduction="sum")
+    ),
     "preprocessing": lambda estimator: estimator.set_params(preprocessing=(np.float32(0.3), np.float32(0.6))),
     "a preprocessor": lambda estimator: estimator.set_params(
         preprocessing_defences=[Squeezing(clip_values=(0, 1), bit_depth=3)]
@@ -976,6 +1168,26 @@ def test_a_step_without_end_moves_no_pixel_without_gradient(norm, early_stop, mo
 def test_a_step_without_end_is_that_of_art(norm, estimator):
     x, y = some_images(12).numpy(), some_labels(12).numpy()
     assert_as_art(FGSM(estimator, norm, INF).generate(x, y), ArtFGSM(estimator, norm, INF).generate(x, y))
+
+
+class Root(nn.Module):
+    """Whose gradient is infinite where a pixel is 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = small_net()
+
+    def forward(self, x):
+        return self.net(x.sqrt())
+
+
+@pytest.mark.parametrize("decay", [None, 0.9])
+@pytest.mark.parametrize("norm", [1, 1.5, 2, INF])
+def test_infinite_gradients_make_no_nan(norm, decay):
+    x, y = some_images(12), some_labels(12)
+    x_adv = PGD(Root().eval(), norm, 0.5, 0.1, decay, max_iter=4, verbose=False)(x, y)
+    assert ((x_adv >= 0) & (x_adv <= 1)).all()
+    assert (torch.linalg.vector_norm((x_adv.double() - x).flatten(1), norm, dim=1) <= 0.5 + 1e-12).all()
 
 
 def test_the_smallest_step_of_any_size_is_refused_by_name(net):
