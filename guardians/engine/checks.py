@@ -144,6 +144,8 @@ def checked_images(name: str, x: Tensor, victim: Victim) -> Tensor:
         raise ValueError(f"{name} has shape {shape}: the estimator's input_shape is {victim.input_shape}")
     if x.numel() == 0:
         raise ValueError(f"{name} has shape {shape}: the batch is empty")
+    if victim.input_shape is not None and shape[1:] != victim.input_shape:
+        logger.warning("%s has shape %s, though the estimator's input_shape is %s", name, shape, victim.input_shape)
     lowest, highest = (bound.item() for bound in x.aminmax())
     if not (math.isfinite(lowest) and math.isfinite(highest)):  # aminmax passes NaN on
         raise ValueError(f"{name} has NaN or infinite entries: all must be finite")

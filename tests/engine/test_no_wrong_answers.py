@@ -1097,11 +1097,12 @@ def test_probabilities_stand_for_their_largest_and_the_log_says_so(kind, estimat
 
 
 @every_kind
-def test_images_of_another_size_are_taken_as_art_takes_them(kind):
+def test_images_of_another_size_are_taken_as_art_takes_them(kind, caplog):
     net = nn.Sequential(nn.Conv2d(3, CLASSES, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     x = np.random.default_rng(0).random((4, 3, 9, 11), dtype=np.float32)
     ours, theirs = both(kind, art_classifier(net))
     assert_as_art(ours.generate(x, np.arange(4)), theirs.generate(x, np.arange(4)))
+    assert "input_shape is (3, 8, 8)" in caplog.text
 
 
 class Turned(Postprocessor):
