@@ -62,6 +62,7 @@ class _CarliniWagner(Attack):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._made_for: Any = None
+        self._bounds: Any = None
 
     def start(self, state: State) -> None:
         """The variables of the image."""
@@ -115,9 +116,10 @@ class _CarliniWagner(Attack):
     def boundary(self, x: Tensor) -> Box:
         """The box of images such as `x`, made once, as its bounds have to be moved to the device."""
         bounds = self.victim.clip_values
-        made_for = (self.box, x.device, x.dtype, bounds)
-        if self._made_for != made_for:
-            self._boundary, self._made_for = NoBox(x) if bounds is None else BOXES[self.box](bounds, x), made_for
+        made_for = (self.box, x.device, x.dtype)
+        if self._made_for != made_for or self._bounds is not bounds:
+            self._boundary = NoBox(x) if bounds is None else BOXES[self.box](bounds, x)
+            self._made_for, self._bounds = made_for, bounds
         return self._boundary
 
     def descend(
@@ -409,9 +411,10 @@ class _NearestClasses(_SearchForConst):
         """c after this step."""
         slope = lp_norm(answer.gradient, 2).flatten()
         linear = (2 * (answer.f + self.attack.confidence) / slope.square()).nan_to_num(nan=0, posinf=0)
-        missed = torch.where(state.nearest.isfinite(), self._const_not_fooled, self._const_never_fooled)
-        followed = state.const * torch.where(answer.reached, self._const_fooled, missed)
-        first = torch.where(linear > 0, linear, self.attack.initial_const)
+        factor = torch.full_like(state.const, self._const_never_fooled)
+        factor = factor.masked_fill(state.nearest.isfinite(), self._const_not_fooled)
+        followed = state.const * factor.masked_fill(answer.reached, self._const_fooled)
+        first = linear.where(linear > 0, torch.full_like(linear, self.attack.initial_const))
         state.const = torch.where(state.step == 0, first, followed).clamp_max(_LARGEST_CONST)
 
     def _first_rate(self, state: State) -> Tensor:
@@ -433,7 +436,7 @@ class _NearestClasses(_SearchForConst):
         state.stalled = (state.stalled + state.nearest.isfinite()).masked_fill(improves, 0)
         leaps = state.stalled >= max(3, self.steps // 10)
         state.stalled = state.stalled.masked_fill(leaps, 0)
-        state.progress = state.progress + self._leap * leaps
+        state.progress = state.progress + self._leap * leaps.to(state.progress)
         behind = state.nearest > self._behind * state.best_distance
         return over | (state.progress >= 1) | ((state.progress >= 0.5) & behind)
 

@@ -134,7 +134,7 @@ class SteepestAscent(Attack):
         if (np.ndim(self.eps) == 0) != (np.ndim(self.eps_step) == 0):
             shapes = f"eps has shape {np.shape(self.eps)} and eps_step {np.shape(self.eps_step)}"
             raise ArgumentTypeError(f"{shapes}: both must be numbers, or both arrays")
-        if self.starts_at_random and not torch.as_tensor(self.eps).isfinite().all():
+        if self.starts_at_random and not _is_finite(self.eps):
             raise ValueError(f"eps={self.eps}: must be finite for random starts")
 
     def _check_call(self, x: Tensor) -> None:
@@ -208,6 +208,10 @@ def _rows(radius: float | np.ndarray | Tensor, state: State) -> Tensor:
     rows = rows.reshape((1,) * (state.x.ndim - rows.ndim) + rows.shape)
     rows = rows[state.index] if len(rows) > 1 else rows.repeat(len(state), *(1,) * (rows.ndim - 1))
     return rows.to(state.x.device)
+
+
+def _is_finite(radius: float | np.ndarray | Tensor) -> bool:
+    return bool(torch.as_tensor(radius, device="cpu").isfinite().all())
 
 
 def _constant_in_sample(radius: Tensor, x: Tensor) -> bool:
