@@ -82,7 +82,7 @@ class FastGradientMethod(SteepestAscent):
         x, steps = state.x, state.steps
         at_image = torch.from_numpy(steps == 0).to(x.device)
         if answer.gradient is not None:
-            if at_image.any():
+            if not steps.all():
                 self.write_summary(state, answer.gradient)
             ascended = self._ascended(answer.gradient, state)
             state.gradient = torch.where(per_image(at_image, x), ascended, state.gradient)

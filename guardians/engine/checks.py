@@ -214,7 +214,7 @@ def mask_from(mask: Any, x: Tensor) -> Tensor:
     """
     tensor = torch.as_tensor(mask)
     if not (tensor.is_floating_point() or tensor.dtype == torch.bool):
-        raise TypeError(f"mask has dtype {tensor.dtype}: must be bool or floating point")
+        raise ArgumentTypeError(f"mask has dtype {tensor.dtype}: must be bool or floating point")
     if tensor.is_floating_point() and not (tensor >= 0).all():
         raise ValueError("mask has entries that are negative or NaN: each must be zero or positive")
     try:

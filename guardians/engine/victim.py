@@ -282,6 +282,8 @@ def predicted_labels(module: nn.Module, images: Tensor, batch_size: int = 256) -
 
 def _found_in(output: Any) -> tuple[Any, str]:
     """The logits in what a model returns, and where they were; the output itself where there are none to see."""
+    if isinstance(output, Tensor):
+        return output, ""
     if isinstance(getattr(output, "logits", None), Tensor):
         return output.logits, ".logits"
     if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):

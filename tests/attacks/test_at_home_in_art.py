@@ -17,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from guardians.attacks import FGSM, PGD, CarliniL2Method, CarliniLInfMethod
+from guardians.toolkits import TorchattacksAttack
 
 N = 6
 PAIRS = {
@@ -191,6 +192,14 @@ def test_carlini_wagner_of_an_ensemble_goes_by_its_class_gradient(images):
     np.testing.assert_allclose(x_adv, CarliniL2Method(Mean(), **options).generate(images, y), atol=1e-3)
     assert attack.report.fooled.any()
     np.testing.assert_array_equal(attack.report.fooled, estimator.predict(x_adv).argmax(1) != y)
+
+
+def test_other_toolkits_attack_an_ensemble(images):
+    torchattacks = pytest.importorskip("torchattacks")
+    estimator = OWN_GRADIENTS["ensemble"]()
+    y = estimator.predict(images).argmax(1)
+    attack = TorchattacksAttack(estimator, torchattacks.PGD, eps=0.1, alpha=0.03, steps=5)
+    assert (estimator.predict(attack.generate(images, y)).argmax(1) != y).any()
 
 
 @pytest.mark.parametrize("kind", ["randomised smoothing", "estimated gradients"])

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from guardians.attacks import FGSM, PGD, CarliniL2Method
 from guardians.engine.victim import Victim, predicted_labels
+from guardians.toolkits import TorchattacksAttack
 
 ATTACKS = {
     "FGSM": lambda model: FGSM(model, eps=0.05),
@@ -151,6 +152,14 @@ def test_predictions_of_such_models(x, y):
     model = Returns(lambda x, logits: Output(None, logits))
     assert torch.equal(Victim(model).predict(x), y)
     assert torch.equal(predicted_labels(model, x), y)
+
+
+def test_other_toolkits_attack_such_models(x, y):
+    torchattacks = pytest.importorskip("torchattacks")
+    model = Returns(lambda x, logits: Output(None, logits))
+    options = {"eps": 0.05, "alpha": 0.02, "steps": 3, "random_start": False}
+    odd, plain = (TorchattacksAttack(net, torchattacks.PGD, **options) for net in (model, model.net))
+    assert torch.equal(odd(x, y), plain(x, y))
 
 
 class Checkpointed(nn.Module):
