@@ -153,7 +153,7 @@ CALL = {
         "eps varies.*norm=2",
     ),
     "mask of another shape": ({}, {"mask": torch.ones(3, 7, 7)}, ValueError, "mask has shape"),
-    "mask of integers": ({}, {"mask": torch.ones(SHAPE, dtype=torch.int64)}, ArgumentTypeError, "mask has dtype.*int64"),
+    "mask of integers": ({}, {"mask": torch.ones(SHAPE, dtype=torch.int64)}, ArgumentTypeError, "mask has dtype"),
     "mask negative": ({}, {"mask": -torch.ones(SHAPE)}, ValueError, "mask has entries"),
     "mask NaN": ({}, {"mask": torch.full(SHAPE, NAN)}, ValueError, "mask has entries"),
     "start of another shape": ({}, {"x_adv_init": some_images(N - 1)}, ValueError, "x_adv_init has shape"),
