@@ -12,6 +12,7 @@ from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
+from art.attacks import evasion
 from torch import Tensor
 
 from guardians.attacks.boxes import BOXES, Box, NoBox
@@ -153,6 +154,12 @@ class _CarliniWagner(Attack):
             state.variable = torch.where(images, state.home, state.variable)
         state.mean, state.square = state.mean.masked_fill(images, 0), state.square.masked_fill(images, 0)
         state.step = state.step.masked_fill(rows, 0)
+
+    def _checked_inputs(self, x: Tensor, y: Any, options: dict[str, Any]) -> dict[str, Tensor]:
+        inputs = super()._checked_inputs(x, y, options)
+        if self.victim.has_single_output:
+            raise ValueError("the model returns a single output: Carlini-Wagner compares logits, so needs two or more")
+        return inputs
 
     def _check_params(self) -> None:
         super()._check_params()
@@ -516,6 +523,8 @@ class CarliniWagnerLinf(_CarliniWagner):
             raise ValueError(f"largest_const={self.largest_const}: must be at least initial_const={self.initial_const}")
 
 
+evasion.CarliniL2Method.register(CarliniWagnerL2)
+evasion.CarliniLInfMethod.register(CarliniWagnerLinf)
 CarliniL2Method = CarliniWagnerL2
 CarliniLInfMethod = CarliniWagnerLinf
 

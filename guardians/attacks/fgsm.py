@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from art.attacks import evasion
 from torch import Tensor
 
 from guardians.attacks.norms import Norm
@@ -38,12 +39,13 @@ class FastGradientMethod(SteepestAscent):
         batch_size: images in one forward pass; None chooses it.
         minimal: try the sizes eps_step, 2 eps_step, ... up to eps along the gradient at the image, and keep the first
             that fools the model, or the last. Random starts do not apply.
-        summary_writer: TensorBoard logs, as of ART.
+        summary_writer: TensorBoard logs as ART's attacks write them; True, a folder, or an ART `SummaryWriter`.
         verbose: show a progress bar.
         seed, early_stop, precision, judge_samples, eot_samples: see `Attack`.
 
     Raises:
         EstimatorError, TypeError, ValueError: see `Attack`.
+        ImportError: `summary_writer` needs tensorboardX, which is not installed.
     """
 
     estimator: Estimator
@@ -80,6 +82,8 @@ class FastGradientMethod(SteepestAscent):
         x, steps = state.x, state.steps
         at_image = torch.from_numpy(steps == 0).to(x.device)
         if answer.gradient is not None:
+            if not steps.all():
+                self.write_summary(state, answer.gradient)
             ascended = self._ascended(answer.gradient, state)
             state.gradient = torch.where(per_image(at_image, x), ascended, state.gradient)
         done: np.ndarray = (~at_image & answer.fooled).cpu().numpy() | (steps >= state.sizes)
@@ -119,4 +123,5 @@ class FastGradientMethod(SteepestAscent):
             raise ValueError(f"eps={self.eps}: must be finite with minimal=True")
 
 
+evasion.FastGradientMethod.register(FastGradientMethod)
 FGSM = FastGradientMethod

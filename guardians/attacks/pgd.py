@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from art.attacks import evasion
 from scipy.stats import truncnorm
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from guardians.attacks.norms import (
     Norm,
@@ -24,6 +27,7 @@ from guardians.engine.attack import Attack
 from guardians.engine.checks import ArgumentTypeError
 from guardians.engine.interfaces import Estimator
 from guardians.engine.parameters import Flag, OptionalCount, OptionalNumber, PositiveArray, Radius, Size
+from guardians.engine.report import Finished
 from guardians.engine.state import Answer, Progress, Query, State
 
 __all__ = ["PGD", "ProjectedGradientDescent", "SteepestAscent"]
@@ -34,6 +38,9 @@ class SteepestAscent(Attack):
 
     What FGSM and PGD share; their arguments are their own.
     """
+
+    _batch = _step = -1
+    """Where the summary is."""
 
     def start(self, state: State) -> None:
         """Place the iterate, and the box that every iterate is clamped to: `clip_values`, for inf within the ball."""
@@ -70,6 +77,7 @@ class SteepestAscent(Attack):
         done = state.steps >= self.max_iter
         if done.all():  # no step was asked for
             return Progress(done)
+        self.write_summary(state, answer.gradient)
         before = state.x_adv
         step = self.step(self._ascended(answer.gradient, state), before, state.eps_step, state)
         state.x_adv = self.inside(before + step, state)
@@ -108,6 +116,35 @@ class SteepestAscent(Attack):
         if p == np.inf:
             return x_adv
         return state.x + project(x_adv - state.x, state.eps.to(x_adv.dtype), p)
+
+    def write_summary(self, state: State, gradient: Tensor) -> None:
+        """Tell the summary writer what ART's attacks tell theirs, where there is one.
+
+        A batch is what is searched from where all rows are at their first step, which with `early_stop` changes on the
+        way, and its steps are the gradients since. Of a bare module, which has no `compute_loss`, the loss is not told.
+        """
+        if self.summary_writer is None:
+            return
+        if not state.steps.any():
+            self._batch, self._step = self._batch + 1, -1
+        self._step += 1
+        if self.victim.averages_loss:
+            gradient = gradient / len(state)
+        self.summary_writer.update(
+            batch_id=self._batch,
+            global_step=self._step,
+            grad=gradient.cpu().numpy(),
+            estimator=self.estimator,
+            x=state.x_adv.cpu().numpy(),
+            y=one_hot(state.y, self.victim.nb_classes or -1).cpu().numpy().astype(np.float32),
+            targeted=self.targeted,
+        )
+
+    def _search(self, *arguments: Any, **options: Any) -> Iterator[Finished]:
+        self._batch = self._step = -1
+        yield from super()._search(*arguments, **options)
+        if self.summary_writer is not None:
+            self.summary_writer.reset()
 
     def _ascended(self, gradient: Tensor, state: State) -> Tensor:
         """What is ascended: the gradient without NaN and fixed pixels, or the momentum that it adds to."""
@@ -177,12 +214,14 @@ class ProjectedGradientDescent(SteepestAscent):
         batch_size: images in one forward pass; None chooses it.
         random_eps: for each sample, draw eps from a normal distribution of standard deviation eps / 2 truncated to
             [0, eps], with eps_step in proportion (Kurakin et al. 2017, section 3).
-        summary_writer: TensorBoard logs, as of ART.
+        summary_writer: TensorBoard logs as ART's attacks write them, for at most one random start; True, a folder, or
+            an ART `SummaryWriter`.
         verbose: show a progress bar.
         seed, early_stop, precision, judge_samples, eot_samples: see `Attack`.
 
     Raises:
         EstimatorError, TypeError, ValueError: see `Attack`.
+        ImportError: `summary_writer` needs tensorboardX, which is not installed.
     """
 
     estimator: Estimator
@@ -198,7 +237,13 @@ class ProjectedGradientDescent(SteepestAscent):
     summary_writer: Any = False
     verbose: Flag = True
 
+    def _check_params(self) -> None:
+        super()._check_params()
+        if self.summary_writer is not None and self.num_random_init > 1:
+            raise ValueError(f"num_random_init={self.num_random_init}: must be at most 1 with a summary_writer")
 
+
+evasion.ProjectedGradientDescent.register(ProjectedGradientDescent)
 PGD = ProjectedGradientDescent
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
+from art.summary_writer import SummaryWriter
 from torch import Tensor
 
 from guardians.engine.victim import Victim
@@ -21,6 +23,7 @@ __all__ = [
     "check_integer",
     "check_number",
     "check_seed",
+    "check_summary_writer",
     "checked_images",
     "labels_from",
     "mask_from",
@@ -121,6 +124,16 @@ def check_choice(name: str, value: Any, known: Iterable[Any]) -> None:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(str, known))}")
 
 
+def check_summary_writer(name: str, value: Any) -> None:
+    """Raise unless `value` is True, False, a path, or an ART `SummaryWriter`.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    if not isinstance(value, (bool, str, os.PathLike, SummaryWriter)):
+        raise ArgumentTypeError(f"{name}={value!r}: must be True, False, a path or an ART SummaryWriter")
+
+
 def check_device(name: str, x: Any, victim: Victim) -> None:
     """Raise unless `x` is a tensor where the victim is.
 
@@ -214,7 +227,7 @@ def mask_from(mask: Any, x: Tensor) -> Tensor:
     """
     tensor = torch.as_tensor(mask)
     if not (tensor.is_floating_point() or tensor.dtype == torch.bool):
-        raise TypeError(f"mask has dtype {tensor.dtype}: must be bool or floating point")
+        raise ArgumentTypeError(f"mask has dtype {tensor.dtype}: must be bool or floating point")
     if tensor.is_floating_point() and not (tensor >= 0).all():
         raise ValueError("mask has entries that are negative or NaN: each must be zero or positive")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,17 +12,23 @@ import torch
 from art.attacks import EvasionAttack
 from art.estimators import BaseEstimator, LossGradientsMixin
 from art.estimators.classification import ClassifierMixin, PyTorchClassifier
-from art.estimators.pytorch import PyTorchEstimator
 from torch import Tensor, nn
 
-from guardians.engine.checks import check_device, check_integer, checked_images, labels_from, mask_from
+from guardians.engine.checks import (
+    check_device,
+    check_integer,
+    check_summary_writer,
+    checked_images,
+    labels_from,
+    mask_from,
+)
 from guardians.engine.parameters import Parameters
 from guardians.engine.rng import ForkedGenerators, hashed, row_keys
 from guardians.engine.victim import Victim, isolated, undisturbed
 
 __all__ = ["ClassifierAttack", "Estimator"]
 
-Estimator = PyTorchClassifier | nn.Module
+Estimator = PyTorchClassifier | LossGradientsMixin | nn.Module
 
 logger = logging.getLogger(__name__)
 
@@ -32,15 +39,16 @@ class ClassifierAttack(Parameters, EvasionAttack):
     A subclass is its arguments as annotated fields, see `Parameters`, and one method, `_run`, which is given arguments
     that are checked. The first field is the estimator: an ART `PyTorchClassifier`, whose preprocessing and
     `clip_values` are honoured as they are at each call, or an `nn.Module` that returns logits for images in [0, 1]. It
-    is attacked in evaluation mode and comes back bit for bit as it was.
+    is attacked in evaluation mode and comes back bit for bit as it was. Other ART classifiers with a `loss_gradient`
+    (randomised smoothing, ensembles, estimated gradients) are attacked through it, in numpy and so slower.
 
     Raises:
-        EstimatorError: the estimator is neither.
+        EstimatorError: the estimator is none of these.
         TypeError, ValueError: an argument is outside what is allowed; checked before any work.
     """
 
     attack_params: ClassVar[list[str]] = list(EvasionAttack.attack_params)
-    _estimator_requirements = (BaseEstimator, LossGradientsMixin, ClassifierMixin, PyTorchEstimator)
+    _estimator_requirements = (BaseEstimator, LossGradientsMixin, ClassifierMixin)
     _options: ClassVar[tuple[str, ...]] = ()
     """What the interfaces take besides images and labels, of "mask" and "x_adv_init"."""
 
@@ -51,8 +59,19 @@ class ClassifierAttack(Parameters, EvasionAttack):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         values = self._bound(arguments, options)
         estimator = values.pop(self.parameters()[0])
-        super().__init__(estimator=estimator, summary_writer=values.pop("summary_writer", False))
+        if isinstance(estimator, torch.export.ExportedProgram):
+            raise TypeError("estimator of type ExportedProgram: must be the module of it, program.module()")
+        writer = values.pop("summary_writer", False)
+        check_summary_writer("summary_writer", writer)
+        super().__init__(
+            estimator=estimator, summary_writer=os.fspath(writer) if isinstance(writer, os.PathLike) else writer
+        )
         self.victim = Victim(estimator)
+        if self.victim.has_own_gradients:
+            logger.warning(
+                "estimator of type %s: is attacked through its own loss_gradient and predict, which takes longer",
+                type(estimator).__name__,
+            )
         for name, value in values.items():
             setattr(self, name, value)
         self._check_params()
@@ -167,7 +186,7 @@ class ClassifierAttack(Parameters, EvasionAttack):
                 if start.shape != x.shape:
                     raise ValueError(f"x_adv_init has shape {tuple(start.shape)}: x has {tuple(x.shape)}")
             self._check_call(x)
-            if self.victim.nb_classes is None:
+            if self.victim.nb_classes is None or self.victim.has_single_output is None:
                 self._see_classes(inputs["x"][:1])
             if self.victim.nb_classes == 1:
                 raise ValueError(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,14 +17,23 @@ from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
+from guardians.engine.own_gradients import EstimatorModule, is_plain
+
 __all__ = ["Victim", "isolated", "predicted_labels", "undisturbed"]
 
+logger = logging.getLogger(__name__)
+
 _UNIT = (torch.zeros((), dtype=torch.float64, device="cpu"), torch.ones((), dtype=torch.float64, device="cpu"))
+_OTHER_SHAPE = ("Guard failed", "Expected input at *args")
+"""What torch says where an exported module is given another shape than it was exported for."""
 _LOW_PRECISIONS = (torch.bfloat16, torch.float16)
 
 
 class Victim:
     """Differentiable logits and the loss of a classifier, with ART's preprocessing and loss where there are any.
+
+    An estimator that predicts or differentiates in a way of its own, such as ART's for randomised smoothing, is asked
+    through its `predict`, `loss_gradient` and `class_gradient`, see `EstimatorModule`.
 
     Attributes:
         module: the user's model.
@@ -32,26 +42,26 @@ class Victim:
         input_shape: the shape of one image, or None where it is not known.
         nb_classes: number of classes, or None until the first forward pass.
         device, dtype: of the model's first floating-point parameter or buffer; None where it has none.
-
-    Raises:
-        ValueError: the estimator has a `loss_gradient` of its own, such as ART's for randomised smoothing.
+        has_own_gradients: whether the estimator itself is asked, rather than its module.
     """
 
     def __init__(self, estimator: PyTorchClassifier | nn.Module) -> None:
         self._estimator: PyTorchClassifier | None = None
+        self._asked: EstimatorModule | None = None
         self._known_classes: int | None = None
+        self._returns_one: bool | None = None
+        self._said: set[str] = set()
+        self._differentiable = False
         self._loss_of: tuple[Any, Callable[[Tensor, Tensor], Tensor]] | None = None  # and what was made of it
         self._bounds_of: tuple[Any, tuple[Tensor, Tensor] | None] | None = None
         self.module: nn.Module
         if isinstance(estimator, nn.Module):
             self.module = estimator
-        else:
-            if type(estimator).loss_gradient is not PyTorchClassifier.loss_gradient:
-                raise ValueError(
-                    f"estimator of type {type(estimator).__name__}: has a loss_gradient of its own, which would be "
-                    "bypassed; allowed are estimators with that of PyTorchClassifier, and nn.Modules"
-                )
+        elif is_plain(estimator):
             self._estimator, self.module = estimator, estimator.model
+        else:
+            self._asked = EstimatorModule(estimator)
+            self._estimator, self.module = estimator, self._asked
 
     @property
     def clip_values(self) -> tuple[Tensor, Tensor] | None:
@@ -74,6 +84,29 @@ class Victim:
         return self._known_classes if self._estimator is None else self._estimator.nb_classes
 
     @property
+    def has_own_gradients(self) -> bool:
+        """Whether the estimator itself is asked, rather than its module."""
+        return self._asked is not None
+
+    @property
+    def has_single_output(self) -> bool | None:
+        """Whether the model returns one number for two classes; None until it is asked."""
+        return False if self._threshold is None else self._returns_one
+
+    @property
+    def averages_loss(self) -> bool:
+        """Whether ART has the gradient of the mean loss of a batch, where `loss` is that of each sample."""
+        return not self.has_own_gradients and getattr(getattr(self._estimator, "loss", None), "reduction", "") == "mean"
+
+    @property
+    def _threshold(self) -> float | None:
+        """Above which a single output stands for class 1; None where the loss does not say so."""
+        if self._estimator is None or self.has_own_gradients or self.nb_classes != 2:
+            return None
+        given = self._estimator.loss
+        return 0.5 if isinstance(given, nn.BCELoss) else 0.0 if isinstance(given, nn.BCEWithLogitsLoss) else None
+
+    @property
     def device(self) -> torch.device | None:
         """Of the model's first floating-point parameter or buffer; None where it has none."""
         weight = self._weight
@@ -90,26 +123,55 @@ class Victim:
         tensors = itertools.chain(self.module.parameters(), self.module.buffers())
         return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
 
-    def logits(self, x: Tensor, module: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def logits(self, x: Tensor, module: Callable[[Tensor], Any] | None = None) -> Tensor:
         """Logits (N, classes) of images (N, ...), differentiable with respect to `x`.
+
+        Of an estimator with a single output s for two classes they are (threshold, s): 0.5 for `BCELoss`, 0 for
+        `BCEWithLogitsLoss`. What comes back as an object with `logits`, or in front of other things, is taken out.
 
         Args:
             x: images.
             module: what to ask in the place of the user's model, after the same preprocessing.
 
         Raises:
-            ValueError: the model does not return one row of logits for each image.
+            ValueError: the model does not return one row of logits for each image, is exported for another batch size,
+                or has no gradient of its input alone (reentrant checkpoints).
         """
         asked = x.clone()  # the model may write into it
-        if self._estimator is not None:
+        if self._estimator is not None and not self.has_own_gradients:
             asked = self._preprocess(asked)
         low = self.dtype if self.dtype in _LOW_PRECISIONS else None
-        logits = (module or self.module)(asked if low is None else asked.to(low))
+        try:
+            output = (module or self.module)(asked if low is None else asked.to(low))
+        except (AssertionError, RuntimeError) as error:
+            if any(sign in str(error) for sign in _OTHER_SHAPE):
+                raise ValueError(
+                    "the model was exported for batches of one size: torch.export needs dynamic_shapes for dimension 0"
+                ) from error
+            raise
+        logits, where = _found_in(output)
+        if where:
+            self._say(f"the model returns more than logits: they are taken from output{where}")
+        if self._threshold is not None and isinstance(logits, Tensor) and logits.shape in ((len(x),), (len(x), 1)):
+            self._returns_one = True
+            column = logits.reshape(len(x), 1)
+            logits = torch.cat([torch.full_like(column, self._threshold), column], 1)
+        elif self._returns_one is None:
+            self._returns_one = False
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"the model returned {got} for {len(x)} images; needed are logits (N, classes)")
+            raise ValueError(
+                f"the model returned {got} for {len(x)} images; needed are logits (N, classes), of another model those "
+                "of a module around it"
+            )
+        if logits.shape[1] == 1 and self.nb_classes is not None and self._estimator is not None:
+            raise ValueError(
+                f"the model returned {tuple(logits.shape)} for {len(x)} images; a single output needs nb_classes=2 and "
+                "the loss BCELoss or BCEWithLogitsLoss"
+            )
         if module is None:
             self._known_classes = logits.shape[1]
+            self._check_graph(logits)
         return logits if low is None else logits.float()
 
     def clip(self, x: Tensor) -> Tensor:
@@ -121,12 +183,17 @@ class Victim:
 
         A loss that cannot be had per sample comes back as it is; its sum has the same gradient direction.
         """
+        if self._asked is not None:
+            return self._asked.loss(logits, y)
         if self._estimator is None:
             return cross_entropy(logits, y, reduction="none")
         given = self._estimator.loss
         if self._loss_of is None or self._loss_of[0] is not given:
             self._loss_of = given, _PerSampleLoss(given)
-        return self._loss_of[1](logits, self._estimator.reduce_labels(one_hot(y, logits.shape[1]).to(logits.dtype)))
+        target = self._estimator.reduce_labels(one_hot(y, logits.shape[1]).to(logits.dtype))
+        if self.has_single_output:
+            logits, target = logits[:, 1:], target.to(logits.dtype)[:, None]
+        return self._loss_of[1](logits, target)
 
     def predict(self, x: Tensor) -> Tensor:
         """Labels (N,) that the model gives to images (N, ...), after an estimator's postprocessing."""
@@ -136,6 +203,29 @@ class Victim:
             return logits.argmax(1)
         predictions = self._estimator._apply_postprocessing(logits.cpu().numpy(), fit=False)
         return torch.from_numpy(np.asarray(predictions)).argmax(1).to(x.device)
+
+    def _say(self, what: str) -> None:
+        """Once."""
+        if what not in self._said:
+            self._said.add(what)
+            logger.warning(what)
+
+    def _check_graph(self, logits: Tensor) -> None:
+        """Raise on reentrant checkpoints, at the first logits that have a graph."""
+        if self._differentiable or logits.grad_fn is None:
+            return
+        seen, left = {logits.grad_fn}, [logits.grad_fn]
+        while left:
+            node = left.pop()
+            if node.name() == "CheckpointFunctionBackward":
+                raise ValueError(
+                    "the model has checkpoints with use_reentrant=True, through which there is no gradient of images "
+                    "alone: set use_reentrant=False"
+                )
+            new = {following for following, _ in node.next_functions if following is not None} - seen
+            seen |= new
+            left += new
+        self._differentiable = True
 
     def _preprocess(self, x: Tensor) -> Tensor:
         estimator = self._estimator
@@ -191,7 +281,20 @@ def _clip_tensors(clip_values: Any, shape: tuple[int, ...]) -> tuple[Tensor, Ten
 def predicted_labels(module: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
     """Labels (N,) that a module, in evaluation mode, gives to images (N, ...)."""
     with undisturbed(module), torch.no_grad():
-        return torch.cat([module(batch).argmax(1) for batch in images.split(batch_size)])
+        return torch.cat([_found_in(module(batch))[0].argmax(1) for batch in images.split(batch_size)])
+
+
+def _found_in(output: Any) -> tuple[Any, str]:
+    """The logits in what a model returns, and where they were; the output itself where there are none to see."""
+    if isinstance(output, Tensor):
+        return output, ""
+    if isinstance(getattr(output, "logits", None), Tensor):
+        return output.logits, ".logits"
+    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
+        return output["logits"], "['logits']"
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return output[0], "[0]"
+    return output, ""
 
 
 class _Users:

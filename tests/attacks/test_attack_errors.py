@@ -1,16 +1,18 @@
 """What is not allowed is refused by name, before any work."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
-from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing
 from art.estimators.classification import BlackBoxClassifier, SklearnClassifier
 from art.exceptions import EstimatorError
 from models_for_tests import CLASSES, SHAPE, art_classifier, linear_model, small_net, some_images, some_labels
-from sklearn.linear_model import LogisticRegression
+from sklearn.tree import DecisionTreeClassifier
 from torch import nn
 
 from guardians.attacks import FGSM, PGD
+from guardians.engine.checks import ArgumentTypeError
 
 N = 4
 NAN, INF = float("nan"), float("inf")
@@ -74,6 +76,13 @@ def test_constructor_arguments(attack, options, error, message, net, tmp_path, m
         attack(net, **options)
     assert net.images_seen == 0
     assert not any(tmp_path.iterdir())  # a summary writer makes a folder
+
+
+def test_a_summary_writer_without_tensorboard(net, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ImportError, match="tensorboardX"):
+        PGD(net, summary_writer=True)
+    assert net.images_seen == 0
 
 
 # ART has no setter of summary_writer either.
@@ -144,7 +153,7 @@ CALL = {
         "eps varies.*norm=2",
     ),
     "mask of another shape": ({}, {"mask": torch.ones(3, 7, 7)}, ValueError, "mask has shape"),
-    "mask of integers": ({}, {"mask": torch.ones(SHAPE, dtype=torch.int64)}, TypeError, "mask has dtype.*int64"),
+    "mask of integers": ({}, {"mask": torch.ones(SHAPE, dtype=torch.int64)}, ArgumentTypeError, "mask has dtype"),
     "mask negative": ({}, {"mask": -torch.ones(SHAPE)}, ValueError, "mask has entries"),
     "mask NaN": ({}, {"mask": torch.full(SHAPE, NAN)}, ValueError, "mask has entries"),
     "start of another shape": ({}, {"x_adv_init": some_images(N - 1)}, ValueError, "x_adv_init has shape"),
@@ -244,7 +253,9 @@ def test_a_call_refuses_what_it_does_not_know(net):
 @pytest.mark.parametrize(
     "estimator",
     [
-        SklearnClassifier(LogisticRegression().fit(np.random.default_rng(0).normal(size=(20, 4)), np.arange(20) % 2)),
+        SklearnClassifier(
+            DecisionTreeClassifier().fit(np.random.default_rng(0).normal(size=(20, 4)), np.arange(20) % 2)
+        ),
         BlackBoxClassifier(lambda x: np.zeros((len(x), CLASSES)), SHAPE, CLASSES),
         object(),
         None,
@@ -253,8 +264,8 @@ def test_a_call_refuses_what_it_does_not_know(net):
     ],
     ids=["scikit-learn", "black box", "object", "none", "function", "class"],
 )
-def test_only_pytorch_classifiers_are_attacked(attack, estimator):
-    with pytest.raises(EstimatorError):
+def test_only_classifiers_with_a_loss_gradient_are_attacked(attack, estimator):
+    with pytest.raises(EstimatorError, match=type(estimator).__name__):
         attack(estimator)
 
 
@@ -273,7 +284,10 @@ MALFORMED = {
     "images": lambda x, logits: x,
     "one number an image": lambda x, logits: logits[:, 0],
     "one row": lambda x, logits: logits[:1].mean(0, keepdim=True).expand(2, -1),
-    "a tuple": lambda x, logits: (logits, x),
+    "a tuple of images": lambda x, logits: (x, logits),
+    "an empty tuple": lambda x, logits: (),
+    "a string": lambda x, logits: "logits",
+    "a dict without logits": lambda x, logits: {"scores": logits},
 }
 NOT_DIFFERENTIABLE = {
     "labels": lambda x, logits: nn.functional.one_hot(logits.argmax(1), CLASSES).float(),
@@ -294,11 +308,3 @@ def test_models_that_return_no_logits(transform, wrap):
 def test_models_without_a_gradient(transform, wrap):
     with pytest.raises(ValueError, match="no gradient"):
         PGD(wrap(Returns(transform)))(some_images(N), some_labels(N))
-
-
-def test_an_estimator_with_gradients_of_its_own_is_refused(net):
-    smoothed = PyTorchRandomizedSmoothing(
-        net, nn.CrossEntropyLoss(), input_shape=SHAPE, nb_classes=CLASSES, clip_values=(0, 1), device_type="cpu"
-    )
-    with pytest.raises(ValueError, match="PyTorchRandomizedSmoothing"):
-        PGD(smoothed)
