@@ -3,6 +3,7 @@
 from guardians.attacks.carlini_wagner import CarliniL2Method, CarliniLInfMethod, CarliniWagnerL2, CarliniWagnerLinf
 from guardians.attacks.fgsm import FGSM, FastGradientMethod
 from guardians.attacks.pgd import PGD, ProjectedGradientDescent
+from guardians.attacks.registry import Spec
 from guardians.engine.attack import Attack
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "CarliniWagnerLinf",
     "FastGradientMethod",
     "ProjectedGradientDescent",
+    "Spec",
 ]

@@ -17,6 +17,7 @@ from torch import Tensor
 from guardians.attacks.boxes import BOXES, Box, NoBox
 from guardians.attacks.norms import lp_norm
 from guardians.attacks.objectives import OBJECTIVE_FUNCTIONS, TAKE_CONFIDENCE, largest_other, margin
+from guardians.attacks.registry import Agreement, Family, Spec, register
 from guardians.engine.attack import Attack
 from guardians.engine.checks import check_choice, check_number
 from guardians.engine.interfaces import Estimator
@@ -520,3 +521,41 @@ CarliniLInfMethod = CarliniWagnerLinf
 def _pick(table: Tensor, columns: Tensor) -> Tensor:
     """One entry (N,) of each row of a table (N, columns)."""
     return table.gather(1, columns[:, None])[:, 0]
+
+
+def _native(spec: Spec) -> tuple[type[Attack], dict[str, Any]]:
+    arguments = spec.arguments("confidence", "learning_rate", steps="max_iter", const="initial_const")
+    if spec.norm == float("inf"):
+        return CarliniWagnerLinf, arguments
+    return CarliniWagnerL2, arguments | spec.arguments("abort_early", searches="binary_search_steps")
+
+
+def _agreements(targeted: bool) -> list[Agreement]:
+    """In norm 2: exact where a toolkit is right, which is each image alone and with no abort; and at its defaults."""
+    exact = {
+        "foolbox": {"steps": 25, "searches": 4, "const": 0.01, "learning_rate": 0.01, "abort_early": False},
+        # It has no switch for the abort; its checks end most runs.
+        "torchattacks": {"steps": 50, "searches": 1, "const": 1.0, "learning_rate": 0.01},
+    }
+    defaults = {"ART": {}, "torchattacks": {}, "foolbox": {"steps": 100}}  # its 10,000 take ten seconds an image
+    return [
+        Agreement(kind, Spec("C&W", 2, targeted=targeted, params=params), (reference,))
+        for kind, settings in (("exact", exact), ("dominance", defaults))
+        for reference, params in settings.items()
+    ]
+
+
+register(
+    Family(
+        "C&W",
+        norms=(2, float("inf")),
+        parameters=("confidence", "steps", "searches", "const", "learning_rate", "abort_early"),
+        native=_native,
+        minimises_norm=True,
+        agreements=(
+            *_agreements(targeted=False),
+            *_agreements(targeted=True),
+            Agreement("dominance", Spec("C&W", float("inf")), ("ART",)),
+        ),
+    )
+)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from guardians.attacks.norms import Norm
-from guardians.attacks.pgd import SteepestAscent
+from guardians.attacks.pgd import SteepestAscent, register_ascent
 from guardians.engine.interfaces import Estimator
 from guardians.engine.parameters import KW_ONLY, Flag, OptionalCount, PositiveArray, Radius, Size
 from guardians.engine.state import Answer, Progress, Query, State, per_image
@@ -111,3 +111,5 @@ class FastGradientMethod(SteepestAscent):
 
 
 FGSM = FastGradientMethod
+
+register_ascent("FGSM", FGSM)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -20,13 +22,20 @@ from guardians.attacks.norms import (
     steepest_ascent,
     steepest_ascent_in_box,
 )
+from guardians.attacks.registry import Agreement, Family, Spec, register
 from guardians.engine.attack import Attack
 from guardians.engine.checks import ArgumentTypeError
 from guardians.engine.interfaces import Estimator
 from guardians.engine.parameters import Flag, OptionalCount, OptionalNumber, PositiveArray, Radius, Size
 from guardians.engine.state import Answer, Progress, Query, State
 
-__all__ = ["PGD", "ProjectedGradientDescent", "SteepestAscent"]
+__all__ = ["PGD", "ProjectedGradientDescent", "SteepestAscent", "register_ascent"]
+
+_THREAT_MODELS = {np.inf: (8 / 255, 2 / 255), 2: (0.5, 0.1), 1: (6.0, 0.9)}
+"""For each norm the radius and the step size of the parity cases, radii that papers use.
+
+In norm 1 a step is shorter than a pixel's range, so that its length shows.
+"""
 
 
 class SteepestAscent(Attack):
@@ -213,3 +222,23 @@ def _rows(radius: float | np.ndarray | Tensor, state: State) -> Tensor:
 def _constant_in_sample(radius: Tensor, x: Tensor) -> bool:
     samples = radius.reshape((1,) * (x.ndim - radius.ndim) + radius.shape).flatten(1)
     return bool((samples == samples[:, :1]).all())
+
+
+def register_ascent(name: str, attack: type[SteepestAscent], steps: Sequence[int] = ()) -> None:
+    """Make an attack of these known, with cases of so many `steps`, or where it takes a single one of one case."""
+
+    def native(spec: Spec) -> tuple[type[Attack], dict[str, Any]]:
+        start = {"num_random_init": int(spec.get("random_start", False))}
+        return attack, {"norm": spec.norm, "eps": spec.eps, **start, **spec.arguments("eps_step", steps="max_iter")}
+
+    parameters = ("random_start", "steps", "eps_step") if steps else ("random_start",)
+    agreements = []
+    for (norm, (eps, eps_step)), number, targeted, random_start in product(
+        _THREAT_MODELS.items(), steps or (None,), (False, True), (False, True)
+    ):
+        params = {"random_start": random_start, "steps": number, "eps_step": eps_step if number else None}
+        agreements.append(Agreement("exact", Spec(name, norm, eps, targeted, params)))
+    register(Family(name, tuple(_THREAT_MODELS), parameters, native, bool(steps), agreements=tuple(agreements)))
+
+
+register_ascent("PGD", PGD, steps=(10, 40))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from guardians.attacks import CarliniWagnerL2
+from guardians.attacks import CarliniWagnerL2, Spec
 from guardians.attacks.norms import lp_norm
 from guardians.benchmark.counting import CountingModel
 from guardians.benchmark.overhead import forward_backward, timed
@@ -26,7 +26,9 @@ from guardians.engine.checks import check_integer
 from guardians.engine.victim import predicted_labels, undisturbed
 from guardians.models import digest
 from guardians.tables import BENCHMARK_COLUMNS, Table, as_written, file_name, read_csv, write_csv
-from guardians.toolkits.implementations import CarliniWagnerSpec, TensorAttack, build_attack
+from guardians.toolkits.base import TensorAttack, installed
+from guardians.toolkits.build import build_attack
+from guardians.toolkits.foolbox import FoolboxAttack
 
 __all__ = [
     "CONST_COLUMNS",
@@ -104,7 +106,7 @@ class Contender:
 
 def _toolkit(implementation: str, setting: str, batch_size: int | None = None, **params: Any) -> Contender:
     def build(model: nn.Module, nb_classes: int, shape: tuple[int, ...], batch_size: int) -> TensorAttack:
-        spec = CarliniWagnerSpec(**params)
+        spec = Spec("C&W", 2, params=params)
         return build_attack(
             implementation, spec, model, nb_classes=nb_classes, input_shape=shape, batch_size=batch_size
         )
@@ -128,9 +130,7 @@ def _paper(searches: int, steps: int) -> Contender:
 
 def _ddn(steps: int) -> Contender:
     def build(model: nn.Module, nb_classes: int, shape: tuple[int, ...], batch_size: int) -> TensorAttack:
-        from guardians.toolkits.foolbox import FoolboxAttack, foolbox
-
-        return FoolboxAttack(model, foolbox.attacks.DDNAttack(steps=steps), batch_size=batch_size)
+        return FoolboxAttack(model, installed("foolbox").attacks.DDNAttack(steps=steps), batch_size=batch_size)
 
     return Contender("foolbox DDN", f"{steps}", build, {"steps": steps})
 

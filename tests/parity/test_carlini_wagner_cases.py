@@ -5,9 +5,9 @@ from models_for_tests import CLASSES, small_net, some_images, some_labels
 from guardians.attacks.carlini_wagner import _BinarySearch
 from guardians.data import Dataset
 from guardians.parity import cases, compare, run_parity
-from guardians.parity.carlini_wagner import is_dominated
 from guardians.parity.comparison import FLOAT64_TOLERANCE
 from guardians.parity.rules import TorchattacksCarliniWagner
+from guardians.parity.single_images import is_dominated
 
 for toolkit in ("torchattacks", "foolbox"):
     pytest.importorskip(toolkit)

@@ -5,7 +5,7 @@ from models_for_tests import CLASSES, small_net, some_images, some_labels
 
 from guardians.parity import REFERENCES, cases, compare
 from guardians.parity.comparison import FLOAT64_TOLERANCE
-from guardians.toolkits.implementations import is_available
+from guardians.toolkits.build import is_available
 
 for toolkit in ("torchattacks", "foolbox"):
     pytest.importorskip(toolkit)
@@ -15,7 +15,7 @@ GRADIENT_SIGN = ("FGSM", "PGD-10", "PGD-40")
 
 
 def test_every_form_that_a_toolkit_has_is_a_case():
-    of = {reference: Counter(case.attack for case in cases(references=[reference])) for reference in REFERENCES}
+    of = {reference: Counter(case.spec.name for case in cases(references=[reference])) for reference in REFERENCES}
     assert of["ART"] == {"FGSM": 12, "PGD-10": 12, "PGD-40": 12, "C&W": 3}
     assert of["torchattacks"] == {"FGSM": 4, "PGD-10": 8, "PGD-40": 8, "C&W": 4}
     assert of["foolbox"] == {"FGSM": 6, "PGD-10": 12, "PGD-40": 12, "C&W": 4}
@@ -50,7 +50,7 @@ def test_filters_keep_the_cases_of_the_whole():
         kept = [
             case
             for case in every
-            if case.attack in (attacks or (*GRADIENT_SIGN, "C&W")) and case.reference in (references or REFERENCES)
+            if case.spec.name in (attacks or (*GRADIENT_SIGN, "C&W")) and case.reference in (references or REFERENCES)
         ]
         assert cases(attacks, references) == kept
         assert kept
@@ -64,7 +64,7 @@ def test_names_are_known_in_any_case_and_once():
 @pytest.mark.parametrize(
     ("attacks", "references", "message"),
     [
-        (["PGD"], [], r"attacks=\['PGD'\]: unknown; known are FGSM, PGD-10, PGD-40, C&W"),
+        (["PGD"], [], r"attacks=\['PGD'\]: unknown; known are C&W, FGSM, PGD-10, PGD-40"),
         ([], ["ART", "cleverhans"], r"references=\['cleverhans'\]: unknown; known are ART, torchattacks, foolbox"),
         ([], ["native"], r"references=\['native'\]: unknown"),
     ],

@@ -1,34 +1,26 @@
-"""Native Carlini-Wagner against a toolkit's: exactly where the toolkit is right, for dominance at its defaults."""
+"""Native attacks that minimise a norm against a toolkit's: exactly each image alone, and whether they dominate."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from guardians.attacks.norms import lp_norm
-from guardians.parity.comparison import Recorder, Trajectory
-from guardians.parity.rules import CARLINI_WAGNER_RULES
-from guardians.toolkits.implementations import CarliniWagnerSpec, build_attack
+from guardians.attacks.registry import Spec
+from guardians.parity.comparison import Recorder, Trajectory, native_attack
+from guardians.toolkits.build import build_attack
 
 __all__ = ["is_dominated", "largest_difference", "runs_of_one"]
 
 
 def runs_of_one(
-    reference: str, spec: CarliniWagnerSpec, model: nn.Module, x: Tensor, y: Tensor, nb_classes: int
+    reference: str, spec: Spec, model: nn.Module, x: Tensor, y: Tensor, nb_classes: int
 ) -> list[tuple[Trajectory, Trajectory]]:
     """Native's and the toolkit's runs on each image alone, as no toolkit keeps the images of a batch apart.
 
-    Native runs the paper's search with the rules of the toolkit.
+    Native runs with the rules of the toolkit.
     """
     native_recorder, recorder = Recorder(model), Recorder(model)
-    ours = CARLINI_WAGNER_RULES[reference](
-        native_recorder,
-        **spec.art_arguments(),
-        adaptive=False,
-        abort_early=False,
-        verbose=False,
-        precision="float32",
-        batch_size=1,
-    )
+    ours = native_attack(spec, native_recorder, 1, reference)
     shape = tuple(x.shape[1:])
     theirs = build_attack(reference, spec, recorder, nb_classes=nb_classes, input_shape=shape, batch_size=1)
     pairs = list(zip(x.split(1), y.split(1), strict=True))
