@@ -1,10 +1,13 @@
 import sys
 from dataclasses import replace
+from importlib import import_module
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from models_for_tests import CLASSES, SHAPE
+from torch.nn.functional import cross_entropy
 
 from guardians.attacks import Attack, Spec
 from guardians.toolkits.build import IMPLEMENTATIONS, build_attack, is_available
@@ -205,10 +208,41 @@ def test_toolkits_that_are_not_installed_are_needed_only_when_used(net, x, y):
 
 
 def test_the_former_import_path_warns_and_works():
-    import guardians.toolkits
-
     sys.modules.pop("guardians.adapters", None)
     with pytest.warns(DeprecationWarning, match=r"guardians\.toolkits"):
         from guardians.adapters import ArtAttack, FoolboxAttack, TorchattacksAttack
     for adapter in (ArtAttack, FoolboxAttack, TorchattacksAttack):
-        assert getattr(guardians.toolkits, adapter.__name__) is adapter
+        assert getattr(import_module("guardians.toolkits"), adapter.__name__) is adapter
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "some", "none"),
+    [
+        ("art", {"ProjectedGradientDescent", "SquareAttack", "DeepFool"}, {"EvasionAttack", "PGD"}),
+        ("torchattacks", {"PGD", "CW", "AutoAttack", "FAB"}, {"Attack", "MultiAttack"}),
+        ("foolbox", {"DDNAttack", "L2CarliniWagnerAttack", "LInfFMNAttack"}, {"Attack", "LinfPGD", "FGSM"}),
+    ],
+)
+def test_lists_of_what_a_toolkit_has(toolkit, some, none):
+    pytest.importorskip(toolkit)
+    module = import_module(f"guardians.toolkits.{toolkit}")
+    names = module.attacks()
+    assert names == sorted(set(names))
+    assert some <= set(names)
+    assert not none & set(names)
+
+
+def test_every_attack_of_torchattacks_that_is_listed_is_taken(net):
+    torchattacks = pytest.importorskip("torchattacks")
+    from guardians.toolkits.torchattacks import TorchattacksAttack, attacks
+
+    for name in attacks():
+        needed = {"trainloader": []} if name == "LGV" else {}
+        TorchattacksAttack(net, getattr(torchattacks, name), **needed)
+
+
+def test_minimum_norm_attacks_have_no_early_stop(net, x, y):
+    spec = Spec("C&W", 2, params={"searches": 1, "steps": 5})
+    assert build("native", spec, net)(x, y).shape == x.shape
+    with pytest.raises(ValueError, match="early_stop=True: must be False for C&W, which looks for the nearest"):
+        build("native", spec, net, early_stop=True)
