@@ -22,6 +22,7 @@ from guardians.engine.attack import Attack
 from guardians.engine.checks import check_choice, check_number
 from guardians.engine.interfaces import Estimator
 from guardians.engine.parameters import KW_ONLY, Count, Flag, Number, OptionalCount, Positive, Size
+from guardians.engine.run import rounding
 from guardians.engine.state import Answer, Progress, State, per_image
 
 __all__ = ["CarliniL2Method", "CarliniLInfMethod", "CarliniWagnerL2", "CarliniWagnerLinf"]
@@ -109,9 +110,8 @@ class _CarliniWagner(Attack):
         return largest_other(logits, y)
 
     def reached(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Whether the margin is above `confidence`, by more than the rounding of another batch size: bool (N,)."""
-        rounding = 256 * torch.finfo(logits.dtype).eps * logits.abs().nan_to_num(posinf=0).amax(1)
-        return margin(logits, y, targeted=self.targeted) > self.confidence + rounding
+        """Whether the margin is above `confidence`, by more than rounding: bool (N,)."""
+        return margin(logits, y, targeted=self.targeted) > self.confidence + rounding(logits)
 
     def boundary(self, x: Tensor) -> Box:
         """The box of images such as `x`, made once, as its bounds have to be moved to the device."""

@@ -5,16 +5,21 @@ from __future__ import annotations
 from numbers import Real
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from guardians.engine.rng import SampleRng
+from guardians.engine.state import per_image
 
 __all__ = [
     "Norm",
+    "annealed",
     "as_norm",
     "ball_bounds",
+    "farthest",
     "lp_norm",
+    "nearest_in_ball",
     "project",
     "pull_into_ball",
     "random_in_ball",
@@ -92,6 +97,40 @@ def project(delta: Tensor, eps: Tensor, p: float) -> Tensor:
         return torch.clamp(delta, -eps, eps)
     norm = lp_norm(delta, p)
     return delta * (eps / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1)
+
+
+def nearest_in_ball(delta: Tensor, eps: Tensor, p: float) -> Tensor:
+    """The Euclidean projection of `delta` onto the p-norm ball of radius `eps` (N, 1, ..., 1), for p = 1, 2 and inf.
+
+    For 1 by sorting (Duchi, Shalev-Shwartz, Singer and Chandra, "Efficient projections onto the l1-ball", 2008, figure
+    1); else it is `project`.
+    """
+    if p != 1:
+        return project(delta, eps, p)
+    size, radius = delta.flatten(1).abs(), eps.flatten(1)
+    ordered = size.sort(dim=1, descending=True).values
+    excess = ordered.cumsum(1) - radius
+    count = torch.arange(1, size.shape[1] + 1, device=size.device, dtype=size.dtype)
+    last = (ordered * count > excess).sum(1, keepdim=True).clamp_min(1)
+    threshold = (excess.gather(1, last - 1) / last).clamp_min(0)
+    shrunk = delta.flatten(1).sign() * (size - threshold).clamp_min(0)
+    return torch.where(size.sum(1, keepdim=True) <= radius, delta.flatten(1), shrunk).view_as(delta)
+
+
+def farthest(x: Tensor, clip_values: tuple[Tensor, Tensor] | None, p: float) -> Tensor:
+    """The largest p-norm (N,) of a perturbation that stays within `clip_values`; infinite where there are none."""
+    if clip_values is None:
+        return x.new_full((len(x),), torch.inf)
+    low, high = (bound.to(x) for bound in clip_values)
+    return lp_norm(torch.maximum(x - low, high - x), p).flatten()
+
+
+def annealed(first: float, last: float, share: np.ndarray, x: Tensor) -> Tensor:
+    """From `first` to `last` along half a cosine, of which each image of `x` has gone a share (N,): (N, 1, ..., 1).
+
+    Loshchilov and Hutter, "SGDR", 2017, equation 5.
+    """
+    return per_image(torch.from_numpy(last + (first - last) * (1 + np.cos(np.pi * share)) / 2).to(x), x)
 
 
 def random_in_ball(like: Tensor, eps: Tensor, p: float, rng: SampleRng) -> Tensor:

@@ -17,6 +17,7 @@ from guardians.engine.interfaces import ClassifierAttack
 from guardians.engine.parameters import KW_ONLY, Count, Flag, OptionalCount, Precision, Seed
 from guardians.engine.report import Finished, Report
 from guardians.engine.rng import ForkedGenerators, fresh_seed
+from guardians.engine.run import margin, rounding
 from guardians.engine.state import Answer, Progress, Query, State
 from guardians.engine.victim import isolated, undisturbed
 
@@ -102,7 +103,12 @@ class Attack(ClassifierAttack):
         return 1
 
     def reached(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Whether points count as fooling the model, bool (N,), by their logits (N, classes)."""
+        """Whether points count as fooling the model, bool (N,), by their logits (N, classes).
+
+        The nearest points are those on the boundary: there the margin has to be above rounding.
+        """
+        if self.keeps == "nearest":
+            return margin(logits, y, targeted=self.targeted) > rounding(logits)
         return (logits.argmax(1) == y) == self.targeted
 
     def distance(self, points: Tensor, x: Tensor) -> Tensor:

@@ -41,13 +41,20 @@ def optional(check: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
 
 
 def check_number(
-    name: str, value: Any, *, low: float, exclusive: bool = False, single: bool = False, finite: bool = True
+    name: str,
+    value: Any,
+    *,
+    low: float,
+    below: float | None = None,
+    exclusive: bool = False,
+    single: bool = False,
+    finite: bool = True,
 ) -> None:
-    """Raise unless `value` is a number, array or tensor with all entries >= `low` (> with `exclusive`).
+    """Raise unless `value` is a number, array or tensor with all entries >= `low` (> with `exclusive`), < `below`.
 
     Raises:
         TypeError: it is none of these, or with `single` an array or a tensor that has dimensions.
-        ValueError: an entry is too low, NaN, or with `finite` infinite.
+        ValueError: an entry is out of range, NaN, or with `finite` infinite.
     """
     if isinstance(value, (str, bool)) or value is None:
         raise ArgumentTypeError(f"{name}={value!r}: must be a number, an array or a tensor")
@@ -58,12 +65,14 @@ def check_number(
     if single and entries.ndim:
         raise ArgumentTypeError(f"{name} has shape {entries.shape}: must be a single number")
     allowed = entries > low if exclusive else entries >= low
-    bad = ~(allowed & np.isfinite(entries) if finite else allowed)
-    if bad.any():
-        got = repr(value) if entries.ndim == 0 else f"an array with {float(entries[bad].flat[0])}"
-        raise ValueError(
-            f"{name}={got}: must be {'above' if exclusive else 'at least'} {low:g}{' and finite' * finite}"
-        )
+    bounds = f"{'above' if exclusive else 'at least'} {low:g}"
+    if below is not None:
+        allowed, bounds = allowed & (entries < below), f"{bounds} and below {below:g}"
+    elif finite:
+        allowed, bounds = allowed & np.isfinite(entries), f"{bounds} and finite"
+    if not allowed.all():
+        got = repr(value) if entries.ndim == 0 else f"an array with {float(entries[~allowed].flat[0])}"
+        raise ValueError(f"{name}={got}: must be {bounds}")
 
 
 def check_integer(name: str, value: Any, *, low: int) -> None:

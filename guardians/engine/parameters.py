@@ -26,6 +26,7 @@ __all__ = [
     "KW_ONLY",
     "Count",
     "Flag",
+    "Fraction",
     "Number",
     "OptionalCount",
     "OptionalNumber",
@@ -49,6 +50,8 @@ Size = Annotated[int, partial(check_integer, low=0)]
 Number = Annotated[float, partial(check_number, low=0, single=True)]
 """0 or more."""
 OptionalNumber = Annotated[float | None, optional(partial(check_number, low=0, single=True))]
+Fraction = Annotated[float, partial(check_number, low=0, exclusive=True, single=True, below=1)]
+"""Between 0 and 1."""
 Positive = Annotated[float, partial(check_number, low=0, exclusive=True, single=True)]
 Radius = Annotated[float | np.ndarray | Tensor, partial(check_number, low=0, finite=False)]
 """0 or more, infinity included; a number, or an array that broadcasts to the images."""

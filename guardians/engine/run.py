@@ -19,7 +19,7 @@ from guardians.engine.state import Columns, State, on_host, rounded_towards, sel
 if TYPE_CHECKING:
     from guardians.engine.attack import Attack
 
-__all__ = ["PROBE", "Run", "evaluate", "margin"]
+__all__ = ["PROBE", "Run", "evaluate", "margin", "rounding"]
 
 logger = logging.getLogger(__name__)
 
@@ -284,6 +284,11 @@ def margin(logits: Tensor, y: Tensor, *, targeted: bool) -> Tensor:
     own = logits.gather(1, y[:, None])[:, 0]
     other = logits.scatter(1, y[:, None], -torch.inf).amax(1)
     return own - other if targeted else other - own
+
+
+def rounding(logits: Tensor) -> Tensor:
+    """By how much a margin of logits (N, classes) may change with the batch or the memory format, and some more."""
+    return 256 * torch.finfo(logits.dtype).eps * logits.abs().nan_to_num(posinf=0).amax(1)
 
 
 def round_size(n: int) -> int:

@@ -132,7 +132,9 @@ def compare(
 def _exactness(case: Case, model: nn.Module, x: Tensor, y: Tensor, nb_classes: int) -> Comparison:
     """Query by query, each image alone: in float64 to the last step, and the outcome in float32."""
     in_float64 = largest_difference(
-        runs_of_one(case.reference, case.spec, copy.deepcopy(model).double(), x.double(), y, nb_classes)
+        runs_of_one(case.reference, case.spec, copy.deepcopy(model).double(), x.double(), y, nb_classes),
+        x.double(),
+        case.spec.norm,
     )
     runs = runs_of_one(case.reference, case.spec, model, x, y, nb_classes)
     verdict = "exact" if in_float64 <= FLOAT64_TOLERANCE else "different"

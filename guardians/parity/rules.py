@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from guardians.attacks import CarliniWagnerL2
+from guardians.attacks import CarliniWagnerL2, FastMinimumNorm
 from guardians.attacks.boxes import Box, ChangeOfVariables
 from guardians.attacks.norms import as_norm, lp_norm, project, steepest_ascent
 from guardians.attacks.pgd import SteepestAscent
@@ -141,6 +141,14 @@ class TorchattacksCarliniWagner(_PaperCarliniWagner):
         return (other - own if self.targeted else own - other).clamp_min(-self.confidence)
 
 
+class UnprojectedFastMinimumNorm(FastMinimumNorm):
+    """foolbox, norm 2: the projection divides a norm by itself, so that no step is ever drawn back into the ball."""
+
+    def projected(self, delta: Tensor, epsilon: Tensor) -> Tensor:
+        """The step as it is."""
+        return delta
+
+
 _RULES: dict[tuple[type[Attack], str, float], tuple[type[Attack], ...]] = {
     (SteepestAscent, "ART", 1): (OneCoordinateStep,),
     (SteepestAscent, "foolbox", 1): (ProjectThenClip, ProportionalStep),
@@ -148,6 +156,7 @@ _RULES: dict[tuple[type[Attack], str, float], tuple[type[Attack], ...]] = {
     (SteepestAscent, "torchattacks", 2): (ProjectThenClip, DampedStep),
     (CarliniWagnerL2, "foolbox", 2): (FoolboxCarliniWagner,),
     (CarliniWagnerL2, "torchattacks", 2): (TorchattacksCarliniWagner,),
+    (FastMinimumNorm, "foolbox", 2): (UnprojectedFastMinimumNorm,),
 }
 
 

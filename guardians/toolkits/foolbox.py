@@ -114,7 +114,7 @@ def _ddn(spec: Spec) -> Recipe | None:
 
 
 def _fmn(spec: Spec) -> Recipe:
-    arguments = spec.arguments("steps", "gamma", "max_stepsize", "min_stepsize", searches="binary_search_steps")
+    arguments = spec.arguments("steps", "gamma", "max_stepsize", "min_stepsize")
     return _of_norm(spec, "FMNAttack").replace("Linf", "LInf"), arguments
 
 

@@ -521,7 +521,11 @@ def test_the_model_comes_back_as_it_was(model, data, tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"attacks": ["FGSM", "PGD"]}, ValueError, "'PGD' is unknown; known are clean, C&W, FGSM, PGD-<steps>"),
+        (
+            {"attacks": ["FGSM", "PGD"]},
+            ValueError,
+            "'PGD' is unknown; known are clean, .*FGSM.*PGD-<steps>",
+        ),
         ({"attacks": ["PGD-0"]}, ValueError, "'PGD-0' is unknown"),
         ({"attacks": ["PGD-1000001"]}, ValueError, "'PGD-1000001': must have at most 1,000,000 steps"),
         ({"attacks": []}, ValueError, "attacks="),
