@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from guardians.attacks.norms import Norm
-from guardians.attacks.pgd import SteepestAscent, register_ascent
+from guardians.attacks.pgd import SteepestAscent, _is_finite, register_ascent
 from guardians.engine.interfaces import Estimator
 from guardians.engine.parameters import KW_ONLY, Flag, OptionalCount, PositiveArray, Radius, Size
 from guardians.engine.state import Answer, Progress, Query, State, per_image
@@ -89,6 +89,10 @@ class FastGradientMethod(SteepestAscent):
         state.x_adv = torch.where(per_image(torch.from_numpy(done).to(x.device), x), state.x_adv, x_adv)
         return Progress(done)
 
+    def step(self, gradient: Tensor, x: Tensor, radius: Tensor, state: State) -> Tensor:
+        """As PGD; where the gradient is zero a step of infinite size is zero too, as ART has it."""
+        return super().step(gradient, x, radius, state).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+
     @property
     def keep(self) -> str:
         """As `Attack`; where a copy in low precision looks for the smallest size, the model itself has to judge it."""
@@ -108,6 +112,11 @@ class FastGradientMethod(SteepestAscent):
         """The step is as large as the ball, but for `minimal`."""
         eps, eps_step = super()._radii(state)
         return eps, eps_step if self.minimal else eps
+
+    def _check_params(self) -> None:
+        super()._check_params()
+        if self.minimal and not _is_finite(self.eps):
+            raise ValueError(f"eps={self.eps}: must be finite with minimal=True")
 
 
 FGSM = FastGradientMethod

@@ -143,7 +143,7 @@ class SteepestAscent(Attack):
         if (np.ndim(self.eps) == 0) != (np.ndim(self.eps_step) == 0):
             shapes = f"eps has shape {np.shape(self.eps)} and eps_step {np.shape(self.eps_step)}"
             raise ArgumentTypeError(f"{shapes}: both must be numbers, or both arrays")
-        if self.starts_at_random and not torch.as_tensor(self.eps).isfinite().all():
+        if self.starts_at_random and not _is_finite(self.eps):
             raise ValueError(f"eps={self.eps}: must be finite for random starts")
 
     def _check_call(self, x: Tensor) -> None:
@@ -219,13 +219,17 @@ def _rows(radius: float | np.ndarray | Tensor, state: State) -> Tensor:
     return rows.to(state.x.device)
 
 
+def _is_finite(radius: float | np.ndarray | Tensor) -> bool:
+    return bool(torch.as_tensor(radius, device="cpu").isfinite().all())
+
+
 def _constant_in_sample(radius: Tensor, x: Tensor) -> bool:
     samples = radius.reshape((1,) * (x.ndim - radius.ndim) + radius.shape).flatten(1)
     return bool((samples == samples[:, :1]).all())
 
 
 def register_ascent(name: str, attack: type[SteepestAscent], steps: Sequence[int] = ()) -> None:
-    """Make an attack of these known, with cases of so many `steps`, or where it takes a single one of one case."""
+    """Make FGSM, or with the numbers of `steps` of its parity cases PGD, known by name."""
 
     def native(spec: Spec) -> tuple[type[Attack], dict[str, Any]]:
         start = {"num_random_init": int(spec.get("random_start", False))}
@@ -233,11 +237,11 @@ def register_ascent(name: str, attack: type[SteepestAscent], steps: Sequence[int
 
     parameters = ("random_start", "steps", "eps_step") if steps else ("random_start",)
     agreements = []
-    for (norm, (eps, eps_step)), number, targeted, random_start in product(
-        _THREAT_MODELS.items(), steps or (None,), (False, True), (False, True)
+    for (norm, (eps, eps_step)), number, random_start in product(
+        _THREAT_MODELS.items(), steps or (None,), (False, True)
     ):
         params = {"random_start": random_start, "steps": number, "eps_step": eps_step if number else None}
-        agreements.append(Agreement("exact", Spec(name, norm, eps, targeted, params)))
+        agreements.append(Agreement("exact", Spec(name, norm, eps, params=params)))
     register(Family(name, tuple(_THREAT_MODELS), parameters, native, bool(steps), agreements=tuple(agreements)))
 
 

@@ -78,12 +78,14 @@ class Agreement:
     Attributes:
         kind: "exact", "statistical" or "dominance", see DESIGN's table.
         spec: the attack as the toolkit runs it.
-        references: the toolkits that it is asserted of; empty for all that have it.
+        references: the toolkits that it is asserted of; empty for all.
+        targeted: whether it is asserted of the attack without targets (False), with them (True), or of both.
     """
 
     kind: str
     spec: Spec
     references: tuple[str, ...] = ()
+    targeted: tuple[bool, ...] = (False, True)
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, ("exact", "statistical", "dominance"))

@@ -13,10 +13,11 @@ from tqdm.auto import tqdm
 
 from guardians.engine import loop
 from guardians.engine.batch import default_batch_size
+from guardians.engine.checks import check_integer
 from guardians.engine.interfaces import ClassifierAttack
 from guardians.engine.parameters import KW_ONLY, Count, Flag, OptionalCount, Precision, Seed
 from guardians.engine.report import Finished, Report
-from guardians.engine.rng import ForkedGenerators, fresh_seed
+from guardians.engine.rng import fresh_seed
 from guardians.engine.run import margin, rounding
 from guardians.engine.state import Answer, Progress, Query, State
 from guardians.engine.victim import isolated, undisturbed
@@ -146,9 +147,10 @@ class Attack(ClassifierAttack):
                 from 0.
 
         Raises:
-            TypeError, ValueError: a batch is outside what is allowed.
+            TypeError, ValueError: a batch or `first_index` is outside what is allowed.
         """
-        yield from self._search(self._checked_batches(batches), first_index=first_index)
+        check_integer("first_index", first_index, low=0)
+        yield from self._search(self._checked_batches(batches), first_index=int(first_index))
 
     def _checked_batches(self, batches: Iterable[tuple[Tensor, Tensor] | Tensor]) -> Iterator[dict[str, Tensor]]:
         names, shape = None, None  # of the first batch
@@ -193,11 +195,10 @@ class Attack(ClassifierAttack):
         device = device or self.victim.device
         self.report = report = Report()
         search = loop.stream(self, batches, seed=seed, device=device, report=report, first_index=first_index)
-        generators = ForkedGenerators(seed, device)
         done = fooled = 0
         with tqdm(total=total, desc=type(self).__name__, unit="image", disable=not self.verbose, leave=False) as bar:
             while True:
-                with undisturbed(self.victim.module), isolated(device), generators:
+                with undisturbed(self.victim.module), isolated(device):
                     finished = next(search, None)
                 if finished is None:
                     return

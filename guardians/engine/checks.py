@@ -153,6 +153,8 @@ def checked_images(name: str, x: Tensor, victim: Victim) -> Tensor:
         raise ValueError(f"{name} has shape {shape}: the estimator's input_shape is {victim.input_shape}")
     if x.numel() == 0:
         raise ValueError(f"{name} has shape {shape}: the batch is empty")
+    if victim.input_shape is not None and shape[1:] != victim.input_shape:
+        logger.warning("%s has shape %s, though the estimator's input_shape is %s", name, shape, victim.input_shape)
     lowest, highest = (bound.item() for bound in x.aminmax())
     if not (math.isfinite(lowest) and math.isfinite(highest)):  # aminmax passes NaN on
         raise ValueError(f"{name} has NaN or infinite entries: all must be finite")
@@ -190,6 +192,8 @@ def labels_from(y: Any, n: int, nb_classes: int | None) -> Tensor:
             raise ValueError(f"y has shape {tuple(y.shape)}: the model has {nb_classes} classes")
         if not ((y >= 0).all() and ((y.double().sum(1) - 1).abs() < 1e-3).all()):
             raise ValueError("y has rows that are not one-hot, nor probabilities: each must sum to 1")
+        if ((y != 0) & (y != 1)).any():
+            logger.warning("y has rows of probabilities: the class of the largest is the label")
         return y.to(torch.float64).argmax(1)
     indices = y.reshape(n).long()
     if y.is_floating_point() and not (y.reshape(n) == indices).all():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from guardians.engine.checks import check_device, check_integer, checked_images, labels_from, mask_from
 from guardians.engine.parameters import Parameters
-from guardians.engine.rng import hashed, row_keys
+from guardians.engine.rng import ForkedGenerators, hashed, row_keys
 from guardians.engine.victim import Victim, isolated, undisturbed
 
 __all__ = ["ClassifierAttack", "Estimator"]
@@ -147,8 +147,9 @@ class ClassifierAttack(Parameters, EvasionAttack):
         return torch.as_tensor(np.require(array, requirements=["C", "W"]), dtype=dtype, device="cpu")
 
     def _checked_run(self, x: Tensor, y: Any, options: dict[str, Any], device: torch.device) -> Tensor:
-        inputs, first_index = self._checked_inputs(x, y, options), options.get("first_index", 0)
+        first_index = options.get("first_index", 0)
         check_integer("first_index", first_index, low=0)
+        inputs = self._checked_inputs(x, y, options)
         with undisturbed(self.victim.module), isolated(device):
             return self._run(inputs, device, int(first_index))
 
@@ -156,19 +157,18 @@ class ClassifierAttack(Parameters, EvasionAttack):
         """The images "x" and, where they are given, "y" as labels (N,), "mask" and "x_adv_init"."""
         if y is None and self.targeted:
             raise ValueError("y=None: a targeted attack needs the target labels")
-        inputs = {"x": checked_images("x", x, self.victim)}
-        if options.get("mask") is not None:
-            inputs["mask"] = mask_from(options["mask"], x)
-        if options.get("x_adv_init") is not None:
-            start = options["x_adv_init"]
-            inputs["x_adv_init"] = checked_images("x_adv_init", start, self.victim)
-            if start.shape != x.shape:
-                raise ValueError(f"x_adv_init has shape {tuple(start.shape)}: x has {tuple(x.shape)}")
-        self._check_call(x)
-        with undisturbed(self.victim.module), isolated(x.device):
-            if self.victim.nb_classes is None:  # a bare module: one image tells
-                with row_keys(hashed(0, np.arange(1))):  # so that a random model's own draws stay where they are
-                    self.victim.predict(inputs["x"][:1].to(self.victim.device or x.device, copy=True))
+        with isolated(x.device):
+            inputs = {"x": checked_images("x", x, self.victim)}
+            if options.get("mask") is not None:
+                inputs["mask"] = mask_from(options["mask"], x)
+            if options.get("x_adv_init") is not None:
+                start = options["x_adv_init"]
+                inputs["x_adv_init"] = checked_images("x_adv_init", start, self.victim)
+                if start.shape != x.shape:
+                    raise ValueError(f"x_adv_init has shape {tuple(start.shape)}: x has {tuple(x.shape)}")
+            self._check_call(x)
+            if self.victim.nb_classes is None:
+                self._see_classes(inputs["x"][:1])
             if self.victim.nb_classes == 1:
                 raise ValueError(
                     "the model returns a single logit for an image: needed is one for each class, two or more"
@@ -176,6 +176,12 @@ class ClassifierAttack(Parameters, EvasionAttack):
             if y is not None:
                 inputs["y"] = labels_from(y, len(x), self.victim.nb_classes)
         return inputs
+
+    def _see_classes(self, x: Tensor) -> None:
+        """Ask a bare module about an image; the draws of a random one stay where they are."""
+        device = self.victim.device or x.device
+        with undisturbed(self.victim.module), ForkedGenerators(0, device), row_keys(hashed(0, np.arange(1))):
+            self.victim.predict(x.to(device, copy=True))
 
     def _check_params(self) -> None:
         """Raise on constructor arguments that are not allowed; `set_params` calls it too."""

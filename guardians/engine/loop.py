@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial, reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -219,15 +219,10 @@ class _Pool:
 
     def _evaluate(self, points: Tensor, state: State, keys: np.ndarray, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
         """See `evaluate`; the gradient is zero where it is not wanted."""
-        draws, value, gradient = evaluate(
-            self.run.attack,
-            self.search.logits,
-            points,
-            state,
-            gradient=wanted,
-            keys=keys,
-            batch_size=self.run.batch_size,
-        )
+        run = self.run
+        options: dict[str, Any] = {"gradient": wanted, "keys": keys, "batch_size": run.batch_size}
+        with run.drawing(keys):
+            draws, value, gradient = evaluate(run.attack, self.search.logits, points, state, **options)
         return draws, value, points.new_zeros(points.shape) if gradient is None else gradient
 
     def _doubtful(self, state: State, answer: Answer, draws: Tensor) -> Tensor:
@@ -292,7 +287,9 @@ class _Pool:
         if (~accepted & ~done).any():
             self.returning.append(state.rows(~accepted & ~done))
         if (~accepted & done).any():
-            yield from self._end(state.rows(~accepted & done))
+            ended = state.rows(~accepted & done)
+            ended.known["asked"] += 1  # for draws that have not refused it
+            yield from self._end(ended)
 
     def _end(self, ended: State) -> Iterator[Finished]:
         """Let samples that are out of steps go, or start again, or go on to the next model."""
@@ -314,13 +311,8 @@ class _Pool:
         if nearest and run.is_random:
             images, fooled = run.further_out(images, ended, fooled)
         again &= ~fooled
-        if attack.restarts > 1 or nearest:  # whose draws have chosen
-            fooled = np.where(again, fooled, run.verdict(images, known, fooled))
         if nearest:
-            moved = (images != ended.x).flatten(1).any(1)
-            known["doubted"] |= ~fooled & on_host(moved)
-            stands = torch.from_numpy(~fooled).to(images.device, non_blocking=True)
-            images = torch.where(per_image(stands, images), ended.x, images)
+            known["doubted"] |= on_host((images != ended.x).flatten(1).any(1))
         elif self.failed is not None:
             known["doubted"] |= on_host(self._nearly(logits, ended.y))
         failed = ~fooled & ~again & known["doubted"] & (self.failed is not None)
@@ -333,7 +325,13 @@ class _Pool:
             self.failed.push({**given, "restart": np.zeros_like(samples["restart"])})
         leaves = ~(again | failed)
         if leaves.any():
-            yield Finished(known["index"][leaves], select(images, leaves), fooled[leaves])
+            leaving, images, fooled = ended.rows(leaves), select(images, leaves), fooled[leaves]
+            if attack.restarts > 1 or len(run.searches) > 1 or nearest:  # whose draws have chosen
+                fooled = run.verdict(images, leaving.known, fooled)
+            if nearest:
+                stands = torch.from_numpy(~fooled).to(images.device, non_blocking=True)
+                images = torch.where(per_image(stands, images), leaving.x, images)
+            yield Finished(leaving.index, images, fooled)
 
     def _restart(self, ended: State) -> None:
         kept = {name: ended.known[name] for name in (*_GIVEN, *_KEPT) if name in ended.known}

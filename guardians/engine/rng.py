@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,8 +16,8 @@ from torch import Tensor
 
 __all__ = ["ForkedGenerators", "SampleRng", "fresh_seed", "given_keys", "hashed", "row_keys"]
 
-_NEVER_SEEDED = 67280421310721
-"""torch's own seed of its global generator."""
+_SEED_AT_IMPORT = torch.initial_seed()
+"""Of torch's global generator."""
 _KEYS: ContextVar[np.ndarray | None] = ContextVar("row_keys", default=None)
 
 
@@ -73,7 +75,7 @@ def hashed(*parts: np.ndarray | int) -> np.ndarray:
 
 def fresh_seed() -> int:
     """A new seed, from torch's global generator, or where that was never seeded from numpy's, which ART draws from."""
-    if torch.initial_seed() == _NEVER_SEEDED:
+    if torch.initial_seed() == _SEED_AT_IMPORT >= 2**32:  # 64 random bits, with which torch starts, not a user's
         return int(np.random.randint(2**62, dtype=np.int64))  # noqa: NPY002
     return int(torch.randint(2**62, (), device="cpu"))
 
@@ -81,34 +83,48 @@ def fresh_seed() -> int:
 class ForkedGenerators:
     """A context in which torch's global generators are others, seeded once and carried on when it is entered again.
 
-    For models that draw random numbers of their own: outside it is as if nothing had been drawn.
+    For models that draw random numbers of their own: outside it is as if nothing had been drawn. Contexts of several
+    threads may overlap in any way; while they do, they draw from the generators of the one that was entered last.
     """
 
-    def __init__(self, seed: int, device: torch.device | None) -> None:
-        self._cuda = device if device is not None and device.type == "cuda" else None
-        self._inside = [torch.Generator(kind).manual_seed(seed % 2**63).get_state() for kind in self._devices]
-        self._outside: list[Tensor] = []
+    _lock: ClassVar = threading.Lock()
+    _entered: ClassVar[list[ForkedGenerators]] = []
 
-    @property
-    def _devices(self) -> list[torch.device]:
-        return [torch.device("cpu"), *([] if self._cuda is None else [self._cuda])]
+    def __init__(self, seed: int, device: torch.device | None) -> None:
+        devices = [torch.device("cpu"), *([device] if device is not None and device.type == "cuda" else [])]
+        self._inside = {kind: torch.Generator(kind).manual_seed(seed % 2**63).get_state() for kind in devices}
+        self._outside: dict[torch.device, Tensor] = {}
 
     def __enter__(self) -> None:
-        self._outside = self._states()
-        self._restore(self._inside)
+        with self._lock:
+            self._outside = {device: _generator_state(device) for device in self._inside}
+            for device, state in self._inside.items():
+                _set_generator_state(device, state)
+            self._entered.append(self)
 
     def __exit__(self, *exception: object) -> None:
-        self._inside = self._states()
-        self._restore(self._outside)
+        with self._lock:
+            position = self._entered.index(self)
+            later = self._entered[position + 1 :]
+            for device, state in self._outside.items():
+                above = next((other for other in later if device in other._outside), None)
+                if above is None:
+                    self._inside[device] = _generator_state(device)
+                    _set_generator_state(device, state)
+                else:  # what was outside of this one is to be restored by the other
+                    self._inside[device], above._outside[device] = above._outside[device], state
+            del self._entered[position]
 
-    def _states(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *([] if self._cuda is None else [torch.cuda.get_rng_state(self._cuda)])]
 
-    def _restore(self, states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        for state in states[1:]:
-            assert self._cuda is not None
-            torch.cuda.set_rng_state(state, self._cuda)
+def _generator_state(device: torch.device) -> Tensor:
+    return torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
+
+
+def _set_generator_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.cuda.set_rng_state(state, device)
 
 
 @contextmanager

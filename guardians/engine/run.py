@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from guardians.engine.report import Report
-from guardians.engine.rng import SampleRng, hashed, row_keys
+from guardians.engine.rng import ForkedGenerators, SampleRng, hashed, row_keys
 from guardians.engine.search import Logits, Search, choose_searches, differ, judge_logits
 from guardians.engine.state import Columns, State, on_host, rounded_towards, select
 
@@ -56,7 +57,8 @@ class Run:
     ) -> None:
         self.attack, self.victim, self.seed, self.report = attack, attack.victim, seed, report
         self._first_index, self._dtype = first_index, dtype
-        with row_keys(self.keys(_PROBE_DRAW, np.arange(1))):
+        self._device = probe.device
+        with self.drawing(self.keys(_PROBE_DRAW, np.arange(1))):
             self.batch_size = attack.batch_size_for(probe)
         self.capacity = max(1, self.batch_size // attack.eot_samples)
         self.searches = [Search(self.victim.logits)]
@@ -75,11 +77,8 @@ class Run:
     def _probe(self, x: Tensor) -> None:
         """Ask the model about some images: whether it is random, what may search for it, and how it judges fastest."""
         expected = self._asked(x, 0)
-        # The first half again, in the company of other images.
-        half, mirrored = (len(x) + 1) // 2, x.flip(-1)
-        company = torch.cat([x[:half], mirrored[: max(1, len(x) - half)]])
-        if differ(expected[:half], self._asked(company, 1)[:half]):
-            self.is_random = differ(expected, self._asked(x, 2))
+        if differ(expected, self._asked_in_other_company(x)):
+            self.is_random = differ(expected, self._asked(x, 5))
             self.report.depends_on_batch = not self.is_random
             if not self.is_random:
                 logger.warning(
@@ -88,20 +87,39 @@ class Run:
                 )
         known = None if self.is_random else expected
         if known is not None:
-            self.judge_logits, tried = judge_logits(self.victim, x, known)
+            with self.drawing(self.keys(_PROBE_DRAW, np.arange(len(x)), 3)):
+                self.judge_logits, tried = judge_logits(self.victim, x, known)
             self.report.judgement_forward += tried * len(x)
         precision = self.attack.precision
         if precision == "auto" and self.attack.keep == "nearest":
             precision = "float32"  # the boundary is where bfloat16's logits are wrong
         if self.refills or precision not in ("auto", "float32"):
-            self.searches, tried = choose_searches(self.victim, precision, x, known)
+            with self.drawing(self.keys(_PROBE_DRAW, np.arange(len(x)), 4)):
+                self.searches, tried = choose_searches(self.victim, precision, x, known)
             self.report.search = self.searches[0].description
             self.report.search_forward += tried * len(x)
             self.report.search_backward += tried * len(x)
 
+    def _asked_in_other_company(self, x: Tensor) -> Tensor:
+        """The logits of the images, a half of them at a time, beside a fainter one."""
+        faint = self.victim.clip(x[:1] / 2)
+        halves = enumerate(x.chunk(2), 1)
+        return torch.cat([self._asked(torch.cat([half, faint]), number)[: len(half)] for number, half in halves])
+
+    @cached_property
+    def generators(self) -> ForkedGenerators:
+        """Those of torch that a model draws from."""
+        return ForkedGenerators(self.seed, self._device)
+
+    @contextmanager
+    def drawing(self, keys: np.ndarray) -> Iterator[None]:
+        """Where the model is asked: its draws, keyed or from torch's generators, are functions of the run's seed."""
+        with row_keys(keys), self.generators:
+            yield
+
     def _asked(self, x: Tensor, time: int) -> Tensor:
         self.report.judgement_forward += len(x)
-        with row_keys(self.keys(_PROBE_DRAW, np.arange(len(x)), time)):
+        with self.drawing(self.keys(_PROBE_DRAW, np.arange(len(x)), time)):
             return self.victim.logits(x)
 
     def start(self, samples: Columns) -> State:
@@ -112,7 +130,7 @@ class Run:
         """
         x, n = samples["x"], len(samples["x"])
         if "y" not in samples:
-            with row_keys(self.keys(_LABEL_DRAW, samples["index"] + self._first_index)):
+            with self.drawing(self.keys(_LABEL_DRAW, samples["index"] + self._first_index)):
                 samples["y"] = self.victim.predict(x)
             self.report.judgement_forward += n
         known = {"doubted": np.zeros(n, dtype=bool), "stuck": torch.zeros_like(samples["y"], dtype=torch.bool)}
@@ -203,7 +221,7 @@ class Run:
             size = min(round_size(len(images)), self.batch_size)
             keys, asked = np.resize(keys, size), select(images, np.resize(np.arange(len(images)), size))
         self.report.judgement_forward += len(asked)
-        with row_keys(keys):
+        with self.drawing(keys):
             return self.judge_logits(asked)[: len(images)]
 
 

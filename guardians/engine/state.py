@@ -77,7 +77,12 @@ class State:
         return self._of({name: select(value, rows) for name, value in part.items()} for part in (self.known, self.own))
 
     def put(self, rows: np.ndarray, new: State) -> None:
-        """Overwrite rows."""
+        """Overwrite rows.
+
+        Raises:
+            ValueError: the new rows have other columns, so that something of the old ones would stay.
+        """
+        self._check_columns(new)
         seen: set[int] = set()
         for columns, others in ((self.known, new.known), (self.__dict__, new.own)):
             for name, other in others.items():
@@ -91,9 +96,19 @@ class State:
                 value.index_copy_(0, torch.from_numpy(rows).to(value.device, non_blocking=True), other)
 
     def joined(self, other: State) -> State:
-        """These rows, and after them those of `other`."""
+        """These rows, and after them those of `other`.
+
+        Raises:
+            ValueError: as `put`.
+        """
+        self._check_columns(other)
         pairs = ((self.known, other.known), (self.own, other.own))
         return self._of({name: join([one[name], two[name]]) for name in one} for one, two in pairs)
+
+    def _check_columns(self, new: State) -> None:
+        if self.own.keys() != new.own.keys():
+            names = ", ".join(map(repr, sorted(self.own.keys() ^ new.own.keys())))
+            raise ValueError(f"columns {names} are made at some starts alone: must be made at all, or at none")
 
     @staticmethod
     def _of(parts: Any) -> State:
@@ -109,19 +124,17 @@ class State:
             TypeError: a column is neither a tensor nor a numpy array, or is on another device.
             ValueError: it has not a row a sample, or shares memory, between its rows or with another column.
         """
-        tensors = ((name, value) for name, value in self.known.items() if isinstance(value, Tensor))
-        memory = {_memory(value): name for name, value in tensors}
+        memory = {_memory(value): name for name, value in self.known.items()}
         for name, value in self.own.items():
             where = f"{attack}.start: column {name!r}"
             if not isinstance(value, (Tensor, np.ndarray)):
                 raise TypeError(f"{where} is of type {type(value).__name__}: must be a tensor or a numpy array")
             if value.ndim == 0 or len(value) != len(self):
                 raise ValueError(f"{where} has shape {tuple(value.shape)}: the first dimension must be {len(self)}")
-            if isinstance(value, np.ndarray) or not value.numel():
-                continue
-            if value.device != self.x.device:
+            if isinstance(value, Tensor) and value.device != self.x.device:
                 raise TypeError(f"{where} is on {value.device}: must be on {self.x.device}, as the images are")
-            if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
+            strides = value.stride() if isinstance(value, Tensor) else value.strides
+            if any(stride == 0 and size > 1 for stride, size in zip(strides, value.shape, strict=True)):
                 raise ValueError(f"{where} is expanded, so that entries share memory: must be cloned")
             other = memory.setdefault(_memory(value), name)
             if other != name and _memory(value):
@@ -216,6 +229,10 @@ def join(parts: list[Any]) -> Any:
     return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else torch.cat(parts)
 
 
-def _memory(tensor: Tensor) -> int:
+def _memory(values: Tensor | np.ndarray) -> int:
     """Where its entries are; 0 where they are nowhere."""
-    return tensor.untyped_storage()._cdata if tensor.numel() else 0
+    if isinstance(values, Tensor):
+        return int(values.untyped_storage()._cdata) if values.numel() else 0
+    while isinstance(values.base, np.ndarray):
+        values = values.base
+    return int(values.ctypes.data) if values.size else 0

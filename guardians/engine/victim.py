@@ -129,9 +129,13 @@ class Victim:
         return self._loss_of[1](logits, self._estimator.reduce_labels(one_hot(y, logits.shape[1]).to(logits.dtype)))
 
     def predict(self, x: Tensor) -> Tensor:
-        """Labels (N,) that the model gives to images (N, ...)."""
+        """Labels (N,) that the model gives to images (N, ...), after an estimator's postprocessing."""
         with torch.no_grad():
-            return self.logits(x).argmax(1)
+            logits = self.logits(x)
+        if self._estimator is None or not self._estimator.postprocessing_defences:
+            return logits.argmax(1)
+        predictions = self._estimator._apply_postprocessing(logits.cpu().numpy(), fit=False)
+        return torch.from_numpy(np.asarray(predictions)).argmax(1).to(x.device)
 
     def _preprocess(self, x: Tensor) -> Tensor:
         estimator = self._estimator

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 from guardians.attacks.registry import Spec, canonical, compared, families, family_of
 from guardians.toolkits.build import TOOLKITS, is_available
@@ -48,21 +49,17 @@ def cases(attacks: Sequence[str] = (), references: Sequence[str] = ()) -> list[C
         ValueError: an attack or a reference is unknown.
     """
     stated = [agreement for family in families() for agreement in family.agreements]
-    wanted = []
-    for argument, names, known in (
-        ("attacks", attacks, compared()),
-        ("references", references, REFERENCES),
-    ):
-        wanted.append({canonical(name, known) for name in names or known})
-        unknown = sorted(wanted[-1] - set(known))
+    wanted: set[str] = set()
+    for argument, names, known in (("attacks", attacks, compared()), ("references", references, REFERENCES)):
+        chosen = {canonical(name, known) for name in names or known}
+        unknown = sorted(chosen - set(known))
         if unknown:
             raise ValueError(f"{argument}={unknown}: unknown; known are {', '.join(known)}")
-    return [
-        Case(agreement.spec, reference, agreement.kind)
-        for reference in REFERENCES
-        for agreement in stated
-        if reference in (agreement.references or REFERENCES)
-        and reference in wanted[1]
-        and agreement.spec.name in wanted[0]
-        and is_available(reference, agreement.spec)
+        wanted |= chosen
+    found = [
+        Case(replace(agreement.spec, targeted=targeted), reference, agreement.kind)
+        for reference, agreement in product(REFERENCES, stated)
+        for targeted in agreement.targeted
+        if reference in (agreement.references or REFERENCES) and {reference, agreement.spec.name} <= wanted
     ]
+    return [case for case in found if is_available(case.reference, case.spec)]

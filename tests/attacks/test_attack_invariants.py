@@ -217,7 +217,7 @@ def test_restarts_ask_the_model_only_about_images_that_stand(net):
         attack = PGD(net, eps=1e-4, eps_step=1e-4, max_iter=2, num_random_init=restarts, verbose=False)
         attack(x, fooled_already)
         counts.append(net.images_seen)
-    assert counts[1] <= counts[0] + 20 + 3 * 8  # to see what the model is, and that all are fooled
+    assert counts[1] <= counts[0] + 20 + 3 * 8 + 2  # to see what the model is, and that all are fooled
 
 
 # Starting points

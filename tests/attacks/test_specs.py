@@ -109,7 +109,7 @@ def toy(monkeypatch):
         arguments = {"norm": spec.norm, "eps": spec.eps, "eps_step": 0.01, "max_iter": spec.get("steps")}
         return "ProjectedGradientDescent", arguments
 
-    agreement = Agreement("exact", Spec("Toy", INF, 0.05, params={"steps": 4}))
+    agreement = Agreement("exact", Spec("Toy", INF, 0.05, params={"steps": 4}), targeted=(False,))
     register(Family("Toy", (INF,), ("steps",), native, counts_steps=True, agreements=(agreement,)))
     monkeypatch.setitem(art.BUILDERS, "Toy", in_art)
 
