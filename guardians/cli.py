@@ -13,6 +13,7 @@ import typer
 from torch import nn
 
 from guardians import __version__
+from guardians.attacks.registry import compared, usages
 from guardians.data import ENVIRONMENT_VARIABLE, Dataset, load_data
 from guardians.engine.checks import check_choice, check_integer
 from guardians.engine.victim import Victim
@@ -26,6 +27,7 @@ from guardians.models import (
     save_model,
 )
 from guardians.tables import print_table
+from guardians.toolkits.build import IMPLEMENTATIONS, TOOLKITS
 from guardians.training import ENSEMBLE, RECIPES, SCHEDULES, Recipe, robust_accuracy, train
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -96,8 +98,8 @@ def parity(
     data: Data = None,
     download: Download = False,
     n: Count = None,
-    attack: Annotated[list[str], typer.Option(help="Only this one, repeatable: FGSM, PGD-10, PGD-40, C&W.")] = [],  # noqa: B006
-    reference: Annotated[list[str], typer.Option(help="Only this one, repeatable: ART, torchattacks, foolbox.")] = [],  # noqa: B006
+    attack: Annotated[list[str], typer.Option(help=f"Only this one, repeatable: {', '.join(compared())}.")] = [],  # noqa: B006
+    reference: Annotated[list[str], typer.Option(help=f"Only this one, repeatable: {', '.join(TOOLKITS)}.")] = [],  # noqa: B006
     own_rules: Annotated[
         bool, typer.Option("--own-rules", help="Measure what the documented deviations change: deviations.csv.")
     ] = False,
@@ -140,9 +142,9 @@ def bench(
     data: Data = None,
     download: Download = False,
     n: Count = None,
-    attack: Annotated[list[str], typer.Option(help="Only this one, repeatable: clean, FGSM, PGD-<steps>.")] = [],  # noqa: B006
+    attack: Annotated[list[str], typer.Option(help=f"Only this one, repeatable: clean, {', '.join(usages())}.")] = [],  # noqa: B006
     implementation: Annotated[
-        list[str], typer.Option(help="Only this one, repeatable: native, ART, torchattacks, foolbox.")
+        list[str], typer.Option(help=f"Only this one, repeatable: {', '.join(IMPLEMENTATIONS)}.")
     ] = [],  # noqa: B006
     norm: Annotated[str, typer.Option(help="inf, 2 or 1.")] = "inf",
     eps: Annotated[

@@ -5,6 +5,7 @@ from guardians.attacks.ddn import DDN, DecoupledDirectionNorm
 from guardians.attacks.fgsm import FGSM, FastGradientMethod
 from guardians.attacks.fmn import FMN, FastMinimumNorm
 from guardians.attacks.pgd import PGD, ProjectedGradientDescent
+from guardians.attacks.registry import Spec
 from guardians.engine.attack import Attack
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "FastGradientMethod",
     "FastMinimumNorm",
     "ProjectedGradientDescent",
+    "Spec",
 ]

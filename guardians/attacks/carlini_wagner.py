@@ -18,6 +18,7 @@ from torch import Tensor
 from guardians.attacks.boxes import BOXES, Box, NoBox
 from guardians.attacks.norms import lp_norm
 from guardians.attacks.objectives import OBJECTIVE_FUNCTIONS, TAKE_CONFIDENCE, largest_other, margin
+from guardians.attacks.registry import Agreement, Family, Spec, register
 from guardians.engine.attack import Attack
 from guardians.engine.checks import check_choice, check_number
 from guardians.engine.interfaces import Estimator
@@ -532,3 +533,33 @@ CarliniLInfMethod = CarliniWagnerLinf
 def _pick(table: Tensor, columns: Tensor) -> Tensor:
     """One entry (N,) of each row of a table (N, columns)."""
     return table.gather(1, columns[:, None])[:, 0]
+
+
+def _native(spec: Spec) -> tuple[type[Attack], dict[str, Any]]:
+    arguments = spec.arguments("confidence", "learning_rate", steps="max_iter", const="initial_const")
+    if spec.norm == float("inf"):
+        return CarliniWagnerLinf, arguments
+    return CarliniWagnerL2, arguments | spec.arguments("abort_early", searches="binary_search_steps")
+
+
+# Exact where a toolkit is right, which is each image alone and with no abort. torchattacks has no switch for it; its
+# checks end most runs. foolbox' default of 10,000 steps takes ten seconds an image.
+_FOOLBOX = {"steps": 25, "searches": 4, "const": 0.01, "learning_rate": 0.01, "abort_early": False}
+_TORCHATTACKS = {"steps": 50, "searches": 1, "const": 1.0, "learning_rate": 0.01}
+
+register(
+    Family(
+        "C&W",
+        norms=(2, float("inf")),
+        parameters=("confidence", "steps", "searches", "const", "learning_rate", "abort_early"),
+        native=_native,
+        minimises_norm=True,
+        agreements=(
+            Agreement("exact", Spec("C&W", 2, params=_FOOLBOX), ("foolbox",)),
+            Agreement("exact", Spec("C&W", 2, params=_TORCHATTACKS), ("torchattacks",)),
+            Agreement("dominance", Spec("C&W", 2), ("ART", "torchattacks")),
+            Agreement("dominance", Spec("C&W", 2, params={"steps": 100}), ("foolbox",)),
+            Agreement("dominance", Spec("C&W", float("inf")), ("ART",), targeted=(False,)),
+        ),
+    )
+)

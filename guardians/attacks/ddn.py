@@ -4,13 +4,14 @@ attacks and defenses", 2019)."""
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from guardians.attacks.norms import annealed, farthest, lp_norm, steepest_ascent
+from guardians.attacks.registry import Agreement, Family, Spec, register
 from guardians.engine.attack import Attack
 from guardians.engine.checks import check_integer, optional
 from guardians.engine.interfaces import Estimator
@@ -103,3 +104,20 @@ class DecoupledDirectionNorm(Attack):
 
 
 DDN = DecoupledDirectionNorm
+
+
+def _native(spec: Spec) -> tuple[type[Attack], dict[str, Any]]:
+    return DDN, spec.arguments("init_epsilon", "gamma", steps="max_iter")
+
+
+register(
+    Family(
+        "DDN",
+        norms=(2,),
+        parameters=("steps", "init_epsilon", "gamma"),
+        native=_native,
+        counts_steps=True,
+        minimises_norm=True,
+        agreements=(Agreement("exact", Spec("DDN", 2, params={"steps": 20}), ("foolbox",)),),
+    )
+)

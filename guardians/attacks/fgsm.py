@@ -10,7 +10,7 @@ from art.attacks import evasion
 from torch import Tensor
 
 from guardians.attacks.norms import Norm
-from guardians.attacks.pgd import SteepestAscent, _is_finite
+from guardians.attacks.pgd import SteepestAscent, _is_finite, register_ascent
 from guardians.engine.interfaces import Estimator
 from guardians.engine.parameters import KW_ONLY, Flag, OptionalCount, PositiveArray, Radius, Size
 from guardians.engine.state import Answer, Progress, Query, State, per_image
@@ -125,3 +125,5 @@ class FastGradientMethod(SteepestAscent):
 
 evasion.FastGradientMethod.register(FastGradientMethod)
 FGSM = FastGradientMethod
+
+register_ascent("FGSM", FGSM)

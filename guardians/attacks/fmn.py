@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from guardians.attacks.norms import annealed, as_norm, farthest, lp_norm, nearest_in_ball, steepest_ascent
+from guardians.attacks.registry import Agreement, Family, Spec, register
 from guardians.engine.attack import Attack
 from guardians.engine.checks import check_choice
 from guardians.engine.interfaces import Estimator
@@ -117,3 +118,23 @@ def _dual(p: float) -> float:
 
 
 FMN = FastMinimumNorm
+
+
+def _native(spec: Spec) -> tuple[type[Attack], dict[str, Any]]:
+    arguments = spec.arguments("max_stepsize", "min_stepsize", "gamma", steps="max_iter")
+    return FMN, {"norm": spec.norm, **arguments}
+
+
+register(
+    Family(
+        "FMN",
+        norms=(np.inf, 2, 1),
+        parameters=("steps", "max_stepsize", "min_stepsize", "gamma"),
+        native=_native,
+        counts_steps=True,
+        minimises_norm=True,
+        agreements=tuple(
+            Agreement("exact", Spec("FMN", norm, params={"steps": 20}), ("foolbox",)) for norm in (np.inf, 2, 1)
+        ),
+    )
+)

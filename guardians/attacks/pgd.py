@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from guardians.attacks.norms import (
     steepest_ascent,
     steepest_ascent_in_box,
 )
+from guardians.attacks.registry import Agreement, Family, Spec, register
 from guardians.engine.attack import Attack
 from guardians.engine.checks import ArgumentTypeError
 from guardians.engine.interfaces import Estimator
@@ -30,7 +32,13 @@ from guardians.engine.parameters import Flag, OptionalCount, OptionalNumber, Pos
 from guardians.engine.report import Finished
 from guardians.engine.state import Answer, Progress, Query, State
 
-__all__ = ["PGD", "ProjectedGradientDescent", "SteepestAscent"]
+__all__ = ["PGD", "ProjectedGradientDescent", "SteepestAscent", "register_ascent"]
+
+_THREAT_MODELS = {np.inf: (8 / 255, 2 / 255), 2: (0.5, 0.1), 1: (6.0, 0.9)}
+"""For each norm the radius and the step size of the parity cases, radii that papers use.
+
+In norm 1 a step is shorter than a pixel's range, so that its length shows.
+"""
 
 
 class SteepestAscent(Attack):
@@ -262,3 +270,23 @@ def _is_finite(radius: float | np.ndarray | Tensor) -> bool:
 def _constant_in_sample(radius: Tensor, x: Tensor) -> bool:
     samples = radius.reshape((1,) * (x.ndim - radius.ndim) + radius.shape).flatten(1)
     return bool((samples == samples[:, :1]).all())
+
+
+def register_ascent(name: str, attack: type[SteepestAscent], steps: Sequence[int] = ()) -> None:
+    """Make FGSM, or with the numbers of `steps` of its parity cases PGD, known by name."""
+
+    def native(spec: Spec) -> tuple[type[Attack], dict[str, Any]]:
+        start = {"num_random_init": int(spec.get("random_start", False))}
+        return attack, {"norm": spec.norm, "eps": spec.eps, **start, **spec.arguments("eps_step", steps="max_iter")}
+
+    parameters = ("random_start", "steps", "eps_step") if steps else ("random_start",)
+    agreements = []
+    for (norm, (eps, eps_step)), number, random_start in product(
+        _THREAT_MODELS.items(), steps or (None,), (False, True)
+    ):
+        params = {"random_start": random_start, "steps": number, "eps_step": eps_step if number else None}
+        agreements.append(Agreement("exact", Spec(name, norm, eps, params=params)))
+    register(Family(name, tuple(_THREAT_MODELS), parameters, native, bool(steps), agreements=tuple(agreements)))
+
+
+register_ascent("PGD", PGD, steps=(10, 40))

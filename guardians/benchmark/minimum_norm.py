@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from guardians.attacks import CarliniWagnerL2
+from guardians.attacks import CarliniWagnerL2, Spec
 from guardians.attacks.norms import lp_norm
 from guardians.benchmark.counting import CountingModel
 from guardians.benchmark.overhead import forward_backward, timed
@@ -26,7 +26,8 @@ from guardians.engine.checks import check_integer
 from guardians.engine.victim import predicted_labels, undisturbed
 from guardians.models import digest
 from guardians.tables import BENCHMARK_COLUMNS, Table, as_written, file_name, read_csv, write_csv
-from guardians.toolkits.implementations import CarliniWagnerSpec, TensorAttack, build_attack
+from guardians.toolkits.base import TensorAttack
+from guardians.toolkits.build import build_attack
 
 __all__ = [
     "CONST_COLUMNS",
@@ -102,14 +103,17 @@ class Contender:
         return f"{self.implementation} {self.setting}"
 
 
-def _toolkit(implementation: str, setting: str, batch_size: int | None = None, **params: Any) -> Contender:
+def _toolkit(
+    implementation: str, setting: str, batch_size: int | None = None, family: str = "C&W", **params: Any
+) -> Contender:
     def build(model: nn.Module, nb_classes: int, shape: tuple[int, ...], batch_size: int) -> TensorAttack:
-        spec = CarliniWagnerSpec(**params)
+        spec = Spec(family, 2, params=params)
         return build_attack(
             implementation, spec, model, nb_classes=nb_classes, input_shape=shape, batch_size=batch_size
         )
 
-    return Contender(implementation, setting, build, params, batch_size)
+    name = implementation if family == "C&W" else f"{implementation} {family}"
+    return Contender(name, setting, build, params, batch_size)
 
 
 def _paper(searches: int, steps: int) -> Contender:
@@ -126,21 +130,12 @@ def _paper(searches: int, steps: int) -> Contender:
     return Contender("native, as in the paper", f"{searches} x {steps}", build, params)
 
 
-def _ddn(steps: int) -> Contender:
-    def build(model: nn.Module, nb_classes: int, shape: tuple[int, ...], batch_size: int) -> TensorAttack:
-        from guardians.toolkits.foolbox import FoolboxAttack, foolbox
-
-        return FoolboxAttack(model, foolbox.attacks.DDNAttack(steps=steps), batch_size=batch_size)
-
-    return Contender("foolbox DDN", f"{steps}", build, {"steps": steps})
-
-
 CONTENDERS = (
     _toolkit("foolbox", "9 x 100", steps=100),
     _toolkit("torchattacks", "1 x 50"),
     _toolkit("torchattacks", "1 x 200", steps=200),
-    _ddn(20),
-    _ddn(100),
+    _toolkit("foolbox", "20", family="DDN", steps=20),
+    _toolkit("foolbox", "100", family="DDN", steps=100),
     _paper(9, 100),
     _toolkit("native", "9 x 1000", searches=9, steps=1000),
     _toolkit("native", "5 x 100", searches=5, steps=100),

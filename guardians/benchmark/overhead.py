@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from guardians.attacks import Spec
 from guardians.engine.checks import check_integer
 from guardians.engine.victim import undisturbed
-from guardians.toolkits.implementations import IMPLEMENTATIONS, AttackSpec, build_attack
+from guardians.toolkits.build import IMPLEMENTATIONS, build_attack
 
 __all__ = ["OVERHEAD_COLUMNS", "bare_loop", "forward_backward", "measure_overhead", "paired_times", "timed"]
 
@@ -55,7 +56,7 @@ def measure_overhead(
     """
     check_integer("steps", steps, low=1)
     check_integer("rounds", rounds, low=1)
-    spec = AttackSpec("PGD", np.inf, 8 / 255, 2 / 255, steps)
+    spec = Spec("PGD", np.inf, 8 / 255, params={"steps": steps, "eps_step": 2 / 255})
     with torch.no_grad():
         nb_classes = model(images[:1]).shape[1]
     runs: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"bare loop": lambda x, y: bare_loop(model, x, y, steps)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
@@ -28,6 +27,7 @@ from tqdm.auto import tqdm
 
 import guardians
 from guardians.attacks.norms import as_norm
+from guardians.attacks.registry import Spec, canonical, named, usages
 from guardians.benchmark.counting import CountingModel, peak_memory
 from guardians.benchmark.statistics import wilson_interval
 from guardians.data import Dataset
@@ -37,22 +37,15 @@ from guardians.engine.parameters import PRECISIONS
 from guardians.engine.victim import Victim, predicted_labels, undisturbed
 from guardians.models import digest
 from guardians.tables import BENCHMARK_COLUMNS, Table, as_written
-from guardians.toolkits.implementations import (
-    IMPLEMENTATIONS,
-    AttackSpec,
-    TensorAttack,
-    build_attack,
-    build_prediction,
-    is_available,
-)
-from guardians.toolkits.names import canonical
+from guardians.toolkits.base import TensorAttack
+from guardians.toolkits.build import IMPLEMENTATIONS, build_attack, build_prediction, is_available, is_installed
 
 __all__ = ["ATTACKS", "KEY", "outcome_path", "run_benchmark", "summarise"]
 
 logger = logging.getLogger(__name__)
 
 ATTACKS = ("clean", "FGSM", "PGD-10", "PGD-40")
-MAX_STEPS = 1_000_000
+"""Those that run unless others are asked for."""
 
 KEY = """
     model model_digest data defence attack implementation norm eps steps params eot n seed device precision
@@ -60,6 +53,8 @@ KEY = """
 """The columns of benchmark.csv that identify a row: what was run on what, whatever the versions and the commit."""
 
 _ZERO_GRADIENT_SHARE = 0.01
+_WEAKEST = "FGSM"
+"""No other attack in the same ball should be weaker."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ class _Job:
     """
 
     implementation: str
-    spec: AttackSpec | None
+    spec: Spec | None
     options: dict[str, Any]
     known: dict[str, Any]
 
@@ -135,17 +130,18 @@ def run_benchmark(
         data: images and labels.
         model_name: for the table.
         out: folder of the tables, created where it does not exist.
-        attacks: of "clean", "FGSM" and "PGD-<steps>", of at most 1,000,000 steps, in upper or lower case.
+        attacks: "clean" and those that are registered, as "FGSM", "PGD-40", of at most 1,000,000 steps, and "C&W", in
+            upper or lower case. Those that minimise a norm are run at the defaults of each implementation.
         implementations: of `IMPLEMENTATIONS`, in upper or lower case. What a toolkit does not have, or a toolkit that
             is not installed, is skipped with a line in the log.
         norm: 1, 2, inf or "inf".
-        eps: radius of the ball, in the unit of the images.
+        eps: radius of the ball, in the unit of the images; inf in the rows of attacks that minimise a norm.
         eps_step: step size of PGD; None takes eps / 4, or 1 / 255 where eps is 0. FGSM's is eps.
-        random_start: start PGD at a random point of the ball; FGSM always starts at the image.
+        random_start: start attacks of several steps at a random point of the ball; FGSM always starts at the image.
         batch_size: images in one forward pass.
         seed: of the random starts.
         device: of the model, where images are sent; None takes the model's.
-        early_stop: let native attacks leave an image as soon as the model is fooled by it; see
+        early_stop: let native attacks in a ball leave an image as soon as the model is fooled by it; see
             `guardians.engine.attack.Attack`. The toolkits take all steps.
         precision: what native attacks search in: "auto", "float32", "bfloat16" or "float16"; see there.
         verbose: show a progress bar.
@@ -169,7 +165,7 @@ def run_benchmark(
         raise TypeError(f"random_start={random_start!r}: must be True or False")
     check_integer("batch_size", batch_size, low=1)
     check_integer("seed", seed, low=0)
-    steps = _steps_of(attacks)
+    specs = _specs(attacks, norm, eps, eps_step, random_start)
     if not isinstance(implementations, str):
         implementations = [canonical(name, IMPLEMENTATIONS) for name in implementations]
     if not implementations or not set(implementations) <= set(IMPLEMENTATIONS):
@@ -194,24 +190,13 @@ def run_benchmark(
         "commit": _commit(),
     }
     jobs = []
-    # FGSM before PGD, which is compared with it.
-    for attack in sorted(steps, key=lambda attack: (attack.startswith("PGD"), steps[attack])):
+    for spec in specs:
         for implementation in dict.fromkeys(implementations):
-            is_pgd = attack.startswith("PGD")
-            spec = None
-            if attack != "clean":
-                spec = AttackSpec(
-                    "PGD" if is_pgd else attack,
-                    norm,
-                    eps,
-                    eps_step if is_pgd else eps,
-                    steps[attack],
-                    random_start=random_start and is_pgd,
-                )
-            is_native_attack = implementation == "native" and spec is not None
-            options = {"early_stop": early_stop, "precision": precision} if is_native_attack else {}
-            if _has(implementation, attack, spec):
-                columns = _columns_of(attack, implementation, spec, batch_size, options)
+            options: dict[str, Any] = {}
+            if implementation == "native" and spec is not None:
+                options = {"precision": precision} | ({} if spec.eps is None else {"early_stop": early_stop})
+            if _has(implementation, spec):
+                columns = _columns_of(implementation, spec, batch_size, options)
                 jobs.append(_Job(implementation, spec, options, common | columns))
 
     table = Table(Path(out) / "benchmark.csv", BENCHMARK_COLUMNS, KEY)
@@ -328,7 +313,7 @@ class _Run:
         self.table.append(row, (outcome_path(self.table.path.parent, row), outcomes))
         return None
 
-    def _run_native(self, spec: AttackSpec, options: dict[str, Any]) -> _Measured:
+    def _run_native(self, spec: Spec, options: dict[str, Any]) -> _Measured:
         """Run a native attack, which counts for itself, and keep what is finished when Ctrl-C stops it.
 
         It is given the model as it is: the attack cannot make a cheaper copy of one that counts.
@@ -361,7 +346,7 @@ class _Run:
         rows = torch.from_numpy(finished.nonzero()[0]).to(self.device)
         return _Measured(x_adv[rows], rows, cost, report.search, interrupted=True)
 
-    def _run_counted(self, implementation: str, spec: AttackSpec | None) -> _Measured:
+    def _run_counted(self, implementation: str, spec: Spec | None) -> _Measured:
         """Run the attack of a toolkit, or the prediction of any implementation, on a model that counts."""
         counting = CountingModel(self.model)
         if spec is None:
@@ -401,16 +386,17 @@ class _Run:
         images, flags = measured.result, []
         if images.isnan().any():
             flags.append("nan")
-        size = self._perturbation(images, measured.rows, job.spec.norm)
-        if (size > _with_rounding(job.spec, images[0].numel())).any():
-            flags.append("outside_ball")
+        if job.spec.eps is not None:
+            size = self._perturbation(images, measured.rows, job.spec.norm)
+            if (size > _with_rounding(job.spec.eps, job.spec.norm, images[0].numel())).any():
+                flags.append("outside_ball")
         if ((images < 0) | (images > 1)).any():
             flags.append("outside_clip")
         if measured.interrupted:
             return [*flags, "interrupted"]
-        if job.spec.attack == "PGD":
-            fgsm_spec = AttackSpec("FGSM", job.spec.norm, job.spec.eps, job.spec.eps)
-            fgsm = job.known | _columns_of("FGSM", job.implementation, fgsm_spec, self.batch_size, job.options)
+        if job.spec.eps is not None and job.spec.family != _WEAKEST:
+            weakest = Spec(_WEAKEST, job.spec.norm, job.spec.eps)
+            fgsm = job.known | _columns_of(job.implementation, weakest, self.batch_size, job.options)
             if (self.table.select([fgsm])["robust_accuracy"] < robust_accuracy).any():
                 flags.append("weaker_than_fgsm")
         if self._zero_gradients is None:
@@ -442,9 +428,9 @@ def _time_and_memory(device: torch.device) -> Iterator[dict[str, float]]:
     cost["peak_memory_mb"] = peak.mb
 
 
-def _with_rounding(spec: AttackSpec, pixels: int) -> float:
+def _with_rounding(eps: float, norm: float, pixels: int) -> float:
     """The radius, and what float32's rounding of the pixels and of a norm may add to it."""
-    return float(spec.eps * (1 + 1e-6) + torch.finfo(torch.float32).eps * pixels ** (1 / spec.norm))
+    return float(eps * (1 + 1e-6) + torch.finfo(torch.float32).eps * pixels ** (1 / norm))
 
 
 def _sizes(eps: Any, eps_step: Any) -> tuple[float, float]:
@@ -460,23 +446,19 @@ def _sizes(eps: Any, eps_step: Any) -> tuple[float, float]:
     return float(eps), float(eps_step)
 
 
-def _steps_of(attacks: Sequence[str]) -> dict[str, int]:
-    """Number of steps of each attack, under the name that tables have for it."""
+def _specs(attacks: Sequence[str], norm: float, eps: float, eps_step: float, random_start: bool) -> list[Spec | None]:
+    """The attacks under these names, None for "clean", in the order in which they run."""
+    known = ", ".join(("clean", *usages()))
     if isinstance(attacks, str) or not attacks:
-        raise ValueError(f"attacks={attacks!r}: must be a list of 'clean', 'FGSM' and 'PGD-<steps>'")
-    steps = {}
+        raise ValueError(f"attacks={attacks!r}: must be a list; known are {known}")
+    specs = {}
     for attack in attacks:
-        match = re.fullmatch(r"PGD-([1-9][0-9]*)", str(attack), re.IGNORECASE)
-        name = f"PGD-{match[1]}" if match else canonical(attack, ("clean", "FGSM"))
-        if not match and name not in ("clean", "FGSM"):
-            raise ValueError(
-                f"attack {attack!r} is unknown; known are 'clean', 'FGSM' and 'PGD-<steps>', as in 'PGD-40'"
-            )
-        # The length comes first: Python refuses to read integers of thousands of digits.
-        if match and (len(match[1]) > len(str(MAX_STEPS)) or int(match[1]) > MAX_STEPS):
-            raise ValueError(f"attack {attack!r}: must have at most {MAX_STEPS:,} steps")
-        steps[name] = int(match[1]) if match else int(name == "FGSM")
-    return steps
+        spec = named(str(attack), norm, eps, eps_step=eps_step, random_start=random_start)
+        if spec is None and canonical(attack, ("clean",)) != "clean":
+            raise ValueError(f"attack {attack!r} is unknown; known are {known}")
+        # FGSM comes before the others, which are compared with it.
+        specs[spec] = (0, 0) if spec is None else (1 + (spec.family != _WEAKEST), spec.get("steps", 0))
+    return sorted(specs, key=lambda spec: specs[spec])
 
 
 def _device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
@@ -491,30 +473,36 @@ def _device_of(model: nn.Module, device: torch.device | str | None) -> torch.dev
     return place
 
 
-def _has(implementation: str, attack: str, spec: AttackSpec | None) -> bool:
+def _has(implementation: str, spec: Spec | None) -> bool:
     """Whether the attack can be run; otherwise the log says why not."""
-    if implementation in ("torchattacks", "foolbox") and importlib.util.find_spec(implementation) is None:
-        logger.warning("skipped: %s of %s, which is not installed", attack, implementation)
+    if not is_installed(implementation):
+        logger.warning("skipped: %s of %s, which is not installed", _name(spec), implementation)
         return False
     if spec is not None and not is_available(implementation, spec):
-        logger.warning("skipped: %s does not have %s for norm %g", implementation, attack, spec.norm)
+        logger.warning("skipped: %s does not have %s for norm %g", implementation, spec.name, spec.norm)
         return False
     return True
 
 
-def _columns_of(
-    attack: str, implementation: str, spec: AttackSpec | None, batch_size: int, options: Mapping[str, Any]
-) -> dict[str, Any]:
+def _name(spec: Spec | None) -> str:
+    return "clean" if spec is None else spec.name
+
+
+def _columns_of(implementation: str, spec: Spec | None, batch_size: int, options: Mapping[str, Any]) -> dict[str, Any]:
     params: dict[str, Any] = {"batch_size": int(batch_size)}
+    eps, steps = 0.0, 0
     if spec is not None:
-        params |= {"eps_step": spec.eps_step, "random_start": spec.random_start}
+        eps, steps = (np.inf, 0) if spec.eps is None else (spec.eps, 1)
+        params |= {} if spec.eps is None else {"eps_step": eps, "random_start": False}
+        params |= dict(spec.having(steps=None).params)
+        steps = spec.get("steps", steps)
     if "early_stop" in options:
         params["early_stop"] = options["early_stop"]
     return {
-        "attack": attack,
+        "attack": _name(spec),
         "implementation": implementation,
-        "eps": 0.0 if spec is None else spec.eps,
-        "steps": 0 if spec is None else spec.steps,
+        "eps": eps,
+        "steps": steps,
         "params": json.dumps(params, sort_keys=True),
         "precision": options.get("precision", "float32"),
     }

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
-from guardians.attacks import PGD
+from guardians.attacks import PGD, Spec
 from guardians.benchmark.counting import CountingModel, peak_memory
 from guardians.benchmark.overhead import bare_loop, forward_backward, timed
 from guardians.benchmark.statistics import paired_difference, wilson_interval
@@ -28,7 +28,7 @@ from guardians.engine.report import Report
 from guardians.engine.run import PROBE, Run
 from guardians.engine.victim import predicted_labels, undisturbed
 from guardians.models import load_model
-from guardians.toolkits.implementations import IMPLEMENTATIONS, AttackSpec, build_attack
+from guardians.toolkits.build import TOOLKITS, build_attack
 
 __all__ = [
     "COST_COLUMNS",
@@ -41,7 +41,6 @@ __all__ = [
 ]
 
 EPS, EPS_STEP = 8 / 255, 2 / 255
-TOOLKITS = tuple(name for name in IMPLEMENTATIONS if name != "native")
 _PASSES = 5
 """Passes whose median is the price of one."""
 _CHUNK = 1000
@@ -367,7 +366,7 @@ class _Toolkit(_Contender):
             nb_classes = model(images[:1]).shape[1]
         attack = build_attack(
             name,
-            AttackSpec("PGD", np.inf, EPS, EPS_STEP, steps),
+            Spec("PGD", np.inf, EPS, params={"steps": steps, "eps_step": EPS_STEP}),
             self._counting,
             nb_classes=nb_classes,
             input_shape=tuple(images.shape[1:]),

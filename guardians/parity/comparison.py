@@ -16,19 +16,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from guardians.attacks.pgd import SteepestAscent
+from guardians.attacks.registry import Spec, family_of
 from guardians.benchmark.counting import CountingModel
 from guardians.engine.rng import SampleRng
 from guardians.engine.run import evaluate
 from guardians.engine.state import Answer, State
 from guardians.engine.victim import undisturbed
 from guardians.parity.rules import OneCoordinateStep, native_class
-from guardians.toolkits.implementations import AttackSpec, build_attack
+from guardians.toolkits.build import build_attack
 
 __all__ = [
     "FLOAT64_TOLERANCE",
@@ -122,7 +124,7 @@ class Recorder(CountingModel):
 
 
 def record(
-    reference: str, spec: AttackSpec, model: nn.Module, x: Tensor, y: Tensor, nb_classes: int, seed: int
+    reference: str, spec: Spec, model: nn.Module, x: Tensor, y: Tensor, nb_classes: int, seed: int
 ) -> Trajectory:
     """The run of a toolkit's attack on one batch.
 
@@ -135,18 +137,17 @@ def record(
         reference, spec, recorder, nb_classes=nb_classes, input_shape=shape, batch_size=len(x), seed=seed
     )
     trajectory = recorder.trajectory(lambda: attack(x, y))
-    if not len(trajectory.iterates) == len(trajectory.gradients) == spec.steps:
-        raise RuntimeError(f"{reference} took {len(trajectory.gradients)} gradients for {spec.steps} steps: {spec}")
+    steps = spec.get("steps", 1)
+    if not len(trajectory.iterates) == len(trajectory.gradients) == steps:
+        raise RuntimeError(f"{reference} took {len(trajectory.gradients)} gradients for {steps} steps: {spec}")
     return trajectory
 
 
-def native_attack(spec: AttackSpec, model: nn.Module, batch_size: int, reference: str | None = None) -> SteepestAscent:
-    """Native FGSM or PGD that starts where it is told, with a toolkit's rules where a reference is named."""
-    attack_class = native_class(spec, reference)
-    attack = attack_class(model, spec.norm, spec.eps, targeted=spec.targeted, batch_size=batch_size, seed=0)
-    if spec.attack != "FGSM":
-        attack.set_params(eps_step=spec.eps_step, max_iter=spec.steps, verbose=False)
-    return attack
+def native_attack(spec: Spec, model: nn.Module, batch_size: int, reference: str | None = None) -> Any:
+    """The native attack, from where it is told or the image, with a toolkit's rules where a reference is named."""
+    _, arguments = family_of(spec).native(spec.having(random_start=None))
+    options = {"targeted": spec.targeted, "batch_size": batch_size, "precision": "float32", "seed": 0}
+    return native_class(spec, reference)(model, **arguments, **options, verbose=False)
 
 
 def compare_steps(attack: SteepestAscent, reference: Trajectory, x: Tensor, y: Tensor) -> Steps:
@@ -180,9 +181,7 @@ def replay(attack: SteepestAscent, native: Trajectory, x: Tensor, y: Tensor, ste
     return steps
 
 
-def free_run(
-    spec: AttackSpec, reference: str | None, model: nn.Module, x: Tensor, y: Tensor, start: Tensor
-) -> Trajectory:
+def free_run(spec: Spec, reference: str | None, model: nn.Module, x: Tensor, y: Tensor, start: Tensor) -> Trajectory:
     """The native attack's own run from the same start, with a toolkit's rules where a reference is named."""
     recorder = Recorder(model)
     attack = native_attack(spec, recorder, len(x), reference)

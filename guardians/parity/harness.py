@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from guardians.attacks.norms import lp_norm
+from guardians.attacks.registry import Spec
 from guardians.benchmark.counting import CountingModel
 from guardians.benchmark.overhead import timed
 from guardians.benchmark.statistics import paired_difference
@@ -23,7 +24,6 @@ from guardians.engine.attack import Attack
 from guardians.engine.checks import check_integer
 from guardians.engine.victim import Victim, predicted_labels
 from guardians.models import digest
-from guardians.parity.carlini_wagner import is_dominated, largest_difference, runs_of_one
 from guardians.parity.cases import Case, cases
 from guardians.parity.comparison import (
     FLOAT64_TOLERANCE,
@@ -35,16 +35,17 @@ from guardians.parity.comparison import (
     record,
     replay,
 )
-from guardians.parity.rules import CARLINI_WAGNER_RULES, rules_for
+from guardians.parity.rules import goes_step_by_step, rules_for
+from guardians.parity.single_images import is_dominated, largest_difference, runs_of_one
 from guardians.tables import PARITY_COLUMNS, Table
-from guardians.toolkits.implementations import AttackSpec, CarliniWagnerSpec, build_attack
+from guardians.toolkits.build import build_attack
 
 __all__ = ["Comparison", "compare", "run_parity", "target_labels"]
 
 FLOAT64_IMAGES = 20
 """Images of the float64 runs, whose tolerance leaves no room for chance and whose arithmetic is slow."""
 SINGLE_IMAGES = 10
-"""Images of the exact C&W cases, one at a time."""
+"""Images of the exact cases of attacks that minimise a norm, one at a time."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,11 @@ def compare(
         own_rules: let native follow its own rules also where the toolkit's differ, to measure the effect.
     """
     y = target_labels(labels, nb_classes) if case.spec.targeted else labels
-    if isinstance(case.spec, CarliniWagnerSpec):
-        if case.kind == "dominance":
-            return _dominance(case, case.spec, model, x, y, nb_classes, batch_size)
+    if case.kind == "dominance":
+        return _dominance(case, model, x, y, nb_classes, batch_size)
+    if not goes_step_by_step(case.spec):
         correct = predicted_labels(model, x, batch_size) == labels  # the others are not descended from
-        return _exactness(case, case.spec, model, x[correct][:SINGLE_IMAGES], y[correct][:SINGLE_IMAGES], nb_classes)
+        return _exactness(case, model, x[correct][:SINGLE_IMAGES], y[correct][:SINGLE_IMAGES], nb_classes)
     rules_of = None if own_rules else case.reference
     steps = None if own_rules else Steps(0, 0, 0.0)
     runs: list[tuple[Trajectory, Trajectory]] = []
@@ -118,7 +119,7 @@ def compare(
         if steps is not None:
             attack = native_attack(case.spec, model, len(x_batch), case.reference)
             steps = steps + compare_steps(attack, reference, x_batch, y_batch)
-            steps = steps + replay(attack, native, x_batch, y_batch, case.spec.steps)
+            steps = steps + replay(attack, native, x_batch, y_batch, case.spec.get("steps", 1))
         runs.append((native, reference))
     in_float64 = None if own_rules else _float64_difference(case.reference, case.spec, model, x, y, nb_classes, seed)
     verdict = "own rule"
@@ -128,25 +129,22 @@ def compare(
     return _of_runs(case, model, x, y, runs, batch_size, verdict, steps, in_float64)
 
 
-def _exactness(
-    case: Case, spec: CarliniWagnerSpec, model: nn.Module, x: Tensor, y: Tensor, nb_classes: int
-) -> Comparison:
-    """C&W step by step, each image alone: in float64 to the last step, and the outcome in float32."""
+def _exactness(case: Case, model: nn.Module, x: Tensor, y: Tensor, nb_classes: int) -> Comparison:
+    """Query by query, each image alone: in float64 to the last step, and the outcome in float32."""
     in_float64 = largest_difference(
-        runs_of_one(case.reference, spec, copy.deepcopy(model).double(), x.double(), y, nb_classes)
+        runs_of_one(case.reference, case.spec, copy.deepcopy(model).double(), x.double(), y, nb_classes),
+        x.double(),
+        case.spec.norm,
     )
-    runs = runs_of_one(case.reference, spec, model, x, y, nb_classes)
+    runs = runs_of_one(case.reference, case.spec, model, x, y, nb_classes)
     verdict = "exact" if in_float64 <= FLOAT64_TOLERANCE else "different"
     return _of_runs(case, model, x, y, runs, len(x), verdict, None, in_float64)
 
 
-def _dominance(
-    case: Case, spec: CarliniWagnerSpec, model: nn.Module, x: Tensor, y: Tensor, nb_classes: int, batch_size: int
-) -> Comparison:
-    """Native C&W at its defaults, and the toolkit's as the case says."""
+def _dominance(case: Case, model: nn.Module, x: Tensor, y: Tensor, nb_classes: int, batch_size: int) -> Comparison:
+    """The native attack at its defaults, and the toolkit's as the case says."""
     setting: dict[str, Any] = {"nb_classes": nb_classes, "input_shape": tuple(x.shape[1:])}
-    ours = CarliniWagnerSpec(norm=spec.norm, targeted=spec.targeted)
-    native = build_attack("native", ours, model, batch_size=batch_size, **setting)
+    native = build_attack("native", replace(case.spec, params={}), model, batch_size=batch_size, **setting)
     assert isinstance(native, Attack)
     native_x_adv, native_seconds = timed(native, x, y)
     report = native.report
@@ -155,14 +153,15 @@ def _dominance(
     counting = CountingModel(model)
     # ART's default is one image at a time; its class gradients grow with the classes in a batch.
     reference = build_attack(
-        case.reference, spec, counting, batch_size=1 if case.reference == "ART" else batch_size, **setting
+        case.reference, case.spec, counting, batch_size=1 if case.reference == "ART" else batch_size, **setting
     )
     reference_x_adv, reference_seconds = timed(reference, x, y)
     run = Trajectory([], [], native_x_adv, native_passes, native_seconds)
     passes = counting.forward_samples + counting.backward_samples
     other = Trajectory([], [], reference_x_adv, passes, reference_seconds)
     found = _of_runs(case, model, x, y, [(run, other)], batch_size, "", None, None)
-    dominates = is_dominated(found.native, found.reference, x, found.native_success, found.reference_success, spec.norm)
+    success = found.native_success, found.reference_success
+    dominates = is_dominated(found.native, found.reference, x, *success, case.spec.norm)
     return replace(found, verdict="dominates" if dominates else "weaker")
 
 
@@ -237,9 +236,7 @@ def run_parity(
     check_integer("seed", seed, low=0)
     todo = cases(attacks, references)
     if own_rules:
-        todo = [
-            case for case in todo if isinstance(case.spec, AttackSpec) and rules_for(case.reference, case.spec.norm)
-        ]
+        todo = [case for case in todo if goes_step_by_step(case.spec) and rules_for(case.reference, case.spec)]
     key = ("case", "model", "model_digest", "data", "n", "batch_size", "seed")
     table = Table(Path(out) / ("deviations.csv" if own_rules else "parity.csv"), PARITY_COLUMNS, key)
     device = Victim(model).device or torch.device("cpu")
@@ -276,7 +273,7 @@ def _row(case: Case, found: Comparison) -> dict[str, Any]:
     )
     steps = found.steps
     return {
-        "attack": case.attack,
+        "attack": case.spec.name,
         "reference": case.reference,
         "kind": "deviation" if found.verdict == "own rule" else case.kind,
         "max_abs_diff": (found.native - found.reference).abs().max().item(),
@@ -298,17 +295,17 @@ def _row(case: Case, found: Comparison) -> dict[str, Any]:
 
 
 def _note(case: Case, found: Comparison) -> str:
-    if isinstance(case.spec, AttackSpec):
-        rules = ", ".join(rule.__name__ for rule in rules_for(case.reference, case.spec.norm))
-        return f"{'without' if found.steps is None else 'with'} the toolkit's {rules}" if rules else ""
-    if case.kind == "exact":
-        rule = CARLINI_WAGNER_RULES[case.reference].__name__
-        return f"with the toolkit's {rule}; {len(found.x)} images, each alone"
-    return f"native at its defaults; l2_ratio is of the L{case.spec.norm:g} norms where both fool the model"
+    if case.kind == "dominance":
+        return f"native at its defaults; l2_ratio is of the L{case.spec.norm:g} norms where both fool the model"
+    rules = ", ".join(rule.__name__ for rule in rules_for(case.reference, case.spec))
+    parts = [f"{'without' if found.verdict == 'own rule' else 'with'} the toolkit's {rules}"] if rules else []
+    if not goes_step_by_step(case.spec):
+        parts.append(f"{len(found.x)} images, each alone")
+    return "; ".join(parts)
 
 
 def _float64_difference(
-    reference: str, spec: AttackSpec, model: nn.Module, x: Tensor, y: Tensor, nb_classes: int, seed: int
+    reference: str, spec: Spec, model: nn.Module, x: Tensor, y: Tensor, nb_classes: int, seed: int
 ) -> float | None:
     """Largest pixel difference of two free float64 runs; None for ART, which casts images to float32."""
     if reference == "ART":

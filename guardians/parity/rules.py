@@ -9,14 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from guardians.attacks import CarliniWagnerL2, FastGradientMethod, FastMinimumNorm, ProjectedGradientDescent
+from guardians.attacks import CarliniWagnerL2, FastMinimumNorm
 from guardians.attacks.boxes import Box, ChangeOfVariables
 from guardians.attacks.norms import as_norm, lp_norm, project, steepest_ascent
 from guardians.attacks.pgd import SteepestAscent
+from guardians.attacks.registry import Spec, family_of
+from guardians.engine.attack import Attack
+from guardians.engine.parameters import KW_ONLY, Flag
 from guardians.engine.state import State
-from guardians.toolkits.implementations import AttackSpec
 
-__all__ = ["CARLINI_WAGNER_RULES", "OneCoordinateStep", "native_class", "rules_for"]
+__all__ = ["OneCoordinateStep", "goes_step_by_step", "native_class", "rules_for"]
 
 
 class ProjectThenClip(SteepestAscent):
@@ -93,7 +95,15 @@ class _ScaledInterval(_WholeInterval):
         return self.image(variable) - self.image(self.variable(x))
 
 
-class FoolboxCarliniWagner(CarliniWagnerL2):
+class _PaperCarliniWagner(CarliniWagnerL2):
+    """The paper's search to its last step."""
+
+    _: KW_ONLY
+    adaptive: Flag = False
+    abort_early: Flag = False
+
+
+class FoolboxCarliniWagner(_PaperCarliniWagner):
     """foolbox: images are scaled by 0.999999 before arctanh, and c is rounded to float32."""
 
     def start(self, state: State) -> None:
@@ -116,7 +126,7 @@ class FoolboxCarliniWagner(CarliniWagnerL2):
         state.const = const
 
 
-class TorchattacksCarliniWagner(CarliniWagnerL2):
+class TorchattacksCarliniWagner(_PaperCarliniWagner):
     """torchattacks: arctanh of the image itself, and a maximum of the other logits that is never below zero."""
 
     def boundary(self, x: Tensor) -> Box:
@@ -139,27 +149,30 @@ class UnprojectedFastMinimumNorm(FastMinimumNorm):
         return delta
 
 
-CARLINI_WAGNER_RULES: dict[str, type[CarliniWagnerL2]] = {
-    "foolbox": FoolboxCarliniWagner,
-    "torchattacks": TorchattacksCarliniWagner,
-}
-"""Native C&W with the rules of a toolkit."""
-
-_RULES: dict[tuple[str, float], tuple[type[SteepestAscent], ...]] = {
-    ("ART", 1): (OneCoordinateStep,),
-    ("foolbox", 1): (ProjectThenClip, ProportionalStep),
-    ("foolbox", 2): (ProjectThenClip, FlooredStep),
-    ("torchattacks", 2): (ProjectThenClip, DampedStep),
+_RULES: dict[tuple[type[Attack], str, float], tuple[type[Attack], ...]] = {
+    (SteepestAscent, "ART", 1): (OneCoordinateStep,),
+    (SteepestAscent, "foolbox", 1): (ProjectThenClip, ProportionalStep),
+    (SteepestAscent, "foolbox", 2): (ProjectThenClip, FlooredStep),
+    (SteepestAscent, "torchattacks", 2): (ProjectThenClip, DampedStep),
+    (CarliniWagnerL2, "foolbox", 2): (FoolboxCarliniWagner,),
+    (CarliniWagnerL2, "torchattacks", 2): (TorchattacksCarliniWagner,),
+    (FastMinimumNorm, "foolbox", 2): (UnprojectedFastMinimumNorm,),
 }
 
 
-def rules_for(reference: str, norm: float) -> tuple[type[SteepestAscent], ...]:
-    """The rules in which a toolkit differs from native FGSM and PGD in a norm; empty where there are none."""
-    return _RULES.get((reference, norm), ())
+def rules_for(reference: str, spec: Spec) -> tuple[type[Attack], ...]:
+    """The rules in which a toolkit differs from the native attack; empty where there are none."""
+    found = (_RULES.get((base, reference, spec.norm)) for base in native_class(spec).__mro__)
+    return next(filter(None, found), ())
 
 
-def native_class(spec: AttackSpec, reference: str | None = None) -> type[SteepestAscent]:
-    """Native FGSM or PGD, with the rules of a toolkit where a reference is named."""
-    attack = FastGradientMethod if spec.attack == "FGSM" else ProjectedGradientDescent
-    rules = () if reference is None else rules_for(reference, spec.norm)
+def native_class(spec: Spec, reference: str | None = None) -> type[Attack]:
+    """The native attack, with the rules of a toolkit where a reference is named."""
+    attack, _ = family_of(spec).native(spec)
+    rules = () if reference is None else rules_for(reference, spec)
     return type(attack.__name__, (*rules, attack), {}) if rules else attack
+
+
+def goes_step_by_step(spec: Spec) -> bool:
+    """Whether the native attack is compared with a toolkit's from each iterate to the next, in batches."""
+    return issubclass(native_class(spec), SteepestAscent)

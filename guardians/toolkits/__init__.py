@@ -1,19 +1,18 @@
 """Attacks of the other toolkits under our two interfaces, and ART's attacks as callables on tensors.
 
-torchattacks and foolbox are optional (`pip install guardians[parity]`); each is imported when its adapter is.
+torchattacks and foolbox are optional (`pip install guardians[parity]`); each is imported when it is first needed.
 """
 
-from __future__ import annotations
+from guardians.toolkits.art import ArtAttack
+from guardians.toolkits.build import IMPLEMENTATIONS, build_attack, is_available
+from guardians.toolkits.foolbox import FoolboxAttack
+from guardians.toolkits.torchattacks import TorchattacksAttack
 
-from importlib import import_module
-from typing import Any
-
-__all__ = ["ArtAttack", "FoolboxAttack", "TorchattacksAttack"]
-
-_MODULES = {"ArtAttack": "art", "FoolboxAttack": "foolbox", "TorchattacksAttack": "torchattacks"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__all__ = [
+    "IMPLEMENTATIONS",
+    "ArtAttack",
+    "FoolboxAttack",
+    "TorchattacksAttack",
+    "build_attack",
+    "is_available",
+]

@@ -1,19 +1,25 @@
-"""Attacks of ART as callables on tensors."""
+"""Attacks of ART (Nicolae et al., "Adversarial Robustness Toolbox", 2018) as callables on tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
-from art.attacks import EvasionAttack
+from art.attacks import EvasionAttack, evasion
+from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from guardians.attacks.registry import Spec
 from guardians.engine.checks import labels_from
-from guardians.engine.victim import undisturbed
+from guardians.engine.victim import Victim, undisturbed
+from guardians.toolkits.base import Builder, Recipe, TensorAttack, attack_classes
 
-__all__ = ["ArtAttack"]
+__all__ = ["BUILDERS", "PACKAGE", "ArtAttack", "attacks", "logits", "wrap"]
+
+PACKAGE = "art"
 
 
 class ArtAttack:
@@ -75,3 +81,57 @@ def _protected(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
+
+
+def attacks() -> list[str]:
+    """The names of all evasion attacks in `art.attacks.evasion`; some are for other frameworks or data."""
+    return list(attack_classes(evasion, EvasionAttack))
+
+
+def wrap(
+    recipe: Recipe, spec: Spec, model: nn.Module, batch_size: int, nb_classes: int, input_shape: tuple[int, ...]
+) -> TensorAttack:
+    """The attack, see `guardians.toolkits.build`."""
+    attack, arguments = getattr(evasion, recipe[0]), recipe[1]
+    if "verbose" in attack.attack_params:
+        arguments = arguments | {"verbose": False}
+    classifier = _classifier(model, nb_classes, input_shape)
+    return ArtAttack(attack(classifier, targeted=spec.targeted, batch_size=batch_size, **arguments))
+
+
+def logits(model: nn.Module, nb_classes: int, input_shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    """What ART's attacks are told of a batch."""
+    classifier = _classifier(model, nb_classes, input_shape)
+    return lambda x: torch.from_numpy(classifier.predict(x.cpu().numpy(), batch_size=len(x))).to(x)
+
+
+def _classifier(model: nn.Module, nb_classes: int, input_shape: tuple[int, ...]) -> PyTorchClassifier:
+    device = Victim(model).device or torch.device("cpu")
+    # ART moves the model to the current CUDA device.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return PyTorchClassifier(
+            model,
+            nn.CrossEntropyLoss(),
+            input_shape,
+            nb_classes,
+            clip_values=(0, 1),
+            device_type="gpu" if device.type == "cuda" else "cpu",
+        )
+
+
+def _in_ball(name: str, spec: Spec) -> Recipe:
+    start = {"num_random_init": int(spec.get("random_start", False))}
+    return name, {"norm": spec.norm, "eps": spec.eps, **start, **spec.arguments("eps_step", steps="max_iter")}
+
+
+def _carlini_wagner(spec: Spec) -> Recipe:
+    renamed = {"steps": "max_iter", "const": "initial_const", "searches": "binary_search_steps"}
+    arguments = spec.arguments("confidence", "learning_rate", **renamed)
+    return "CarliniL2Method" if spec.norm == 2 else "CarliniLInfMethod", arguments
+
+
+BUILDERS: dict[str, Builder] = {
+    "FGSM": partial(_in_ball, "FastGradientMethod"),
+    "PGD": partial(_in_ball, "ProjectedGradientDescent"),
+    "C&W": _carlini_wagner,
+}

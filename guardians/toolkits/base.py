@@ -1,19 +1,48 @@
-"""What the adapters of torchattacks and foolbox share: the model that a toolkit is given, and the batches."""
+"""What the toolkits share: how their packages are found and read, the model that they are given, and the batches."""
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import cached_property
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from guardians.attacks.registry import Spec
 from guardians.engine.interfaces import ClassifierAttack
 from guardians.engine.victim import Victim
 
-__all__ = ["Logits", "ToolkitAttack"]
+__all__ = ["Builder", "Logits", "Recipe", "TensorAttack", "ToolkitAttack", "attack_classes", "installed"]
+
+TensorAttack = Callable[[Tensor, Tensor], Tensor]
+Recipe = tuple[str, dict[str, Any]]
+"""The name of a toolkit's class, and its arguments."""
+Builder = Callable[[Spec], Recipe | None]
+"""What a toolkit has for a spec; None where it does not have that form."""
+
+
+def installed(package: str) -> Any:
+    """An optional package.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise ImportError(f"{package} is not installed: pip install guardians[parity]") from error
+
+
+def attack_classes(module: Any, base: type) -> dict[str, type]:
+    """The classes of a module that are attacks, by their own names, which leaves out other names for the same."""
+    found = {value.__name__: value for value in vars(module).values() if inspect.isclass(value)}
+    kept = {name: value for name, value in found.items() if issubclass(value, base) and not inspect.isabstract(value)}
+    return {name: kept[name] for name in sorted(kept) if getattr(module, name, None) is kept[name]}
 
 
 class Logits(nn.Module):

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from guardians.attacks.registry import Spec
 from guardians.engine.interfaces import Estimator
 from guardians.engine.parameters import Count, Flag, OptionalNumber
-from guardians.toolkits.base import ToolkitAttack
+from guardians.engine.victim import Victim
+from guardians.toolkits.base import Builder, Recipe, TensorAttack, ToolkitAttack, attack_classes, installed
 
-try:
-    import foolbox
-    from foolbox.attacks.base import Attack, FixedEpsilonAttack, Repeated
-except ImportError as error:
-    raise ImportError("foolbox is not installed: pip install guardians[parity]") from error
+__all__ = ["BUILDERS", "PACKAGE", "FoolboxAttack", "attacks", "logits", "wrap"]
 
-__all__ = ["FoolboxAttack"]
+PACKAGE = "foolbox"
 
 
 class FoolboxAttack(ToolkitAttack):
@@ -47,6 +46,7 @@ class FoolboxAttack(ToolkitAttack):
 
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
         """The attack's answer for one batch, clipped to the ball."""
+        foolbox = installed(PACKAGE)
         bounds = [bound.to(x.dtype).item() for bound in self.victim.clip_values or ()]
         model = foolbox.PyTorchModel(self.logits, bounds=bounds, device=x.device)
         criterion = foolbox.TargetedMisclassification(y) if self.targeted else foolbox.Misclassification(y)
@@ -62,14 +62,64 @@ class FoolboxAttack(ToolkitAttack):
 
     def _check_params(self) -> None:
         super()._check_params()
+        base = installed(PACKAGE).attacks.base
         bounds = self.victim.clip_values
         if bounds is None or any(bound.numel() > 1 for bound in bounds):
             raise ValueError("the estimator's clip_values must be two numbers, the bounds that foolbox knows")
-        if not isinstance(self.attack, Attack):
+        if not isinstance(self.attack, base.Attack):
             raise TypeError(f"attack={self.attack!r}: must be an attack of foolbox, such as foolbox.attacks.LinfPGD()")
-        if self.eps is None and isinstance(_innermost(self.attack), FixedEpsilonAttack):
-            raise ValueError(f"eps=None: {type(_innermost(self.attack)).__name__} needs the radius of the ball")
+        innermost = self.attack.attack if isinstance(self.attack, base.Repeated) else self.attack
+        if self.eps is None and isinstance(innermost, base.FixedEpsilonAttack):
+            raise ValueError(f"eps=None: {type(innermost).__name__} needs the radius of the ball")
 
 
-def _innermost(attack: Any) -> Any:
-    return attack.attack if isinstance(attack, Repeated) else attack
+def attacks() -> list[str]:
+    """The names of all attacks in `foolbox.attacks`."""
+    found = installed(PACKAGE).attacks
+    return list(attack_classes(found, found.base.Attack))
+
+
+def wrap(recipe: Recipe, spec: Spec, model: nn.Module, batch_size: int, **_: Any) -> TensorAttack:
+    """The attack, see `guardians.toolkits.build`."""
+    attack = getattr(installed(PACKAGE).attacks, recipe[0])(**recipe[1])
+    return FoolboxAttack(model, attack, spec.eps, batch_size=batch_size, targeted=spec.targeted)
+
+
+def logits(model: nn.Module, **_: Any) -> Callable[[Tensor], Tensor]:
+    """What the attacks of foolbox are told of a batch."""
+    bounded = installed(PACKAGE).PyTorchModel
+    return bounded(model, bounds=(0, 1), device=Victim(model).device)
+
+
+def _fgsm(spec: Spec) -> Recipe | None:
+    if spec.targeted:
+        return None
+    return _of_norm(spec, "FastGradientAttack"), {"random_start": spec.get("random_start", False)}
+
+
+def _pgd(spec: Spec) -> Recipe:
+    arguments = {"random_start": False, **spec.arguments("steps", "random_start", eps_step="abs_stepsize")}
+    return _of_norm(spec, "PGD"), arguments
+
+
+def _carlini_wagner(spec: Spec) -> Recipe | None:
+    if spec.norm != 2:
+        return None
+    renamed = {"const": "initial_const", "searches": "binary_search_steps", "learning_rate": "stepsize"}
+    return "L2CarliniWagnerAttack", spec.arguments("confidence", "steps", "abort_early", **renamed)
+
+
+def _ddn(spec: Spec) -> Recipe | None:
+    return None if spec.norm != 2 else ("DDNAttack", spec.arguments("steps", "init_epsilon", "gamma"))
+
+
+def _fmn(spec: Spec) -> Recipe:
+    arguments = spec.arguments("steps", "gamma", "max_stepsize", "min_stepsize")
+    return _of_norm(spec, "FMNAttack").replace("Linf", "LInf"), arguments
+
+
+def _of_norm(spec: Spec, name: str) -> str:
+    return f"L{spec.norm:g}{name}"
+
+
+BUILDERS: dict[str, Builder] = {"FGSM": _fgsm, "PGD": _pgd, "C&W": _carlini_wagner, "DDN": _ddn, "FMN": _fmn}

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import inspect
 import io
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from typing import Any
 
-from torch import Tensor
+import numpy as np
+from torch import Tensor, nn
 
+from guardians.attacks.registry import Spec
 from guardians.engine.interfaces import Estimator
 from guardians.engine.parameters import KW_ONLY, Count, Flag
 from guardians.engine.victim import Victim
-from guardians.toolkits.base import ToolkitAttack
+from guardians.toolkits.base import Builder, Recipe, TensorAttack, ToolkitAttack, attack_classes, installed
 
-try:
-    import torchattacks
-except ImportError as error:
-    raise ImportError("torchattacks is not installed: pip install guardians[parity]") from error
+__all__ = ["BUILDERS", "PACKAGE", "TorchattacksAttack", "attacks", "logits", "wrap"]
 
-__all__ = ["TorchattacksAttack"]
+PACKAGE = "torchattacks"
 
 
 class TorchattacksAttack(ToolkitAttack):
@@ -75,7 +75,7 @@ class TorchattacksAttack(ToolkitAttack):
     def _check_params(self) -> None:
         super()._check_params()
         _check_bounds(self.victim)
-        if not (isinstance(self.attack, type) and issubclass(self.attack, torchattacks.attack.Attack)):
+        if not (isinstance(self.attack, type) and issubclass(self.attack, installed(PACKAGE).attack.Attack)):
             raise TypeError(f"attack={self.attack!r}: must be a class of torchattacks, such as torchattacks.PGD")
         known = list(inspect.signature(self.attack).parameters.values())
         names = [parameter.name for parameter in known]
@@ -92,3 +92,45 @@ def _check_bounds(victim: Victim) -> None:
     if bounds is None or (bounds[0] != 0).any() or (bounds[1] != 1).any():
         got = None if bounds is None else tuple(bound.tolist() for bound in bounds)
         raise ValueError(f"the estimator's clip_values are {got}: must be (0, 1), the range of torchattacks")
+
+
+def attacks() -> list[str]:
+    """The names of all attacks of torchattacks that are made of a model."""
+    package = installed(PACKAGE)
+    found = attack_classes(package, package.attack.Attack)
+    return [name for name, attack in found.items() if next(iter(inspect.signature(attack).parameters)) == "model"]
+
+
+def wrap(recipe: Recipe, spec: Spec, model: nn.Module, batch_size: int, **_: Any) -> TensorAttack:
+    """The attack, see `guardians.toolkits.build`."""
+    attack = getattr(installed(PACKAGE), recipe[0])
+    return TorchattacksAttack(model, attack, batch_size=batch_size, targeted=spec.targeted, **recipe[1])
+
+
+def logits(model: nn.Module, **_: Any) -> Callable[[Tensor], Tensor]:
+    """What the attacks of torchattacks are told of a batch."""
+    return installed(PACKAGE).attack.Attack("clean", model).get_logits
+
+
+def _fgsm(spec: Spec) -> Recipe | None:
+    if spec.norm != np.inf:
+        return None
+    if spec.get("random_start"):
+        return "FFGSM", {"eps": spec.eps, "alpha": spec.eps}
+    return "FGSM", {"eps": spec.eps}
+
+
+def _pgd(spec: Spec) -> Recipe | None:
+    if spec.norm == 1:
+        return None
+    arguments = {"random_start": False, **spec.arguments("steps", "random_start", eps_step="alpha")}
+    return "PGD" if spec.norm == np.inf else "PGDL2", {"eps": spec.eps, **arguments}
+
+
+def _carlini_wagner(spec: Spec) -> Recipe | None:
+    if spec.norm != 2 or spec.get("searches", 1) != 1:
+        return None
+    return "CW", spec.arguments("steps", confidence="kappa", const="c", learning_rate="lr")
+
+
+BUILDERS: dict[str, Builder] = {"FGSM": _fgsm, "PGD": _pgd, "C&W": _carlini_wagner}

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from guardians.attacks import Spec
 from guardians.benchmark.counting import CountingModel, peak_memory
-from guardians.toolkits.implementations import AttackSpec, build_attack
+from guardians.toolkits.build import build_attack
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_counts_of_the_toolkits(model, implementation, attack, forward, backward
     if implementation in ("torchattacks", "foolbox"):
         pytest.importorskip(implementation)
     counting = CountingModel(model)
-    spec = AttackSpec(attack, float("inf"), 8 / 255, 2 / 255, 1 if attack == "FGSM" else 10)
+    spec = Spec(attack, float("inf"), 8 / 255, params={} if attack == "FGSM" else {"steps": 10, "eps_step": 2 / 255})
     run = build_attack(implementation, spec, counting, nb_classes=4, input_shape=(3, 8, 8), batch_size=4)
     x, y = torch.rand(7, 3, 8, 8), torch.arange(7) % 4
     run(x, y)  # the first call may also ask for the number of classes

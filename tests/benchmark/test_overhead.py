@@ -2,7 +2,7 @@ import pytest
 from models_for_tests import small_net, some_images, some_labels
 
 from guardians.benchmark.overhead import OVERHEAD_COLUMNS, measure_overhead
-from guardians.toolkits.implementations import IMPLEMENTATIONS
+from guardians.toolkits.build import IMPLEMENTATIONS
 
 
 def test_every_implementation_is_measured_against_the_bare_loop():

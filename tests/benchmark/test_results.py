@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from guardians.benchmark import defences
+from guardians.attacks.registry import named
+from guardians.benchmark import defences, runner
 from guardians.benchmark.defences import DEFENCE_COLUMNS, RUN_COLUMNS, summarise
 from guardians.benchmark.minimum_norm import MINIMUM_NORM_COLUMNS
 from guardians.benchmark.minimum_norm import RUN_COLUMNS as MINIMUM_NORM_RUN_COLUMNS
 from guardians.benchmark.runner import outcome_path
 from guardians.models import digest, load_model
+from guardians.parity import cases
 from guardians.tables import BENCHMARK_COLUMNS, PARITY_COLUMNS, read_csv
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -53,6 +55,26 @@ def test_rows_are_of_the_bundled_defences():
 def test_outcomes_are_found():
     for _, row in read_csv(RESULTS / "benchmark.csv").iterrows():
         assert outcome_path(RESULTS, row).is_file()
+
+
+def test_rows_are_those_that_the_commands_ask_for():
+    for _, row in read_csv(RESULTS / "benchmark.csv").iterrows():
+        params = json.loads(row["params"])
+        ball = {name: params.get(name) for name in ("eps_step", "random_start")}
+        spec = None if row["attack"] == "clean" else named(row["attack"], row["norm"], row["eps"], **ball)
+        options = {"precision": row["precision"]}
+        options |= {"early_stop": params["early_stop"]} if "early_stop" in params else {}
+        columns = runner._columns_of(row["implementation"], spec, params["batch_size"], options)
+        assert columns == {name: row[name] for name in columns}
+
+
+@pytest.mark.parametrize("name", ["parity", "deviations"])
+def test_cases_are_those_that_the_harness_runs(name):
+    of = {case.name: case for case in cases()}
+    for _, row in read_csv(RESULTS / f"{name}.csv").iterrows():
+        case = of[row["case"]]
+        assert (case.spec.name, case.reference) == (row["attack"], row["reference"])
+        assert row["kind"] in (case.kind, "deviation")
 
 
 def test_deviations_are_called_so():

@@ -15,6 +15,7 @@ from guardians.benchmark import runner
 from guardians.benchmark.runner import KEY, outcome_path, run_benchmark, summarise
 from guardians.data import Dataset
 from guardians.tables import BENCHMARK_COLUMNS, read_csv
+from guardians.toolkits import build
 
 pytest.importorskip("torchattacks")
 pytest.importorskip("foolbox")
@@ -162,11 +163,28 @@ def test_what_a_toolkit_does_not_have_is_skipped(model, data, tmp_path, caplog):
 
 
 def test_a_toolkit_that_is_not_installed_is_skipped(model, data, tmp_path, caplog, monkeypatch):
-    find_spec = runner.importlib.util.find_spec
-    monkeypatch.setattr(runner.importlib.util, "find_spec", lambda name: None if name == "foolbox" else find_spec(name))
+    find_spec = build.find_spec
+    monkeypatch.setattr(build, "find_spec", lambda name: None if name == "foolbox" else find_spec(name))
     frame = run_quietly(model, data, out=tmp_path, attacks=["clean"])
     assert "foolbox" not in frame["implementation"].tolist()
     assert "foolbox, which is not installed" in caplog.text
+
+
+def test_attacks_that_minimise_a_norm_are_found_by_their_name(model, data, tmp_path):
+    run = partial(run_quietly, model, data, out=tmp_path, attacks=["c&w", "FGSM"], norm=2, eps=0.5)
+    frame = run(implementations=["native", "torchattacks"])
+    assert frame["attack"].tolist() == ["FGSM", "C&W", "C&W"]  # torchattacks has no FGSM in norm 2
+    nearest = frame[frame["attack"] == "C&W"]
+    assert nearest["eps"].tolist() == [np.inf, np.inf]
+    assert nearest["steps"].tolist() == [0, 0]
+    assert nearest["params"].tolist() == ['{"batch_size": 8}'] * 2
+    assert nearest["flags"].tolist() == ["", ""]
+    assert nearest["robust_accuracy"].iloc[0] == 0
+    content = (tmp_path / "benchmark.csv").read_bytes()
+    assert run(implementations=["native", "torchattacks"]).equals(frame)
+    assert (tmp_path / "benchmark.csv").read_bytes() == content
+    with pytest.raises(ValueError, match="norm=1: must be one of 2, inf for C&W"):
+        run(norm=1)
 
 
 def test_a_killed_run_continues_where_it_stopped(model, data, tmp_path, monkeypatch):
@@ -175,7 +193,7 @@ def test_a_killed_run_continues_where_it_stopped(model, data, tmp_path, monkeypa
     build, built = runner.build_attack, []
 
     def build_until_killed(implementation, spec, *arguments, **options):
-        built.append((implementation, spec.steps))
+        built.append((implementation, spec.get("steps", 1)))
         if len(built) == 4:
             raise KeyboardInterrupt
         return build(implementation, spec, *arguments, **options)
@@ -503,7 +521,11 @@ def test_the_model_comes_back_as_it_was(model, data, tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"attacks": ["FGSM", "PGD"]}, ValueError, "'PGD' is unknown; known are 'clean', 'FGSM' and 'PGD-<steps>'"),
+        (
+            {"attacks": ["FGSM", "PGD"]},
+            ValueError,
+            "'PGD' is unknown; known are clean, .*FGSM.*PGD-<steps>",
+        ),
         ({"attacks": ["PGD-0"]}, ValueError, "'PGD-0' is unknown"),
         ({"attacks": ["PGD-1000001"]}, ValueError, "'PGD-1000001': must have at most 1,000,000 steps"),
         ({"attacks": []}, ValueError, "attacks="),

@@ -1,24 +1,26 @@
 from collections import Counter
 
 import pytest
+import torch
 from models_for_tests import CLASSES, small_net, some_images, some_labels
 
 from guardians.parity import REFERENCES, cases, compare
 from guardians.parity.comparison import FLOAT64_TOLERANCE
-from guardians.toolkits.implementations import is_available
+from guardians.toolkits.build import is_available
 
 for toolkit in ("torchattacks", "foolbox"):
     pytest.importorskip(toolkit)
 
 
 GRADIENT_SIGN = ("FGSM", "PGD-10", "PGD-40")
+EVERY = (*GRADIENT_SIGN, "C&W", "DDN-20", "FMN-20")
 
 
 def test_every_form_that_a_toolkit_has_is_a_case():
-    of = {reference: Counter(case.attack for case in cases(references=[reference])) for reference in REFERENCES}
+    of = {reference: Counter(case.spec.name for case in cases(references=[reference])) for reference in REFERENCES}
     assert of["ART"] == {"FGSM": 12, "PGD-10": 12, "PGD-40": 12, "C&W": 3}
     assert of["torchattacks"] == {"FGSM": 4, "PGD-10": 8, "PGD-40": 8, "C&W": 4}
-    assert of["foolbox"] == {"FGSM": 6, "PGD-10": 12, "PGD-40": 12, "C&W": 4}
+    assert of["foolbox"] == {"FGSM": 6, "PGD-10": 12, "PGD-40": 12, "C&W": 4, "DDN-20": 2, "FMN-20": 6}
     assert all(is_available(case.reference, case.spec) for case in cases())
     assert {case.kind for case in cases(GRADIENT_SIGN)} == {"exact"}
     assert Counter((case.reference, case.kind) for case in cases(["C&W"])) == {
@@ -32,10 +34,11 @@ def test_every_form_that_a_toolkit_has_is_a_case():
 
 def test_names_say_all_and_are_unique():
     names = [case.name for case in cases()]
-    assert len(set(names)) == len(names) == 97
+    assert len(set(names)) == len(names) == 105
     assert "PGD-40 L2 targeted random-start vs ART" in names
     assert "FGSM Linf untargeted from-image vs foolbox" in names
     assert "C&W L2 targeted exact vs foolbox" in names
+    assert "FMN-20 L1 untargeted exact vs foolbox" in names
     assert "C&W Linf untargeted dominance vs ART" in names
 
 
@@ -50,7 +53,7 @@ def test_filters_keep_the_cases_of_the_whole():
         kept = [
             case
             for case in every
-            if case.attack in (attacks or (*GRADIENT_SIGN, "C&W")) and case.reference in (references or REFERENCES)
+            if case.spec.name in (attacks or EVERY) and case.reference in (references or REFERENCES)
         ]
         assert cases(attacks, references) == kept
         assert kept
@@ -64,7 +67,7 @@ def test_names_are_known_in_any_case_and_once():
 @pytest.mark.parametrize(
     ("attacks", "references", "message"),
     [
-        (["PGD"], [], r"attacks=\['PGD'\]: unknown; known are FGSM, PGD-10, PGD-40, C&W"),
+        (["PGD"], [], r"attacks=\['PGD'\]: unknown; known are C&W, DDN-20, FGSM, FMN-20, PGD-10, PGD-40"),
         ([], ["ART", "cleverhans"], r"references=\['cleverhans'\]: unknown; known are ART, torchattacks, foolbox"),
         ([], ["native"], r"references=\['native'\]: unknown"),
     ],
@@ -86,3 +89,13 @@ def test_native_agrees_exactly(case):
     assert found.native.shape == found.reference.shape == (8, 3, 8, 8)
     assert found.same_label.all()
     assert (found.native_success == found.reference_success).all()
+
+
+@pytest.mark.parametrize("case", cases(["DDN-20", "FMN-20"]), ids=lambda case: case.name)
+def test_attacks_that_minimise_a_norm_agree_query_by_query(case):
+    with torch.no_grad():
+        labels = small_net()(some_images(3)).argmax(1)
+    found = compare(case, small_net(), some_images(3), labels, nb_classes=CLASSES)
+    assert found.verdict == "exact"
+    assert found.max_abs_diff_float64 <= FLOAT64_TOLERANCE
+    assert len(found.x) == 3

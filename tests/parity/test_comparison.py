@@ -5,11 +5,11 @@ import torch
 from models_for_tests import CLASSES, small_net, some_images, some_labels
 from torch import nn
 
+from guardians.attacks import Spec
 from guardians.attacks.norms import as_norm, project
 from guardians.engine.state import Progress
 from guardians.parity import Case, cases, compare, comparison, harness
 from guardians.parity.comparison import Steps, Trajectory, compare_steps, native_attack, record
-from guardians.toolkits.implementations import AttackSpec
 
 for toolkit in ("torchattacks", "foolbox"):
     pytest.importorskip(toolkit)
@@ -190,7 +190,7 @@ def test_a_flip_is_excused_only_where_the_gradient_is_within_rounding_of_zero(
     reference, pixel, unexplained, faint_pixel
 ):
     model, x, y = faint_pixel
-    spec = AttackSpec("PGD", INF, 8 / 255, 2 / 255, steps=3)
+    spec = Spec("PGD", INF, 8 / 255, params={"steps": 3, "eps_step": 2 / 255})
     trajectory = record(reference, spec, model, x, y, CLASSES, 0)
     attack = native_attack(spec, model, 2, reference)
     assert compare_steps(attack, trajectory, x, y).mismatches == 0
@@ -203,7 +203,7 @@ def test_a_flip_is_excused_only_where_the_gradient_is_within_rounding_of_zero(
 @pytest.mark.parametrize("reference", ["ART", "torchattacks", "foolbox"])
 def test_no_pixel_is_excused_in_norm_2(reference, faint_pixel):
     model, x, y = faint_pixel
-    spec = AttackSpec("PGD", 2, 0.5, 0.1, steps=3)
+    spec = Spec("PGD", 2, 0.5, params={"steps": 3, "eps_step": 0.1})
     trajectory = record(reference, spec, model, x, y, CLASSES, 0)
     x_adv = trajectory.x_adv.clone()
     x_adv[1].view(-1)[7] += 1e-4
@@ -217,7 +217,7 @@ def test_one_coordinate_for_another_is_excused_only_where_both_are_the_largest()
         model[1].weight.mul_(0.1)
         model[1].weight[1, 3:6] = torch.tensor([2.0, 2.0, 1.9])
     x, y = torch.full((1, 3, 8, 8), 0.5), torch.tensor([0])
-    spec = AttackSpec("PGD", 1, 1.0, 0.25, steps=1)
+    spec = Spec("PGD", 1, 1.0, params={"steps": 1, "eps_step": 0.25})
     with torch.no_grad():  # as large as rounding can tell
         model[1].weight[:, 4] = model[1].weight[:, 3] * (1 - 1e-7)
     trajectory = record("ART", spec, model, x, y, CLASSES, 0)
@@ -240,7 +240,7 @@ def test_the_outcome_of_two_batches_is_the_sum():
 @pytest.mark.parametrize("reference", ["ART", "torchattacks", "foolbox"])
 def test_a_recording_is_complete(reference):
     net, x, y = small_net(), some_images(4), some_labels(4)
-    spec = AttackSpec("PGD", INF, 8 / 255, 2 / 255, steps=3)
+    spec = Spec("PGD", INF, 8 / 255, params={"steps": 3, "eps_step": 2 / 255})
     found = record(reference, spec, net, x, y, CLASSES, 0)
     assert isinstance(found, Trajectory)
     assert torch.equal(found.iterates[0], x)
@@ -255,8 +255,14 @@ def test_a_recording_is_complete(reference):
 
 
 @pytest.mark.parametrize("reference", ["ART", "torchattacks", "foolbox"])
-def test_another_number_of_gradients_than_steps_is_an_error(reference):
-    spec = AttackSpec("FGSM", INF, 8 / 255, 2 / 255, steps=3)
+def test_another_number_of_gradients_than_steps_is_an_error(reference, monkeypatch):
+    spec = Spec("PGD", INF, 8 / 255, params={"steps": 3, "eps_step": 2 / 255})
+    build = comparison.build_attack
+
+    def of_one_step(name, spec, *arguments, **options):
+        return build(name, spec.having(steps=1), *arguments, **options)
+
+    monkeypatch.setattr(comparison, "build_attack", of_one_step)
     with pytest.raises(RuntimeError, match=f"{reference} took 1 gradients for 3 steps"):
         record(reference, spec, small_net(), some_images(2), some_labels(2), CLASSES, 0)
 
@@ -309,7 +315,7 @@ def test_targets_are_the_next_class():
 
 def test_success_is_that_of_the_goal():
     net = small_net()
-    case = Case(AttackSpec("PGD", INF, 0.3, 0.05, 10), "torchattacks")
+    case = Case(Spec("PGD", INF, 0.3, params={"steps": 10, "eps_step": 0.05}), "torchattacks")
     untargeted, targeted = (run(replace(case, spec=replace(case.spec, targeted=t)), net) for t in (False, True))
     for found, goal in (
         (untargeted, lambda guess: guess != some_labels(8)),

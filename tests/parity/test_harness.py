@@ -57,7 +57,7 @@ def test_every_case_becomes_a_row(model, data, tmp_path):
     assert (frame["label_agreement"] == 1).all()
     assert (frame[["l2_ratio", "query_ratio"]] > 0).all(axis=None)
     for case, note in zip(expected, frame["note"], strict=True):
-        rules = [rule.__name__ for rule in rules_for(case.reference, case.spec.norm)]
+        rules = [rule.__name__ for rule in rules_for(case.reference, case.spec)]
         assert note == ("with the toolkit's " + ", ".join(rules) if rules else "")
     assert [path.name for path in (tmp_path / "new" / "folder").glob("[!.]*")] == ["parity.csv"]
     assert read_csv(tmp_path / "new" / "folder" / "parity.csv").equals(frame)
@@ -122,7 +122,7 @@ def test_another_model_under_the_same_name_is_measured(model, data, tmp_path):
 
 def test_own_rules_are_measured_where_there_are_any(model, data, tmp_path):
     frame = run(model, data, tmp_path, references=["ART", "torchattacks", "foolbox"], own_rules=True)
-    expected = [case.name for case in cases(["PGD-10"]) if rules_for(case.reference, case.spec.norm)]
+    expected = [case.name for case in cases(["PGD-10"]) if rules_for(case.reference, case.spec)]
     assert frame["case"].tolist() == expected
     assert len(expected) == 4 + 4 + 8  # ART L1, torchattacks L2, foolbox L1 and L2
     assert set(frame["verdict"]) == {"own rule"}

@@ -1,5 +1,6 @@
 import sys
 from dataclasses import replace
+from importlib import import_module
 from itertools import product
 
 import numpy as np
@@ -8,14 +9,16 @@ import torch
 from models_for_tests import CLASSES, SHAPE
 from torch.nn.functional import cross_entropy
 
-from guardians.attacks import Attack
-from guardians.toolkits.implementations import IMPLEMENTATIONS, AttackSpec, build_attack, is_available
+from guardians.attacks import Attack, Spec
+from guardians.toolkits.build import IMPLEMENTATIONS, build_attack, is_available
 
 INF = float("inf")
-FGSM = AttackSpec("FGSM", INF, eps=0.03, eps_step=0.01)
-PGD = AttackSpec("PGD", INF, eps=0.03, eps_step=0.02, steps=3)
+FGSM = Spec("FGSM", INF, eps=0.03)
+PGD = Spec("PGD", INF, eps=0.03, params={"steps": 3, "eps_step": 0.02})
 EVERY = [
-    replace(spec, norm=norm, eps=eps, eps_step=eps / 2, targeted=targeted, random_start=random_start)
+    replace(spec, norm=norm, eps=eps, targeted=targeted).having(
+        random_start=random_start, eps_step=eps / 2 if spec is PGD else None
+    )
     for spec, (norm, eps), targeted, random_start in product(
         (FGSM, PGD), ((INF, 0.03), (2, 0.3), (1, 3.0)), (False, True), (False, True)
     )
@@ -24,9 +27,9 @@ AVAILABLE = [(name, spec) for name, spec in product(IMPLEMENTATIONS, EVERY) if i
 
 
 def name_of(value):
-    if isinstance(value, AttackSpec):
-        flags = ["targeted"] * value.targeted + ["random"] * value.random_start
-        return "-".join([value.attack, str(value.norm), *flags])
+    if isinstance(value, Spec):
+        flags = ["targeted"] * value.targeted + ["random"] * value.get("random_start")
+        return "-".join([value.family, str(value.norm), *flags])
     return str(value)
 
 
@@ -39,7 +42,7 @@ def build(implementation, spec, net, **options):
 
 def oracle(spec, net, x, y):
     """PGD for norms inf and 2 on images so far from 0 and 1 that they are never clipped."""
-    steps, step = (1, spec.eps) if spec.attack == "FGSM" else (spec.steps, spec.eps_step)
+    steps, step = (1, spec.eps) if spec.family == "FGSM" else (spec.get("steps"), spec.get("eps_step"))
     delta = torch.zeros_like(x)
     for _ in range(steps):
         point = (x + delta).requires_grad_()
@@ -64,8 +67,8 @@ def inner(x):
 
 
 def test_what_each_toolkit_has():
-    missing = {(name, s.attack, s.norm, s.targeted) for name in IMPLEMENTATIONS for s in EVERY} - {
-        (name, s.attack, s.norm, s.targeted) for name, s in AVAILABLE
+    missing = {(name, s.family, s.norm, s.targeted) for name in IMPLEMENTATIONS for s in EVERY} - {
+        (name, s.family, s.norm, s.targeted) for name, s in AVAILABLE
     }
     assert missing == {
         *(("torchattacks", attack, 1, targeted) for attack in ("FGSM", "PGD") for targeted in (False, True)),
@@ -75,7 +78,7 @@ def test_what_each_toolkit_has():
 
 
 @pytest.mark.parametrize(
-    ("implementation", "spec"), [(n, s) for n, s in AVAILABLE if s.norm != 1 and not s.random_start], ids=name_of
+    ("implementation", "spec"), [(n, s) for n, s in AVAILABLE if s.norm != 1 and not s.get("random_start")], ids=name_of
 )
 def test_every_toolkit_takes_the_steps_of_the_textbook(implementation, spec, net, inner, y):
     x_adv = build(implementation, spec, net)(inner, y)
@@ -95,7 +98,7 @@ def test_every_attack_moves_the_loss_its_way_within_the_ball(implementation, spe
 
 
 @pytest.mark.parametrize(
-    ("implementation", "spec"), [(n, s) for n, s in AVAILABLE if s.random_start and not s.targeted], ids=name_of
+    ("implementation", "spec"), [(n, s) for n, s in AVAILABLE if s.get("random_start") and not s.targeted], ids=name_of
 )
 def test_a_seed_repeats_the_random_start_and_leaves_the_generators_alone(implementation, spec, net, x, y):
     first = build(implementation, spec, net, seed=1)
@@ -106,15 +109,9 @@ def test_a_seed_repeats_the_random_start_and_leaves_the_generators_alone(impleme
     assert torch.equal(first(x, y), x_adv)
     assert torch.equal(build(implementation, spec, net, seed=1)(x, y), x_adv)
     assert not torch.equal(build(implementation, spec, net, seed=2)(x, y), x_adv)
-    assert not torch.equal(build(implementation, replace(spec, random_start=False), net)(x, y), x_adv)
+    assert not torch.equal(build(implementation, spec.having(random_start=False), net)(x, y), x_adv)
     unseeded = build(implementation, spec, net)
     assert not torch.equal(unseeded(x, y), unseeded(x, y))
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_fgsm_ignores_steps(implementation, net, x, y):
-    one, other = (build(implementation, spec, net)(x, y) for spec in (FGSM, replace(FGSM, steps=9, eps_step=0.001)))
-    assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -127,7 +124,7 @@ def test_the_model_comes_back_untouched(implementation, used_net, x, y, state_of
 def test_what_a_toolkit_lacks_is_an_error(net):
     for implementation, spec in product(IMPLEMENTATIONS, EVERY):
         if (implementation, spec) not in AVAILABLE:
-            with pytest.raises(ValueError, match=f"implementation='{implementation}' does not have AttackSpec"):
+            with pytest.raises(ValueError, match=f"implementation='{implementation}' does not have Spec"):
                 build_attack(implementation, spec, net, nb_classes=CLASSES, input_shape=SHAPE, batch_size=5)
 
 
@@ -135,8 +132,11 @@ def test_what_a_toolkit_lacks_is_an_error(net):
     ("implementation", "spec", "message"),
     [
         ("cleverhans", PGD, "implementation='cleverhans': must be one of native, ART, torchattacks, foolbox"),
-        ("native", replace(PGD, attack="CW"), "attack='CW': must be one of FGSM, PGD"),
-        ("native", replace(PGD, norm=3), "norm=3: must be one of inf, 2, 1"),
+        ("native", replace(PGD, family="CW"), "family='CW': must be one of C&W, DDN, FGSM, FMN, PGD"),
+        ("native", replace(PGD, norm=3), "norm=3: must be one of inf, 2, 1 for PGD"),
+        ("ART", replace(PGD, eps=None), "eps=None: must be a number for PGD"),
+        ("ART", Spec("C&W", 2, eps=0.5), "eps=0.5: must be None for C&W"),
+        ("foolbox", FGSM.having(steps=3), "steps=3: FGSM has only random_start"),
     ],
 )
 def test_unknown_names(implementation, spec, message, net):
@@ -154,7 +154,7 @@ def test_native_is_the_attack_itself(net, x, y):
     assert isinstance(fast, Attack)
     assert (fast.early_stop, fast.precision) == (True, "float32")
     assert (norms(fast(x, y) - x, PGD) <= norms(classical(x, y) - x, PGD) + 1e-6).all()
-    assert fast.report.search_backward < classical.report.search_backward == len(x) * PGD.steps
+    assert fast.report.search_backward < classical.report.search_backward == len(x) * PGD.get("steps")
 
 
 @pytest.mark.parametrize("implementation", ["ART", "torchattacks", "foolbox"])
@@ -188,24 +188,61 @@ def without_toolkits(monkeypatch):
 
 @pytest.mark.usefixtures("without_toolkits")
 def test_toolkits_that_are_not_installed_are_needed_only_when_used(net, x, y):
-    import guardians.toolkits
-    from guardians.toolkits import implementations
+    from guardians.toolkits import FoolboxAttack, TorchattacksAttack, build, foolbox, torchattacks
 
     options = {"nb_classes": CLASSES, "input_shape": SHAPE, "batch_size": 5}
     for name in ("native", "ART"):
-        assert implementations.build_attack(name, PGD, net, **options)(x, y).shape == x.shape
-    for name, adapter in (("torchattacks", "TorchattacksAttack"), ("foolbox", "FoolboxAttack")):
-        assert implementations.is_available(name, PGD)
+        assert build.build_attack(name, PGD, net, **options)(x, y).shape == x.shape
+    for name, adapter, module in (
+        ("torchattacks", TorchattacksAttack, torchattacks),
+        ("foolbox", FoolboxAttack, foolbox),
+    ):
+        assert not build.is_installed(name)
+        assert build.is_available(name, PGD)
         with pytest.raises(ImportError, match=rf"{name} is not installed: pip install guardians\[parity\]"):
-            implementations.build_attack(name, PGD, net, **options)
+            build.build_attack(name, PGD, net, **options)
         with pytest.raises(ImportError, match=r"guardians\[parity\]"):
-            getattr(guardians.toolkits, adapter)
+            adapter(net, object)
+        with pytest.raises(ImportError, match=r"guardians\[parity\]"):
+            module.attacks()
 
 
-def test_the_package_exports_the_adapters():
-    import guardians.toolkits
-    from guardians.toolkits.art import ArtAttack
+def test_the_former_import_path_warns_and_works():
+    sys.modules.pop("guardians.adapters", None)
+    with pytest.warns(DeprecationWarning, match=r"guardians\.toolkits"):
+        from guardians.adapters import ArtAttack, FoolboxAttack, TorchattacksAttack
+    for adapter in (ArtAttack, FoolboxAttack, TorchattacksAttack):
+        assert getattr(import_module("guardians.toolkits"), adapter.__name__) is adapter
 
-    assert guardians.toolkits.ArtAttack is ArtAttack
-    with pytest.raises(AttributeError, match="Nothing"):
-        _ = guardians.toolkits.Nothing
+
+@pytest.mark.parametrize(
+    ("toolkit", "some", "none"),
+    [
+        ("art", {"ProjectedGradientDescent", "SquareAttack", "DeepFool"}, {"EvasionAttack", "PGD"}),
+        ("torchattacks", {"PGD", "CW", "AutoAttack", "FAB"}, {"Attack", "MultiAttack"}),
+        ("foolbox", {"DDNAttack", "L2CarliniWagnerAttack", "LInfFMNAttack"}, {"Attack", "LinfPGD", "FGSM"}),
+    ],
+)
+def test_lists_of_what_a_toolkit_has(toolkit, some, none):
+    pytest.importorskip(toolkit)
+    module = import_module(f"guardians.toolkits.{toolkit}")
+    names = module.attacks()
+    assert names == sorted(set(names))
+    assert some <= set(names)
+    assert not none & set(names)
+
+
+def test_every_attack_of_torchattacks_that_is_listed_is_taken(net):
+    torchattacks = pytest.importorskip("torchattacks")
+    from guardians.toolkits.torchattacks import TorchattacksAttack, attacks
+
+    for name in attacks():
+        needed = {"trainloader": []} if name == "LGV" else {}
+        TorchattacksAttack(net, getattr(torchattacks, name), **needed)
+
+
+def test_minimum_norm_attacks_have_no_early_stop(net, x, y):
+    spec = Spec("C&W", 2, params={"searches": 1, "steps": 5})
+    assert build("native", spec, net)(x, y).shape == x.shape
+    with pytest.raises(ValueError, match="early_stop=True: must be False for C&W, which looks for the nearest"):
+        build("native", spec, net, early_stop=True)

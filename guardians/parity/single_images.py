@@ -1,34 +1,26 @@
-"""Native Carlini-Wagner against a toolkit's: exactly where the toolkit is right, for dominance at its defaults."""
+"""Native attacks that minimise a norm against a toolkit's: exactly each image alone, and whether they dominate."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from guardians.attacks.norms import lp_norm
-from guardians.parity.comparison import Recorder, Trajectory
-from guardians.parity.rules import CARLINI_WAGNER_RULES
-from guardians.toolkits.implementations import CarliniWagnerSpec, build_attack
+from guardians.attacks.registry import Spec
+from guardians.parity.comparison import Recorder, Trajectory, native_attack
+from guardians.toolkits.build import build_attack
 
 __all__ = ["is_dominated", "largest_difference", "runs_of_one"]
 
 
 def runs_of_one(
-    reference: str, spec: CarliniWagnerSpec, model: nn.Module, x: Tensor, y: Tensor, nb_classes: int
+    reference: str, spec: Spec, model: nn.Module, x: Tensor, y: Tensor, nb_classes: int
 ) -> list[tuple[Trajectory, Trajectory]]:
     """Native's and the toolkit's runs on each image alone, as no toolkit keeps the images of a batch apart.
 
-    Native runs the paper's search with the rules of the toolkit.
+    Native runs with the rules of the toolkit.
     """
     native_recorder, recorder = Recorder(model), Recorder(model)
-    ours = CARLINI_WAGNER_RULES[reference](
-        native_recorder,
-        **spec.art_arguments(),
-        adaptive=False,
-        abort_early=False,
-        verbose=False,
-        precision="float32",
-        batch_size=1,
-    )
+    ours = native_attack(spec, native_recorder, 1, reference)
     shape = tuple(x.shape[1:])
     theirs = build_attack(reference, spec, recorder, nb_classes=nb_classes, input_shape=shape, batch_size=1)
     pairs = list(zip(x.split(1), y.split(1), strict=True))
@@ -38,20 +30,24 @@ def runs_of_one(
     ]
 
 
-def largest_difference(runs: list[tuple[Trajectory, Trajectory]]) -> float:
+def largest_difference(runs: list[tuple[Trajectory, Trajectory]], x: Tensor, norm: float) -> float:
     """Of any pixel of any query, and of the images returned.
 
-    A toolkit that stops in between is compared up to there; what it has found by then is not native's last word.
+    Of two queries at the same distance either may be returned, which of them is a matter of rounding: then it is the
+    difference of their distances that counts. A toolkit that stops in between is compared up to there; what it has
+    found by then is not native's last word.
     """
     largest = 0.0
-    for native, reference in runs:
+    for image, (native, reference) in zip(x.split(1), runs, strict=True):
         steps = len(reference.iterates)
         if len(native.iterates) < steps:
             return float("inf")
         queries = zip(native.iterates, reference.iterates, strict=False)
         differences = [(ours - theirs).abs().max().item() for ours, theirs in queries]
         if steps == len(native.iterates):
-            differences.append((native.x_adv - reference.x_adv).abs().max().item())
+            returned = [(ours - reference.x_adv).abs().max().item() for ours in (native.x_adv, *native.iterates)]
+            near = [lp_norm(run.x_adv - image, norm).item() for run in (native, reference)]
+            differences.append(min(returned[0], max(min(returned[1:]), abs(near[0] - near[1]))))
         largest = max(largest, *differences)
     return largest
 
