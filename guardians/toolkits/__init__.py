@@ -4,15 +4,7 @@ torchattacks and foolbox are optional (`pip install guardians[parity]`); each is
 """
 
 from guardians.toolkits.art import ArtAttack
-from guardians.toolkits.build import IMPLEMENTATIONS, build_attack, is_available
 from guardians.toolkits.foolbox import FoolboxAttack
 from guardians.toolkits.torchattacks import TorchattacksAttack
 
-__all__ = [
-    "IMPLEMENTATIONS",
-    "ArtAttack",
-    "FoolboxAttack",
-    "TorchattacksAttack",
-    "build_attack",
-    "is_available",
-]
+__all__ = ["ArtAttack", "FoolboxAttack", "TorchattacksAttack"]

@@ -94,12 +94,12 @@ def logits(model: nn.Module, **_: Any) -> Callable[[Tensor], Tensor]:
 def _fgsm(spec: Spec) -> Recipe | None:
     if spec.targeted:
         return None
-    return _of_norm(spec, "FastGradientAttack"), {"random_start": spec.get("random_start", False)}
+    return f"L{spec.norm:g}FastGradientAttack", {"random_start": spec.get("random_start", False)}
 
 
 def _pgd(spec: Spec) -> Recipe:
     arguments = {"random_start": False, **spec.arguments("steps", "random_start", eps_step="abs_stepsize")}
-    return _of_norm(spec, "PGD"), arguments
+    return f"L{spec.norm:g}PGD", arguments
 
 
 def _carlini_wagner(spec: Spec) -> Recipe | None:
@@ -109,17 +109,13 @@ def _carlini_wagner(spec: Spec) -> Recipe | None:
     return "L2CarliniWagnerAttack", spec.arguments("confidence", "steps", "abort_early", **renamed)
 
 
-def _ddn(spec: Spec) -> Recipe | None:
-    return None if spec.norm != 2 else ("DDNAttack", spec.arguments("steps", "init_epsilon", "gamma"))
+def _ddn(spec: Spec) -> Recipe:
+    return "DDNAttack", spec.arguments("steps", "init_epsilon", "gamma")
 
 
 def _fmn(spec: Spec) -> Recipe:
     arguments = spec.arguments("steps", "gamma", "max_stepsize", "min_stepsize")
-    return _of_norm(spec, "FMNAttack").replace("Linf", "LInf"), arguments
-
-
-def _of_norm(spec: Spec, name: str) -> str:
-    return f"L{spec.norm:g}{name}"
+    return f"L{spec.norm:g}FMNAttack".replace("Linf", "LInf"), arguments
 
 
 BUILDERS: dict[str, Builder] = {"FGSM": _fgsm, "PGD": _pgd, "C&W": _carlini_wagner, "DDN": _ddn, "FMN": _fmn}
