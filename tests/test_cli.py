@@ -579,7 +579,7 @@ def test_error(command, tree, bundled, name, arguments, named):
     ("arguments", "named"),
     [
         (("parity", "--reference", "cleverhans"), ["'cleverhans'", "ART, torchattacks, foolbox"]),
-        (("parity", "--attack", "PGD-3"), ["'PGD-3'", "FGSM, PGD-10, PGD-40"]),
+        (("parity", "--attack", "PGD-3"), ["'PGD-3'", "FGSM", "PGD-10, PGD-40"]),
         (("bench", "--implementation", "cleverhans"), ["'cleverhans'", "native, ART, torchattacks, foolbox"]),
         (("bench", "--attack", "PGD-99999999999999999999"), ["'PGD-99999999999999999999'", "1,000,000 steps"]),
         (("bench", "--attack", "pgd-1000001"), ["'pgd-1000001'", "1,000,000 steps"]),
