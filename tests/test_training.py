@@ -520,7 +520,10 @@ class TestTwoProcesses:
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
 from test_training import RECIPE, STEPS, TEST, TRAIN, at_call, small_model, train, training
+
+torch.set_num_threads(1)  # as the tests, whose weights these are compared with
 
 def wait():
     Path({str(tmp_path / "waits")!r}).touch()

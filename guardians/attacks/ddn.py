@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guardians.attacks.norms import annealed, farthest, lp_norm, steepest_ascent
+from guardians.attacks.norms import annealed, farthest, lp_norm, random_in_ball, steepest_ascent, widest
 from guardians.attacks.registry import Agreement, Family, Spec, register
 from guardians.engine.attack import Attack
 from guardians.engine.checks import check_integer, optional
@@ -29,13 +29,14 @@ class DecoupledDirectionNorm(Attack):
         x_k     =  clip(x + eps_k delta / ||delta||_2),    delta_k = x_k - x
 
     with g the gradient of the loss at x_(k-1), and alpha falling from 1 to 0.01 along a cosine (Rony et al. 2019,
-    algorithm 1, and their code, in which delta goes on from the clipped image). The nearest image that fools the model
-    is returned, and the image itself where none does, see `report.fooled`.
+    algorithm 1, and their code, in which delta goes on from the clipped image, and the direction is random where the
+    gradient is zero). The nearest image that fools the model is returned, and the image itself where none does, see
+    `report.fooled`.
 
     Args:
         estimator: ART `PyTorchClassifier` or `nn.Module`, see `Attack`.
         max_iter: steps K, of a gradient each.
-        init_epsilon: the first radius eps_0, in the unit of the images.
+        init_epsilon: the first radius eps_0; it and the steps are for images in [0, 1], in proportion to `clip_values`.
         gamma: by which the radius changes, between 0 and 1.
         targeted: reach the labels rather than leave them.
         batch_size: images in one forward pass; None chooses it.
@@ -66,7 +67,7 @@ class DecoupledDirectionNorm(Attack):
         state.x_adv = state.x.clone()
         state.steps = np.zeros(len(state), dtype=np.int64)
         state.farthest = farthest(state.x, self.victim.clip_values, 2)
-        state.epsilon = torch.full_like(state.farthest, self.init_epsilon)
+        state.epsilon = torch.full_like(state.farthest, self.init_epsilon) * widest(state.x, self.victim.clip_values)
 
     def query(self, state: State) -> Tensor:
         """The iterate x_k."""
@@ -81,12 +82,15 @@ class DecoupledDirectionNorm(Attack):
         """A step along the gradient, onto the sphere of the new radius; done after `max_iter`."""
         assert answer.gradient is not None
         x, gradient = state.x, answer.gradient.nan_to_num(nan=0.0)
+        is_flat = (gradient == 0).flatten(1).all(1)
+        if is_flat.any():
+            drawn = random_in_ball(x, torch.ones_like(per_image(state.farthest, x)), 2, state.rng)
+            gradient = torch.where(per_image(is_flat, x), drawn, gradient)
         if state.mask is not None:
             gradient = gradient.masked_fill(~state.mask, 0)
-        alpha = annealed(1.0, 0.01, state.steps / self.max_iter, x)
+        alpha = widest(x, self.victim.clip_values) * annealed(1.0, 0.01, state.steps / self.max_iter, x)
         delta = state.x_adv - x + alpha * steepest_ascent(gradient, 2)
-        factor = torch.where(answer.fooled, 1 - self.gamma, 1 + self.gamma)
-        state.epsilon = torch.minimum(state.epsilon * factor, state.farthest)
+        state.epsilon = torch.minimum(self.rescaled(state.epsilon, answer.fooled), state.farthest)
         length = lp_norm(delta, 2)
         state.x_adv = self.victim.clip(x + delta * (per_image(state.epsilon, x) / length.masked_fill(length == 0, 1)))
         if self.levels is not None:
@@ -95,11 +99,15 @@ class DecoupledDirectionNorm(Attack):
         nearest = state.best_distance == 0  # nothing can be nearer
         return Progress(torch.from_numpy(state.steps >= self.max_iter).to(x.device) | nearest)
 
+    def rescaled(self, epsilon: Tensor, fooled: Tensor) -> Tensor:
+        """The next radius (N,)."""
+        return torch.where(fooled, epsilon * (1 - self.gamma), epsilon * (1 + self.gamma))
+
     def _rounded(self, state: State, levels: int) -> Tensor:
         """The iterate on the grid of `levels` values between `clip_values`, or of [0, 1]; masked pixels stay."""
         low, high = (bound.to(state.x) for bound in self.victim.clip_values or (torch.zeros(()), torch.ones(())))
-        unit = (high - low) / (levels - 1)
-        rounded = self.victim.clip(low + unit * ((state.x_adv - low) / unit).round())
+        number = ((state.x_adv - low) / (high - low) * (levels - 1)).round()
+        rounded = self.victim.clip(low + number * (high - low) / (levels - 1))
         return rounded if state.mask is None else torch.where(state.mask, rounded, state.x)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guardians.attacks.norms import annealed, as_norm, farthest, lp_norm, nearest_in_ball, steepest_ascent
+from guardians.attacks.norms import annealed, as_norm, farthest, lp_norm, nearest_in_ball, steepest_ascent, widest
 from guardians.attacks.registry import Agreement, Family, Spec, register
 from guardians.engine.attack import Attack
 from guardians.engine.checks import check_choice
@@ -42,7 +42,7 @@ class FastMinimumNorm(Attack):
         estimator: ART `PyTorchClassifier` or `nn.Module`, see `Attack`.
         norm: 1, 2, inf or "inf".
         max_iter: steps K, of a gradient each.
-        max_stepsize: alpha_1, in the unit of the images.
+        max_stepsize: alpha_1, for images in [0, 1]; in proportion to `clip_values`.
         min_stepsize: the alpha to which it falls; None is a hundredth of the first.
         gamma: gamma_1, between 0 and 1; it falls to 0.001.
         targeted: reach the labels rather than leave them.
@@ -99,6 +99,7 @@ class FastMinimumNorm(Attack):
         outside = torch.where(best.isfinite(), epsilon * (1 + gamma), answer.distance + to_boundary)
         inside = torch.minimum(epsilon * (1 - gamma), best)
         state.epsilon = torch.minimum(torch.where(answer.fooled, inside, outside), state.farthest)
+        alpha = alpha * widest(x, self.victim.clip_values)
         delta = state.x_adv - x + alpha * steepest_ascent(gradient, 2)
         state.x_adv = self.victim.clip(x + self.projected(delta, per_image(state.epsilon, x)))
         state.steps = state.steps + 1

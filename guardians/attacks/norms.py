@@ -25,6 +25,7 @@ __all__ = [
     "random_in_ball",
     "steepest_ascent",
     "steepest_ascent_in_box",
+    "widest",
 ]
 
 
@@ -123,6 +124,14 @@ def farthest(x: Tensor, clip_values: tuple[Tensor, Tensor] | None, p: float) -> 
         return x.new_full((len(x),), torch.inf)
     low, high = (bound.to(x) for bound in clip_values)
     return lp_norm(torch.maximum(x - low, high - x), p).flatten()
+
+
+def widest(x: Tensor, clip_values: tuple[Tensor, Tensor] | None) -> Tensor:
+    """The largest range of a pixel, a number; 1 where there are no bounds."""
+    if clip_values is None:
+        return x.new_ones(())
+    low, high = clip_values
+    return (high - low).max().to(x)
 
 
 def annealed(first: float, last: float, share: np.ndarray, x: Tensor) -> Tensor:

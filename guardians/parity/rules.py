@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from guardians.attacks import CarliniWagnerL2, FastMinimumNorm
+from guardians.attacks import CarliniWagnerL2, DecoupledDirectionNorm, FastMinimumNorm
 from guardians.attacks.boxes import Box, ChangeOfVariables
 from guardians.attacks.norms import as_norm, lp_norm, project, steepest_ascent
 from guardians.attacks.pgd import SteepestAscent
@@ -141,6 +141,15 @@ class TorchattacksCarliniWagner(_PaperCarliniWagner):
         return (other - own if self.targeted else own - other).clamp_min(-self.confidence)
 
 
+class RoundedFactors(DecoupledDirectionNorm):
+    """foolbox: 1 - gamma and 1 + gamma are rounded to float32, for a float64 model too."""
+
+    def rescaled(self, epsilon: Tensor, fooled: Tensor) -> Tensor:
+        """By the rounded factors."""
+        shrink, grow = (torch.tensor(1 + sign * self.gamma, dtype=torch.float32).item() for sign in (-1, 1))
+        return torch.where(fooled, epsilon * shrink, epsilon * grow)
+
+
 class UnprojectedFastMinimumNorm(FastMinimumNorm):
     """foolbox, norm 2: the projection divides a norm by itself, so that no step is ever drawn back into the ball."""
 
@@ -156,6 +165,7 @@ _RULES: dict[tuple[type[Attack], str, float], tuple[type[Attack], ...]] = {
     (SteepestAscent, "torchattacks", 2): (ProjectThenClip, DampedStep),
     (CarliniWagnerL2, "foolbox", 2): (FoolboxCarliniWagner,),
     (CarliniWagnerL2, "torchattacks", 2): (TorchattacksCarliniWagner,),
+    (DecoupledDirectionNorm, "foolbox", 2): (RoundedFactors,),
     (FastMinimumNorm, "foolbox", 2): (UnprojectedFastMinimumNorm,),
 }
 

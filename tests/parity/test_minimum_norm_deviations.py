@@ -1,0 +1,31 @@
+"""Where foolbox' DDN and FMN differ from their papers; a row of the documentation each."""
+
+import foolbox
+import torch
+from models_for_tests import small_net, some_images
+
+from guardians.attacks import FMN
+from guardians.parity.comparison import Recorder
+from guardians.toolkits import FoolboxAttack
+
+
+def right_images(n):
+    net, x = small_net(dtype=torch.float64), 0.3 + 0.4 * some_images(n, dtype=torch.float64)
+    return net, x, net(x).argmax(1)
+
+
+def test_foolbox_fmn_l2_does_not_project_onto_the_ball():
+    net, x, y = right_images(20)
+    native = FMN(net, 2, max_iter=60, verbose=False)
+    near = native.distance(native(x, y), x)
+    theirs = FoolboxAttack(net, foolbox.attacks.L2FMNAttack(steps=60))(x, y)
+    assert native.report.fooled.all()
+    assert native.distance(theirs, x).mean() > 3 * near.mean()
+
+
+def test_foolbox_ddn_rounds_its_factors_to_float32():
+    net, x, y = right_images(1)
+    asked = Recorder(net)
+    FoolboxAttack(asked, foolbox.attacks.DDNAttack(steps=3))(x, y)
+    off = float((asked.iterates[1] - x).norm()) - 1.05
+    assert 1e-9 < abs(off) < 1e-7
