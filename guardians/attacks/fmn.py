@@ -8,7 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guardians.attacks.norms import annealed, as_norm, farthest, lp_norm, nearest_in_ball, steepest_ascent, widest
+from guardians.attacks.norms import (
+    annealed,
+    as_norm,
+    farthest,
+    free_gradient,
+    lp_norm,
+    nearest_in_ball,
+    steepest_ascent,
+    widest,
+)
 from guardians.attacks.registry import Agreement, Family, Spec, register
 from guardians.engine.attack import Attack
 from guardians.engine.checks import check_choice
@@ -86,9 +95,7 @@ class FastMinimumNorm(Attack):
         """The radius, then a step within it; done after `max_iter`."""
         assert answer.gradient is not None
         assert answer.distance is not None
-        x, p, gradient = state.x, as_norm(self.norm), answer.gradient.nan_to_num(nan=0.0)
-        if state.mask is not None:
-            gradient = gradient.masked_fill(~state.mask, 0)
+        x, p, gradient = state.x, as_norm(self.norm), free_gradient(answer.gradient, state.mask)
         gamma, alpha = (
             annealed(first, last, state.steps / self.max_iter, x)
             for first, last in ((self.gamma, 1e-3), (self.max_stepsize, self._last_step))

@@ -18,6 +18,7 @@ __all__ = [
     "as_norm",
     "ball_bounds",
     "farthest",
+    "free_gradient",
     "lp_norm",
     "nearest_in_ball",
     "project",
@@ -132,6 +133,12 @@ def widest(x: Tensor, clip_values: tuple[Tensor, Tensor] | None) -> Tensor:
         return x.new_ones(())
     low, high = clip_values
     return (high - low).max().to(x)
+
+
+def free_gradient(gradient: Tensor, mask: Tensor | None) -> Tensor:
+    """A gradient without NaN, and zero where the mask fixes a pixel."""
+    gradient = gradient.nan_to_num(nan=0.0)
+    return gradient if mask is None else gradient.masked_fill(~mask, 0)
 
 
 def annealed(first: float, last: float, share: np.ndarray, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from guardians.attacks.norms import (
     Norm,
     as_norm,
     ball_bounds,
+    free_gradient,
     lp_norm,
     project,
     pull_into_ball,
@@ -156,9 +157,7 @@ class SteepestAscent(Attack):
 
     def _ascended(self, gradient: Tensor, state: State) -> Tensor:
         """What is ascended: the gradient without NaN and fixed pixels, or the momentum that it adds to."""
-        gradient = gradient.nan_to_num(nan=0.0)
-        if state.mask is not None:
-            gradient = gradient.masked_fill(~state.mask, 0)
+        gradient = free_gradient(gradient, state.mask)
         if self.decay is not None:
             norm = lp_norm(gradient, 1)
             state.momentum = self.decay * state.momentum + gradient / norm.masked_fill(norm == 0, 1)

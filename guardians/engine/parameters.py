@@ -24,6 +24,7 @@ from guardians.engine.checks import (
 
 __all__ = [
     "KW_ONLY",
+    "PRECISIONS",
     "Count",
     "Flag",
     "Fraction",
