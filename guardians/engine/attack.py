@@ -188,7 +188,7 @@ class Attack(ClassifierAttack):
         batches: Iterable[dict[str, Tensor]],
         device: torch.device | None = None,
         total: int | None = None,
-        first_index: int = 0,
+        first_index: int | np.ndarray = 0,
     ) -> Iterator[Finished]:
         """Run the engine with the model `undisturbed` while it searches, but not between two results."""
         seed = fresh_seed() if self.seed is None else int(self.seed)

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["stream"]
 
-_GIVEN = ("x", "y", "mask", "x_adv_init", "index")
-"""What a search starts from."""
+_GIVEN = ("x", "y", "mask", "x_adv_init", "index", "forward", "backward")
+"""What a search starts from, and what it has cost so far."""
 _KEPT = ("doubted", "best", "best_distance")
 """What a restart does not forget."""
 
@@ -43,7 +43,7 @@ def stream(
     seed: int,
     device: torch.device | None,
     report: Report,
-    first_index: int = 0,
+    first_index: int | np.ndarray = 0,
 ) -> Iterator[Finished]:
     """Adversarial images, as they are finished; memory does not grow with their number.
 
@@ -54,7 +54,7 @@ def stream(
         batches: dicts of "x" and, where there are any, "y", "mask" and "x_adv_init", each (N, ...), read when rows are
             free. All is checked by then. Without "y" the victim's predictions are the labels.
         seed: of all random numbers; those of a sample also depend on its position in the data, not on the batch.
-        first_index: the position of the first sample.
+        first_index: the position of the first sample, or the positions of all.
         device: where batches go; None leaves them where they are.
         report: which is kept up to date.
     """
@@ -174,7 +174,7 @@ class _Pool:
                 attack.returned(select(points, claimed), state.rows(claimed)), select(state.x, claimed)
             )
             if self.failed is None and not run.is_random and torch.equal(claims, select(points, claimed)):
-                yield Finished(known["index"][claimed], claims, claimed[claimed])  # the judge has just been asked
+                yield _finished(known, claimed, claims, claimed[claimed])  # the judge has just been asked
                 over, claims = over | claimed, None
 
         progress = attack.update(state, answer)
@@ -205,8 +205,11 @@ class _Pool:
             value, gradient = (torch.cat([part[which] for part in parts]).index_select(0, back) for which in (1, 2))
         else:
             draws, value, gradient = self._evaluate(points, state, keys, bool(np.all(wanted)))
+        backward = passes * np.broadcast_to(wanted, len(state))
+        state.known["forward"] += passes
+        state.known["backward"] += backward
         report.search_forward += passes * len(state)
-        report.search_backward += passes * int(np.sum(np.broadcast_to(wanted, len(state))))
+        report.search_backward += int(backward.sum())
         logits = draws.mean(0)
         if attack.keep == "nearest":
             if run.is_random:
@@ -283,7 +286,7 @@ class _Pool:
         accepted = judge(images, state.known)[0]
         if accepted.any():
             leaving, images = state.rows(accepted), select(images, accepted)
-            yield Finished(leaving.index, images, run.verdict(images, leaving.known, accepted[accepted]))
+            yield _finished(state.known, accepted, images, run.verdict(images, leaving.known, accepted[accepted]))
         if (~accepted & ~done).any():
             self.returning.append(state.rows(~accepted & ~done))
         if (~accepted & done).any():
@@ -297,7 +300,7 @@ class _Pool:
         nearest = attack.keeps == "nearest"
         images = run.returned(known["best"] if nearest else attack.result(ended), ended.x)
         if not run.judges:
-            yield Finished(known["index"], images, None)
+            yield _finished(known, np.ones(len(ended), dtype=bool), images, None)
             return
         again = known["restart"] + 1 < attack.restarts
         if attack.keep == "nearest" and again.any():  # the next start may find a nearer one
@@ -331,7 +334,7 @@ class _Pool:
             if nearest:
                 stands = torch.from_numpy(~fooled).to(images.device, non_blocking=True)
                 images = torch.where(per_image(stands, images), leaving.x, images)
-            yield Finished(leaving.index, images, fooled)
+            yield _finished(known, leaves, images, fooled)
 
     def _restart(self, ended: State) -> None:
         kept = {name: ended.known[name] for name in (*_GIVEN, *_KEPT) if name in ended.known}
@@ -348,6 +351,11 @@ class _Pool:
         if len(state) > n:
             self.state = self.state.joined(state.rows(numbers >= n))
         self.vacant = self.vacant[len(state) :]
+
+
+def _finished(known: Columns, rows: np.ndarray, images: Tensor, fooled: np.ndarray | None) -> Finished:
+    index, forward, backward = (known[name][rows] for name in ("index", "forward", "backward"))
+    return Finished(index, images, fooled, forward, backward)
 
 
 class _Queue:

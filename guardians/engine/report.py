@@ -19,11 +19,15 @@ class Finished:
         x_adv: adversarial images (M, ...), on the device of the search.
         fooled: bool array (M,), whether the user's model is wrong on `x_adv`, or for a targeted attack gives the
             target; None where nothing was judged (`early_stop=False`, a single start).
+        forward, backward: int64 arrays (M,), how often the search evaluated the model, and its gradient, for the
+            sample.
     """
 
     index: np.ndarray
     x_adv: Tensor
     fooled: np.ndarray | None
+    forward: np.ndarray
+    backward: np.ndarray
 
 
 @dataclass
@@ -36,6 +40,7 @@ class Report:
             for a `stream`, whose results tell.
         search: the model that the search asked first: "model" for the user's own, or a cheaper copy such as "folded,
             channels_last, bfloat16".
+        is_random: whether two passes of the model give one image different logits; not looked at where nothing is judged.
         depends_on_batch: whether the model's answer about an image changes with the other images of a batch (batch norm
             without running statistics, a mean over the batch). Then `fooled` holds for the batch in which it was
             judged, and results for the batches of the search; nothing is promised for others.
@@ -47,6 +52,7 @@ class Report:
 
     fooled: np.ndarray | None = None
     search: str = "model"
+    is_random: bool = False
     depends_on_batch: bool = False
     search_forward: int = 0
     search_backward: int = 0

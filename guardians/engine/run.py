@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ class Run:
         probe: Tensor,
         seed: int,
         report: Report,
-        first_index: int = 0,
+        first_index: int | np.ndarray = 0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.attack, self.victim, self.seed, self.report = attack, attack.victim, seed, report
@@ -78,7 +78,7 @@ class Run:
         """Ask the model about some images: whether it is random, what may search for it, and how it judges fastest."""
         expected = self._asked(x, 0)
         if differ(expected, self._asked_in_other_company(x)):
-            self.is_random = differ(expected, self._asked(x, 5))
+            self.is_random = self.report.is_random = differ(expected, self._asked(x, 5))
             self.report.depends_on_batch = not self.is_random
             if not self.is_random:
                 logger.warning(
@@ -130,11 +130,11 @@ class Run:
         """
         x, n = samples["x"], len(samples["x"])
         if "y" not in samples:
-            with self.drawing(self.keys(_LABEL_DRAW, samples["index"] + self._first_index)):
+            with self.drawing(self.keys(_LABEL_DRAW, self._positions(samples["index"]))):
                 samples["y"] = self.victim.predict(x)
             self.report.judgement_forward += n
         known = {"doubted": np.zeros(n, dtype=bool), "stuck": torch.zeros_like(samples["y"], dtype=torch.bool)}
-        known |= {"asked": np.zeros(n, dtype=np.int64)} | samples
+        known |= {name: np.zeros(n, dtype=np.int64) for name in ("asked", "forward", "backward")} | samples
         if self.attack.keeps == "nearest" and "best" not in known:
             known |= {"best": x.clone(), "best_distance": x.new_full((n,), torch.inf)}
         state = State(known, SampleRng(self.seed, *self._numbers(known)))
@@ -152,7 +152,12 @@ class Run:
 
     def _numbers(self, known: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What makes the draws of a sample its own: its position, and how often it was started and asked before."""
-        return known["index"] + self._first_index, known["restart"], known["asked"]
+        return self._positions(known["index"]), known["restart"], known["asked"]
+
+    def _positions(self, index: np.ndarray) -> np.ndarray:
+        """In the data, of samples of this call."""
+        first: Any = self._first_index
+        return index + first if np.ndim(first) == 0 else first[index]
 
     def returned(self, images: Tensor, x: Tensor) -> Tensor:
         """Images as they can be given back in the dtype of the user's; they are searched and judged in `x`'s."""

@@ -143,7 +143,7 @@ class State:
 
 
 _ENGINES = {name for name, value in vars(State).items() if isinstance(value, property)} | {
-    *("asked", "best", "doubted", "known", "stuck", "_rng", "_has_started"),
+    *("asked", "backward", "best", "doubted", "forward", "known", "stuck", "_rng", "_has_started"),
     *("rows", "put", "joined", "has_started", "rng_is"),
 }
 
