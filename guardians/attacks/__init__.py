@@ -4,6 +4,7 @@ from guardians.attacks.carlini_wagner import CarliniL2Method, CarliniLInfMethod,
 from guardians.attacks.ddn import DDN, DecoupledDirectionNorm
 from guardians.attacks.fgsm import FGSM, FastGradientMethod
 from guardians.attacks.fmn import FMN, FastMinimumNorm
+from guardians.attacks.malt import MALT
 from guardians.attacks.pgd import PGD, ProjectedGradientDescent
 from guardians.attacks.registry import Spec
 from guardians.engine.attack import Attack
@@ -12,6 +13,7 @@ __all__ = [
     "DDN",
     "FGSM",
     "FMN",
+    "MALT",
     "PGD",
     "Attack",
     "CarliniL2Method",

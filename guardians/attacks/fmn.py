@@ -11,6 +11,7 @@ from torch import Tensor
 from guardians.attacks.norms import (
     annealed,
     as_norm,
+    dual,
     farthest,
     free_gradient,
     lp_norm,
@@ -102,7 +103,7 @@ class FastMinimumNorm(Attack):
         )
         gamma, epsilon, best = gamma.flatten(), state.epsilon, state.best_distance
         beyond = answer.value.abs() + 2 * rounding(answer.logits)  # a step that ends on the boundary fools nobody
-        to_boundary = (beyond / lp_norm(gradient, _dual(p)).flatten()).nan_to_num(nan=torch.inf)
+        to_boundary = (beyond / lp_norm(gradient, dual(p)).flatten()).nan_to_num(nan=torch.inf)
         outside = torch.where(best.isfinite(), epsilon * (1 + gamma), answer.distance + to_boundary)
         inside = torch.minimum(epsilon * (1 - gamma), best)
         state.epsilon = torch.minimum(torch.where(answer.fooled, inside, outside), state.farthest)
@@ -119,10 +120,6 @@ class FastMinimumNorm(Attack):
     @property
     def _last_step(self) -> float:
         return self.max_stepsize / 100 if self.min_stepsize is None else self.min_stepsize
-
-
-def _dual(p: float) -> float:
-    return {1.0: np.inf, 2.0: 2.0}.get(p, 1.0)
 
 
 FMN = FastMinimumNorm

@@ -17,6 +17,7 @@ __all__ = [
     "annealed",
     "as_norm",
     "ball_bounds",
+    "dual",
     "farthest",
     "free_gradient",
     "lp_norm",
@@ -51,6 +52,11 @@ def lp_norm(x: Tensor, p: float) -> Tensor:
     return torch.linalg.vector_norm(x, p, dim=tuple(range(1, x.ndim)), keepdim=True)
 
 
+def dual(p: float) -> float:
+    """The order q of the dual norm, 1/p + 1/q = 1."""
+    return np.inf if p == 1 else 1.0 if p == np.inf else p / (p - 1)
+
+
 def steepest_ascent(gradient: Tensor, p: float) -> Tensor:
     """The d that maximises <gradient, d> over ||d||_p <= 1; zero where the gradient is zero.
 
@@ -66,7 +72,7 @@ def steepest_ascent(gradient: Tensor, p: float) -> Tensor:
     # Divided by its largest entry first, so that squares of small gradients do not underflow.
     largest = lp_norm(gradient, float("inf"))
     scaled = gradient / largest.masked_fill(largest == 0, 1)
-    q = p / (p - 1)  # the dual norm
+    q = dual(p)
     dual_norm = lp_norm(scaled, q)
     unit = scaled / dual_norm.masked_fill(dual_norm == 0, 1)
     return unit if p == 2 else unit.sign() * unit.abs() ** (q - 1)

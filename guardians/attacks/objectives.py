@@ -16,7 +16,7 @@ from torch.nn.functional import log_softmax, softplus
 
 from guardians.engine.run import margin
 
-__all__ = ["OBJECTIVE_FUNCTIONS", "TAKE_CONFIDENCE", "largest_other", "margin"]
+__all__ = ["OBJECTIVE_FUNCTIONS", "TAKE_CONFIDENCE", "largest_other", "logit_gap", "margin"]
 
 ObjectiveFunction = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
@@ -40,7 +40,8 @@ def _probability_gap(logits: Tensor, wanted: Tensor, unwanted: Tensor) -> Tensor
     return _pick(probabilities, unwanted) - _pick(probabilities, wanted)
 
 
-def _logit_gap(logits: Tensor, wanted: Tensor, unwanted: Tensor) -> Tensor:
+def logit_gap(logits: Tensor, wanted: Tensor, unwanted: Tensor) -> Tensor:
+    """Z_unwanted - Z_wanted (N,), for logits (N, classes) and classes (N,)."""
     return _pick(logits, unwanted) - _pick(logits, wanted)
 
 
@@ -71,12 +72,12 @@ def f5(logits: Tensor, wanted: Tensor, unwanted: Tensor, confidence: float) -> T
 
 def f6(logits: Tensor, wanted: Tensor, unwanted: Tensor, confidence: float) -> Tensor:
     """max(Z_unwanted - Z_wanted, -confidence)."""
-    return _logit_gap(logits, wanted, unwanted).clamp_min(-confidence)
+    return logit_gap(logits, wanted, unwanted).clamp_min(-confidence)
 
 
 def f7(logits: Tensor, wanted: Tensor, unwanted: Tensor, confidence: float) -> Tensor:
     """Softplus(Z_unwanted - Z_wanted + confidence) - log 2."""
-    return softplus(_logit_gap(logits, wanted, unwanted) + confidence) - math.log(2)
+    return softplus(logit_gap(logits, wanted, unwanted) + confidence) - math.log(2)
 
 
 OBJECTIVE_FUNCTIONS: dict[str, ObjectiveFunction] = {f.__name__: f for f in (f1, f2, f3, f4, f5, f6, f7)}

@@ -1,0 +1,203 @@
+"""Targeted PGD on the margin, nearest targets first (Melamed et al., "MALT powers up adversarial attacks", 2024)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from guardians.attacks.norms import Norm, annealed, as_norm, dual, free_gradient, lp_norm, random_in_ball
+from guardians.attacks.objectives import largest_other, logit_gap
+from guardians.attacks.pgd import SteepestAscent
+from guardians.attacks.registry import Family, Spec, register
+from guardians.engine.attack import Attack
+from guardians.engine.interfaces import Estimator
+from guardians.engine.parameters import KW_ONLY, Count, Flag, Number, OptionalCount, Radius, Size
+from guardians.engine.state import Answer, Progress, Query, State, per_image
+
+__all__ = ["MALT"]
+
+_SHRINKS_TO = 0.02
+"""The last step of a search, relative to the first."""
+
+
+class _Plan(NamedTuple):
+    """What each query of an image is for, an entry a query, and one more for the end.
+
+    Attributes:
+        kind: one of `_UNTARGETED`, `_RANKING`, `_TARGETED`, `_RESTART`.
+        number: which class is ranked, or which target or restart it is.
+        share: of the steps of this search that are taken, from 0 to 1; at 1 the point is only looked at.
+        first: whether a search begins here.
+    """
+
+    kind: np.ndarray
+    number: np.ndarray
+    share: np.ndarray
+    first: np.ndarray
+
+
+_UNTARGETED, _RANKING, _TARGETED, _RESTART, _END = range(5)
+
+
+class MALT(SteepestAscent):
+    """Targeted PGD on the logit margin, at one class after the other, in the order of their first-order distances.
+
+    A few untargeted steps first, which is all that most images of an undefended model take. Then the classes with the
+    largest logits are ranked by the distance at which the model, were it linear, would take the image for them,
+
+        (z_y - z_t) / ||grad(z_y - z_t)||_q    at the image, with q the dual norm
+
+    (Melamed et al. 2024, section 3; Moosavi-Dezfooli et al., "DeepFool", 2016, equation 8), and the nearest are
+    searched from the image, by steps of steepest ascent of z_t - z_y that shrink along half a cosine. At last the
+    target that came nearest to the boundary is searched from random points of the ball, as long as it came near.
+
+    Args:
+        estimator: ART `PyTorchClassifier` or `nn.Module`, see `Attack`.
+        norm: 1, 2, any real p >= 1, inf or "inf".
+        eps: radius of the ball, see `ProjectedGradientDescent`.
+        max_iter: steps at each target.
+        n_targets: how many are searched.
+        n_ranked: how many are ranked, those with the largest logits at the image.
+        untargeted_steps: before that, of the margin to whichever class is largest.
+        num_random_init: random starts.
+        batch_size: images in one forward pass; None chooses it.
+        verbose: show a progress bar.
+        hope: random starts go on while the smallest margin found is at most this share of that at the image.
+        seed, early_stop, precision, judge_samples, eot_samples: see `Attack`.
+
+    Raises:
+        EstimatorError, TypeError, ValueError: see `Attack`.
+    """
+
+    estimator: Estimator
+    norm: Norm = np.inf
+    eps: Radius = 0.3
+    max_iter: Count = 20
+    n_targets: Count = 3
+    n_ranked: Count = 9
+    untargeted_steps: Size = 3
+    num_random_init: Size = 0
+    batch_size: OptionalCount = None
+    verbose: Flag = True
+    _: KW_ONLY
+    hope: Number = 0.1
+
+    targeted, decay, random_eps, starts_at_random, restarts = False, None, False, False, 1
+    _options: ClassVar[tuple[str, ...]] = ("mask", "first_index")
+
+    def start(self, state: State) -> None:
+        """At the image."""
+        super().start(state)
+        n = len(state)
+        state.order = state.y[:, None].repeat(1, self._n_ranked)
+        state.distance = state.x.new_full((n, self._n_ranked), torch.inf)
+        state.target = state.y.clone()
+        state.clean_margin, state.margin = (state.x.new_full((n,), torch.inf) for _ in range(2))
+        state.nearest_target = state.y.clone()
+
+    def query(self, state: State) -> Query:
+        """The image where classes are ranked, else the iterate; there is no step after the last."""
+        plan = self._plan()
+        ranking = torch.from_numpy(plan.kind[state.steps] == _RANKING).to(state.x.device)
+        return Query(torch.where(per_image(ranking, state.x), state.x, state.x_adv), plan.share[state.steps] < 1)
+
+    def objective(self, logits: Tensor, y: Tensor, state: State) -> Tensor:
+        """z_t - z_y, with t the largest other logit where there is no target."""
+        untargeted = torch.from_numpy(self._plan().kind[state.steps] == _UNTARGETED).to(y.device)
+        return -logit_gap(logits, torch.where(untargeted, largest_other(logits, y), state.target), y)
+
+    def update(self, state: State, answer: Answer) -> Progress:
+        """Take note of a class's distance, or take a step; then go on to the next class, target or start."""
+        plan, x, steps = self._plan(), state.x, state.steps
+        kind, number = plan.kind[steps], plan.number[steps]
+        gradient = free_gradient(torch.zeros_like(x) if answer.gradient is None else answer.gradient, state.mask)
+        at_image = steps == 0
+        if at_image.any():
+            self._see_image(state, answer, on(at_image, x))
+        if (ranked := at_image | (kind == _RANKING)).any():
+            slope = lp_norm(gradient, dual(as_norm(self.norm))).flatten()
+            distance = (-answer.value / slope).nan_to_num(nan=torch.inf)
+            column = torch.from_numpy(np.where(ranked, number, 0))[:, None].to(x.device)
+            kept = torch.where(on(ranked, x), distance, state.distance.gather(1, column)[:, 0])
+            state.distance = state.distance.scatter(1, column, kept[:, None])
+        if (searched := kind >= _TARGETED).any():
+            nearer = on(searched, x) & (-answer.value < state.margin)
+            state.margin = torch.where(nearer, -answer.value, state.margin)
+            state.nearest_target = torch.where(nearer, state.target, state.nearest_target)
+
+        alpha = annealed(1.0, _SHRINKS_TO, plan.share[steps], x) * state.eps_step
+        x_adv = self.inside(state.x_adv + self.step(gradient, state.x_adv, alpha, state), state)
+        state.steps = steps = np.minimum(steps + 1, len(plan.kind) - 1)  # rows that are vacant stay at the end
+        kind, number, first = plan.kind[steps], plan.number[steps], plan.first[steps]
+        if (at_x := first & (kind != _RESTART)).any():
+            x_adv = torch.where(per_image(on(at_x, x), x), x, x_adv)
+        if (at_random := first & (kind == _RESTART)).any():
+            x_adv = torch.where(per_image(on(at_random, x), x), self._random_start(state), x_adv)
+        state.x_adv = torch.where(per_image(on(kind == _RANKING, x), x), state.x_adv, x_adv)
+        self._aim(state, kind, number, first)
+        over = torch.from_numpy(kind == _END).to(x.device)
+        if at_random.any() and np.isfinite(self.hope):
+            over = over | on(at_random, x) & (state.margin > self.hope * state.clean_margin)
+        return Progress(over)
+
+    def _see_image(self, state: State, answer: Answer, rows: Tensor) -> None:
+        others = answer.logits.scatter(1, state.y[:, None], -torch.inf)
+        order = others.topk(self._n_ranked, dim=1).indices
+        state.order = torch.where(rows[:, None], order, state.order)
+        state.clean_margin = torch.where(rows, -answer.value, state.clean_margin)
+
+    def _aim(self, state: State, kind: np.ndarray, number: np.ndarray, first: np.ndarray) -> None:
+        """At the class that is ranked or searched next."""
+        x = state.x
+        if (ranked := kind == _RANKING).any():
+            column = torch.from_numpy(np.where(ranked, number, 0))[:, None].to(x.device)
+            state.target = torch.where(on(ranked, x), state.order.gather(1, column)[:, 0], state.target)
+        if (begun := first & (kind == _TARGETED)).any():
+            column = torch.from_numpy(np.where(begun, number, 0))[:, None].to(x.device)
+            place = state.distance.argsort(dim=1, stable=True).gather(1, column)
+            state.target = torch.where(on(begun, x), state.order.gather(1, place)[:, 0], state.target)
+        if (begun := first & (kind == _RESTART)).any():
+            state.target = torch.where(on(begun, x), state.nearest_target, state.target)
+
+    def _random_start(self, state: State) -> Tensor:
+        start = state.x + random_in_ball(state.x, state.eps, as_norm(self.norm), state.rng)
+        return self.inside(start if state.mask is None else torch.where(state.mask, start, state.x), state)
+
+    def _plan(self) -> _Plan:
+        def search(kind: int, number: int, steps: int) -> list[tuple[int, int, float, bool]]:
+            return [(kind, number, step / steps, step == 0) for step in range(steps + 1)]
+
+        at_image = [(_UNTARGETED, 0, 0.0, True)]  # which ranks the class with the largest logit
+        entries = search(_UNTARGETED, 0, self.untargeted_steps) if self.untargeted_steps else at_image
+        entries += [(_RANKING, number, 0.0, False) for number in range(1, self._n_ranked)]
+        for number in range(min(self.n_targets, self._n_ranked)):
+            entries += search(_TARGETED, number, self.max_iter)
+        for number in range(self.num_random_init):
+            entries += search(_RESTART, number, self.max_iter)
+        columns = zip(*entries, (_END, 0, 1.0, False), strict=True)
+        return _Plan(*(np.array(column) for column in columns))
+
+    @property
+    def _n_ranked(self) -> int:
+        return min(self.n_ranked, self.victim.nb_classes - 1)
+
+    @property
+    def eps_step(self) -> Any:
+        """The first step of a search."""
+        return self.eps
+
+
+def on(rows: np.ndarray, x: Tensor) -> Tensor:
+    """A mask (N,) on the device of `x`."""
+    return torch.from_numpy(rows).to(x.device, non_blocking=True)
+
+
+def _native(spec: Spec) -> tuple[type[Attack], dict[str, Any]]:
+    arguments = spec.arguments("n_targets", "untargeted_steps", steps="max_iter")
+    return MALT, {"norm": spec.norm, "eps": spec.eps, **arguments}
+
+
+register(Family("MALT", (np.inf, 2, 1), ("steps", "n_targets", "untargeted_steps"), _native, counts_steps=True))
