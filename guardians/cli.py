@@ -17,6 +17,8 @@ from guardians.attacks.registry import compared, usages
 from guardians.data import ENVIRONMENT_VARIABLE, Dataset, load_data
 from guardians.engine.checks import check_choice, check_integer
 from guardians.engine.victim import Victim
+from guardians.evaluation import BUDGETS
+from guardians.evaluation import evaluate as run_evaluation
 from guardians.models import (
     ARCHITECTURES,
     build_model,
@@ -26,7 +28,7 @@ from guardians.models import (
     model_card,
     save_model,
 )
-from guardians.tables import print_table
+from guardians.tables import file_name, print_table
 from guardians.toolkits.build import IMPLEMENTATIONS, TOOLKITS
 from guardians.training import ENSEMBLE, RECIPES, SCHEDULES, Recipe, robust_accuracy, train
 
@@ -89,6 +91,60 @@ def models() -> None:
         typer.echo(f"{name}: {card['accuracy']:.2%}{defence} on {card['test_data']}")
     if not names:
         typer.echo("no models are bundled; name your own as package.module:callable")
+
+
+@app.command()
+def evaluate(
+    model: Model = "resnet9-16-pgd-at",
+    weights: Weights = None,
+    data: Data = None,
+    download: Download = False,
+    n: Count = None,
+    norm: Annotated[str, typer.Option(help="inf, 2 or 1.")] = "inf",
+    eps: Annotated[
+        list[float],
+        typer.Option(
+            parser=_number, metavar="NUMBER", help="Radius, repeatable, in the unit of images in 0 to 1.", show_default="8/255"
+        ),
+    ] = [8 / 255],  # noqa: B006
+    budget: Annotated[str, typer.Option(help=f"{', '.join(BUDGETS)}.")] = "standard",
+    batch_size: Annotated[int | None, typer.Option(help="Images in one forward pass.", show_default="chosen")] = None,
+    save_images: Annotated[bool, typer.Option("--save-images", help="Write the adversarial images too.")] = False,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    data_seed: DataSeed = 0,
+    out: Out = Path("runs/evaluation"),
+) -> None:
+    """Say how robust a model is, as strictly as AutoAttack: evaluation.csv.
+
+    Example: guardians evaluate --model package.module:make_model --data folder --n 1000
+    """
+    check_choice("norm", norm, ("inf", "2", "1"))
+    check_choice("budget", budget, BUDGETS)
+    _check_run(1 if batch_size is None else batch_size, device, seed, data_seed)
+    classifier = load_model(model, weights, device)
+    images = _announced_data(data, n, data_seed, download)
+    _check_fit(model, classifier, images, device)
+    found = run_evaluation(
+        classifier,
+        images.as_floats().to(device),
+        images.labels.to(device),
+        norm=norm if norm == "inf" else float(norm),
+        eps=eps,
+        budget=budget,
+        batch_size=batch_size,
+        seed=seed,
+        out=out,
+    )
+    assert isinstance(found, list)
+    for evaluation in found:
+        typer.echo(f"{_name_in_tables(model, weights)}\n{evaluation}")
+        folder = out / file_name(model, f"norm-{norm}", f"eps-{evaluation.eps:.4g}", budget)
+        evaluation.save(folder)
+        evaluation.plot(folder / "evaluation_curve.png")
+        if save_images:
+            evaluation.save_images(folder / "images")
+        typer.echo(f"tables and curve: {folder}")
 
 
 @app.command()

@@ -15,7 +15,7 @@ LAYERS = [
     {"defences", "estimators", "training"},
     {"toolkits"},
     {"benchmark"},
-    {"parity"},
+    {"evaluation", "parity"},
     {"adapters", "cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

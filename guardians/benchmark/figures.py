@@ -75,6 +75,22 @@ def plot_cost(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
     _save(figure, path)
 
 
+def plot_curve(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
+    """Robust accuracy against the gradients spent on an image, as a PNG file.
+
+    Args:
+        frame: a table with the columns gradients and robust_accuracy, see `guardians.evaluation.Evaluation.curve`.
+        path: of the PNG file; the same table gives the same bytes.
+    """
+    figure = _new_figure(6, 4)
+    axes = figure.subplots()
+    axes.step(frame["gradients"], 100 * frame["robust_accuracy"], where="post", color=_PALETTE[0])
+    axes.set(xscale="symlog", xlabel="gradients spent on an image", ylabel="robust accuracy (%)")
+    axes.set_ylim(bottom=0)
+    _tidy(axes)
+    _save(figure, path)
+
+
 def _draw(axes: Axes, frame: pd.DataFrame, *, x: str, y: str, markers: Mapping[str, str]) -> None:
     """A line for each model and implementation."""
     for key, line in frame.groupby(["model", "implementation", "precision"], sort=False):

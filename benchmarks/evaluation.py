@@ -1,0 +1,116 @@
+"""Robust accuracy and time of `guardians.evaluate` and native AutoAttack beside torchattacks' AutoAttack.
+
+Writes evaluation.csv: for each model, norm and contender the robust accuracy with its interval, on the images that all
+contenders have (`--reference-n`) and on all of its own, the time an image, and how many times less that is than
+torchattacks takes on the same images of the same run. A row that is there already is not measured again.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torchattacks
+import typer
+
+from guardians.attacks import AutoAttack
+from guardians.benchmark.statistics import paired_difference, wilson_interval
+from guardians.data import ENVIRONMENT_VARIABLE, load_data
+from guardians.engine.victim import predicted_labels
+from guardians.evaluation import BUDGETS, evaluate
+from guardians.models import load_model
+from guardians.models.identity import digest
+from guardians.tables import ResumableCsv, print_table
+from guardians.toolkits import TorchattacksAttack
+
+MODELS = ["resnet9-16-standard", "resnet9-16-fgsm-at", "resnet9-16-pgd-at", "resnet9-16-iat", "resnet9-16-mixup"]
+BALLS = {"inf": ("Linf", 8 / 255), "2": ("L2", 0.5)}
+KEY = ["model", "model_digest", "norm", "eps", "contender", "n", "reference_n", "seed"]
+COLUMNS = [*KEY, "clean_accuracy", "robust_accuracy", "robust_accuracy_low", "robust_accuracy_high"]
+COLUMNS += ["on_reference_images", "reference", "difference", "difference_low", "difference_high"]
+COLUMNS += ["seconds", "seconds_per_image", "speedup", "backward_per_image", "flags", "threads", "device"]
+
+
+def main(
+    model: Annotated[list[str], typer.Option(help="Repeatable.")] = MODELS,
+    norm: Annotated[list[str], typer.Option(help=f"Repeatable: {', '.join(BALLS)}.")] = list(BALLS),  # noqa: B006
+    data: Annotated[Path | None, typer.Option(envvar=ENVIRONMENT_VARIABLE)] = None,
+    n: Annotated[int, typer.Option(help="Images for the cascade.")] = 1000,
+    reference_n: Annotated[int, typer.Option(help="Of them, for both versions of AutoAttack.")] = 300,
+    batch_size: Annotated[int, typer.Option(help="Of both versions of AutoAttack.")] = 100,
+    seed: int = 0,
+    device: str = "cpu",
+    out: Path = Path("results"),
+) -> None:
+    """Measure and print one model and norm after the other."""
+    table = ResumableCsv(out / "evaluation.csv", COLUMNS, KEY)
+    images = load_data(data, "test", n)
+    x, y = images.as_floats().to(device), images.labels.to(device)
+    few = slice(0, reference_n)
+    for name in model:
+        classifier = load_model(name, device=device)
+        for ball in norm:
+            toolkit_norm, eps = BALLS[ball]
+            known = {"model": name, "model_digest": digest(classifier), "norm": ball, "eps": eps, "seed": seed}
+            known |= {"reference_n": reference_n, "threads": torch.get_num_threads(), "device": device}
+
+            def reference() -> Any:
+                arguments = {"norm": toolkit_norm, "eps": eps, "n_classes": 10, "seed": seed}  # noqa: B023
+                attack = TorchattacksAttack(classifier, torchattacks.AutoAttack, batch_size, **arguments)  # noqa: B023
+                return predicted_labels(classifier, attack(x[few], y[few])) == y[few], {}  # noqa: B023
+
+            def native() -> Any:
+                attack = AutoAttack(classifier, ball, eps, batch_size=batch_size, seed=seed, verbose=False)  # noqa: B023
+                attack(x[few], y[few])
+                assert attack.ledger is not None
+                return attack.ledger.stands, {"backward_per_image": attack.ledger.backward.mean()}
+
+            def cascade(budget: str) -> Any:
+                found: Any = evaluate(classifier, x, y, norm=ball, eps=eps, budget=budget, seed=seed, verbose=False)  # noqa: B023
+                more = {"backward_per_image": found.backward.mean(), "flags": "; ".join(found.flags)}
+                return found.stage < 0, more
+
+            runs = {"torchattacks AutoAttack": reference, "AutoAttack": native}
+            runs |= {budget: lambda budget=budget: cascade(budget) for budget in BUDGETS[:2]}
+            stands: dict[str, np.ndarray] = {}
+            seconds: dict[str, float] = {}
+            correct = (predicted_labels(classifier, x) == y).cpu().numpy()
+            for contender, run in runs.items():
+                sizes = n if contender in BUDGETS else reference_n
+                row = {**known, "contender": contender, "n": sizes}
+                if row in table:
+                    continue
+                if contender != "torchattacks AutoAttack" and "torchattacks AutoAttack" not in stands:
+                    raise ValueError("the reference of this model is from another run: delete its rows to measure again")
+                started = time.perf_counter()
+                result, more = run()
+                seconds[contender] = (time.perf_counter() - started) / sizes
+                stands[contender] = np.asarray(torch.as_tensor(result).cpu())
+                low, high = wilson_interval(int(stands[contender].sum()), sizes)
+                first, theirs = stands[contender][few], stands["torchattacks AutoAttack"]
+                difference, difference_low, difference_high = paired_difference(first, theirs)
+                row |= more | {
+                    "clean_accuracy": correct[:sizes].mean(),
+                    "robust_accuracy": stands[contender].mean(),
+                    "robust_accuracy_low": low,
+                    "robust_accuracy_high": high,
+                    "on_reference_images": first.mean(),
+                    "reference": theirs.mean(),
+                    "difference": difference,
+                    "difference_low": difference_low,
+                    "difference_high": difference_high,
+                    "seconds": seconds[contender] * sizes,
+                    "seconds_per_image": seconds[contender],
+                    "speedup": seconds["torchattacks AutoAttack"] / seconds[contender],
+                }
+                table.append(row)
+            shown = ["model", "norm", "contender", "n", "robust_accuracy", "on_reference_images", "reference"]
+            frame = table.frame()
+            print_table(frame[frame["model"] == name], [*shown, "seconds_per_image", "speedup", "backward_per_image"])
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,187 @@
+"""Attacks one after the other, each on the images that still stand: what AutoAttack and `evaluate` are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from guardians.engine.attack import Attack
+from guardians.engine.interfaces import Estimator
+from guardians.engine.parameters import Flag, OptionalCount
+from guardians.engine.report import Report
+from guardians.engine.state import Answer, Progress, Query, State
+
+__all__ = ["CLEAN", "Judgement", "Ledger", "Stage", "judge_again", "run_stage"]
+
+CLEAN = "clean"
+"""The stage of images that the model gets wrong as they are."""
+STANDS = -1
+
+
+class Stage(NamedTuple):
+    """An attack of a sequence, under the name by which its images are listed."""
+
+    name: str
+    attack: Attack
+
+
+class Judgement(Attack):
+    """No attack: the images, or those of `x_adv_init`, as they are; `report.fooled` says what the model makes of them.
+
+    Args:
+        estimator: ART `PyTorchClassifier` or `nn.Module`, see `Attack`.
+        batch_size: images in one forward pass; None chooses it.
+        verbose: show a progress bar.
+        seed, early_stop, precision, judge_samples, eot_samples: see `Attack`.
+    """
+
+    estimator: Estimator
+    batch_size: OptionalCount = None
+    verbose: Flag = False
+
+    targeted = False
+    _options: ClassVar[tuple[str, ...]] = ("x_adv_init", "first_index")
+
+    def start(self, state: State) -> None:
+        """At the images."""
+        state.point = (state.x if state.x_adv_init is None else state.x_adv_init).clone()
+
+    def query(self, state: State) -> Query:
+        """The images, without a gradient."""
+        return Query(state.point, gradient=False)
+
+    def objective(self, logits: Tensor, y: Tensor, state: State) -> Tensor:
+        """Nothing is differentiated."""
+        return logits.new_zeros(len(logits))
+
+    def update(self, state: State, answer: Answer) -> Progress:
+        """Done."""
+        return Progress(np.ones(len(state), dtype=bool))
+
+
+@dataclass
+class Ledger:
+    """What is known of each image of a sequence so far.
+
+    Attributes:
+        x_adv: the images (N, ...), adversarial where one was found.
+        stage: int16 (N,), the number of the stage that felled it; -1 where it stands.
+        finished: int16 (N,), how many stages it is through.
+        forward, backward: int64 (N,), how often the search evaluated the model and its gradient.
+    """
+
+    x_adv: Tensor
+    stage: np.ndarray
+    finished: np.ndarray
+    forward: np.ndarray
+    backward: np.ndarray
+    report: Report = field(default_factory=Report)
+
+    @classmethod
+    def of(cls, x: Tensor) -> Ledger:
+        """At the beginning."""
+        n = len(x)
+        numbers = [np.full(n, STANDS, dtype=np.int16), np.zeros(n, dtype=np.int16)]
+        return cls(x.clone(), *numbers, *(np.zeros(n, dtype=np.int64) for _ in range(2)))
+
+    @property
+    def stands(self) -> np.ndarray:
+        """Images that nothing has felled, bool (N,)."""
+        stands: np.ndarray = self.stage == STANDS
+        return stands
+
+    def waiting(self, number: int) -> np.ndarray:
+        """The positions of those that have stage `number` before them."""
+        return (self.stands & (self.finished <= number)).nonzero()[0]
+
+
+def run_stage(
+    number: int,
+    stage: Stage,
+    x: Tensor,
+    y: Tensor,
+    ledger: Ledger,
+    *,
+    eps: float | None = None,
+    device: torch.device | None = None,
+    first_index: int = 0,
+    among: np.ndarray | None = None,
+) -> Iterator[int]:
+    """Attack what still stands, and enter it into the ledger; after each entry, the number of images it was about.
+
+    An image's draws depend on its position in the data, not on which others still stand.
+
+    Args:
+        number: of the stage in its sequence.
+        stage: the attack, with `early_stop` or of the smallest perturbation.
+        x: images (N, ...).
+        y: labels (N,).
+        ledger: of the sequence.
+        eps: the radius that the perturbation of an attack that looks for the smallest must not exceed.
+        device: of the search.
+        first_index: the position of the first image in the data.
+        among: positions to which it is confined.
+    """
+    attack, rows = stage.attack, ledger.waiting(number)
+    if among is not None:
+        rows = np.intersect1d(rows, among)
+    if not len(rows):
+        return
+    chosen = torch.from_numpy(rows).to(x.device)
+    inputs = {"x": x[chosen], "y": y[chosen]}
+    for finished in attack._search([inputs], device, len(rows), first_index + rows):
+        index = rows[finished.index]
+        assert finished.fooled is not None
+        felled = finished.fooled
+        if eps is not None and attack.keeps == "nearest":
+            # With the bound in float64, and the perturbation of float32 images exact in it.
+            size = attack.distance(finished.x_adv.double(), x[torch.from_numpy(index).to(x.device)].to(finished.x_adv).double())
+            felled = felled & (size <= eps).cpu().numpy()
+        ledger.x_adv[torch.from_numpy(index[felled]).to(x.device)] = finished.x_adv[
+            torch.from_numpy(felled).to(finished.x_adv.device)
+        ].to(x)
+        ledger.stage[index[felled]] = number
+        ledger.finished[index] = number + 1
+        ledger.forward[index] += finished.forward
+        ledger.backward[index] += finished.backward
+        yield len(index)
+    report = attack.report
+    assert report is not None
+    total = ledger.report
+    total.search_forward += report.search_forward
+    total.search_backward += report.search_backward
+    total.judgement_forward += report.judgement_forward
+    total.is_random |= report.is_random
+    total.depends_on_batch |= report.depends_on_batch
+
+
+def judge_again(
+    estimator: Any, x: Tensor, y: Tensor, ledger: Ledger, *, first_index: int = 0, **options: Any
+) -> None:
+    """Of a random model: let images stand again that fresh draws, which chose nothing, say do not fool it.
+
+    Each stage was a chance to be lucky, and so was each image that it tried.
+
+    Args:
+        estimator: the model.
+        x: images (N, ...).
+        y: labels (N,).
+        ledger: of the sequence, at its end.
+        first_index: the position of the first image in the data.
+        options: of `Judgement`.
+    """
+    if not ledger.report.is_random:
+        return
+    judgement = Judgement(estimator, **options, early_stop=True)
+    rows = (~ledger.stands).nonzero()[0]
+    chosen = torch.from_numpy(rows).to(x.device)
+    inputs = {"x": x[chosen], "y": y[chosen], "x_adv_init": ledger.x_adv[chosen]}
+    for finished in judgement._search([inputs], x.device, len(rows), first_index + rows):
+        assert finished.fooled is not None
+        back = rows[finished.index[~finished.fooled]]
+        ledger.stage[back] = STANDS

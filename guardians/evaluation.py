@@ -1,0 +1,481 @@
+"""How robust a model is: a cascade of attacks, the cheapest first, each on the images that still stand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from art.estimators.classification import PyTorchClassifier
+from torch import Tensor, nn
+from torchvision.utils import save_image
+from tqdm.auto import tqdm
+
+from guardians.attacks.apgd import APGD
+from guardians.attacks.auto_attack import auto_attack_stages
+from guardians.attacks.malt import MALT
+from guardians.attacks.norms import as_norm, lp_norm
+from guardians.attacks.objectives import margin
+from guardians.attacks.sequence import CLEAN, STANDS, Judgement, Ledger, Stage, judge_again, run_stage
+from guardians.attacks.square import Square
+from guardians.benchmark.statistics import wilson_interval
+from guardians.engine.attack import Attack
+from guardians.engine.checks import check_choice, check_number, check_seed
+from guardians.engine.victim import Victim, isolated, undisturbed
+from guardians.models.identity import digest
+from guardians.tables import write_csv
+
+__all__ = ["BUDGETS", "FLAGS", "Evaluation", "evaluate"]
+
+BUDGETS = ("fast", "standard", "thorough")
+FLAGS = {
+    "random": "the logits of an image differ between passes: gradients are means over draws (EOT), and verdicts those "
+    "of fresh draws",
+    "depends on batch": "the answer about an image depends on the others of its batch: the number holds for these "
+    "batches",
+    "no gradient": "the model has no gradient: only Square attacks it, so the number is an upper bound",
+    "vanishing gradients": "the gradient is zero on half of the images or more: gradient masking, so the number may "
+    "flatter the model",
+    "probabilities": "the model returns probabilities, which saturate: it is attacked through their logarithm",
+    "gradient masking": "a black-box attack fools images that the gradient does not, so the number may flatter the model",
+    "not converged": "the last third of the gradients still fooled more than 1 % of the images: take a larger budget",
+    "all wrong": "the model gets no image right as it is",
+}
+"""What makes a number doubtful, and why."""
+_PROBED = 64
+"""Images on which the gradient is looked at."""
+_EOT_SAMPLES = {"fast": 5, "standard": 20, "thorough": 20}
+_QUERIES = {"fast": 500, "standard": 2000, "thorough": 5000}
+"""Of Square, where gradients are of no use."""
+_SAMPLE_QUERIES = 300
+"""Of Square, on a few of the images that stand, to see whether gradients hide something."""
+_SAVED_EVERY = 30.0
+"""Seconds."""
+
+
+@dataclass
+class Evaluation:
+    """What `evaluate` found. Prints as a table.
+
+    Attributes:
+        norm, eps: the threat model.
+        budget: of the evaluation.
+        labels: (N,).
+        stages: names of the attacks, the first of which is "clean".
+        stage: int16 (N,), the stage that felled each image; -1 where none did.
+        distance: (N,), the norm of the perturbation that did; NaN where none did.
+        forward, backward: int64 (N,), how often the model and its gradient were evaluated for each image.
+        x_adv: images (N, ...), adversarial where an attack succeeded, else as they were.
+        seconds: it took.
+        flags: keys of `FLAGS`.
+        model_digest: of the model, see `guardians.models.identity.digest`.
+        seed: of the draws.
+        versions: of the packages.
+    """
+
+    norm: float
+    eps: float
+    budget: str
+    labels: np.ndarray
+    stages: list[str]
+    stage: np.ndarray
+    distance: np.ndarray
+    forward: np.ndarray
+    backward: np.ndarray
+    x_adv: Tensor
+    seconds: float
+    flags: list[str]
+    model_digest: str
+    seed: int
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def clean_accuracy(self) -> float:
+        """Fraction of the images that the model gets right as they are."""
+        return float((self.stage != 0).mean())
+
+    @property
+    def robust_accuracy(self) -> float:
+        """Fraction of the images that stand."""
+        return float((self.stage == STANDS).mean())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% Wilson interval of the robust accuracy."""
+        return wilson_interval(int((self.stage == STANDS).sum()), len(self.stage))
+
+    def by_stage(self) -> pd.DataFrame:
+        """What each stage felled, and the accuracy that was left: a row a stage."""
+        felled = [int((self.stage == number).sum()) for number in range(len(self.stages))]
+        left = 1 - np.cumsum(felled) / len(self.stage)
+        return pd.DataFrame({"stage": self.stages, "felled": felled, "robust_accuracy": left})
+
+    def by_image(self) -> pd.DataFrame:
+        """A row an image: its label, the stage that felled it, at what norm, and what that cost."""
+        names = [*self.stages, ""]  # -1 is the last
+        return pd.DataFrame(
+            {
+                "index": np.arange(len(self.stage)),
+                "label": self.labels,
+                "stage": [names[number] for number in self.stage],
+                "distance": self.distance,
+                "forward": self.forward,
+                "backward": self.backward,
+            }
+        )
+
+    def curve(self) -> pd.DataFrame:
+        """Robust accuracy against the gradients spent on an image: where it is flat, more would not change it."""
+        spent = np.where(self.stage == STANDS, np.iinfo(np.int64).max, self.backward)
+        at = np.unique(np.append(self.backward, 0))
+        accuracy = [float((spent > number).mean()) for number in at]
+        return pd.DataFrame({"gradients": at, "robust_accuracy": accuracy})
+
+    def summary(self) -> pd.DataFrame:
+        """One row, under the names of the columns of `benchmark.csv`."""
+        low, high = self.interval
+        row = {
+            "norm": self.norm,
+            "eps": self.eps,
+            "budget": self.budget,
+            "n": len(self.stage),
+            "clean_accuracy": self.clean_accuracy,
+            "robust_accuracy": self.robust_accuracy,
+            "robust_accuracy_low": low,
+            "robust_accuracy_high": high,
+            "forward_per_image": float(self.forward.mean()),
+            "backward_per_image": float(self.backward.mean()),
+            "seconds": self.seconds,
+            "flags": "; ".join(self.flags),
+            "model_digest": self.model_digest,
+            "seed": self.seed,
+            "versions": json.dumps(self.versions),
+        }
+        return pd.DataFrame([row])
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `evaluation.csv`, `evaluation_stages.csv`, `evaluation_images.csv` and `evaluation_curve.csv`."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        for name, frame in (
+            ("evaluation", self.summary()),
+            ("evaluation_stages", self.by_stage()),
+            ("evaluation_images", self.by_image()),
+            ("evaluation_curve", self.curve()),
+        ):
+            write_csv(frame, path / f"{name}.csv")
+
+    def save_images(self, folder: str | os.PathLike[str]) -> None:
+        """Write each adversarial image as `index.png`, in 8 bits, and all of them exactly in `x_adv.npy`."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        np.save(path / "x_adv.npy", self.x_adv.cpu().numpy())
+        for index in (self.stage > 0).nonzero()[0]:
+            save_image(self.x_adv[index], path / f"{index}.png")
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw robust accuracy against gradients spent."""
+        from guardians.benchmark.figures import plot_curve
+
+        plot_curve(self.curve(), path)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        lines = [f"{'stage':<14} {'felled':>6}  left"]
+        lines += [f"{row.stage:<14} {row.felled:>6}  {row.robust_accuracy:.1%}" for row in self.by_stage().itertuples()]
+        lines += [
+            f"robust accuracy {self.robust_accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}) of {len(self.stage)} images,"
+            f" norm {self.norm:g}, eps {self.eps:.4g}, budget {self.budget}",
+            f"{self.backward.mean():.1f} gradients an image, {self.seconds:.1f} s",
+        ]
+        return "\n".join(lines + [f"! {flag}: {FLAGS[flag]}" for flag in self.flags])
+
+
+def evaluate(
+    model: nn.Module | PyTorchClassifier,
+    images: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray,
+    *,
+    norm: float | str = np.inf,
+    eps: float | Sequence[float] = 8 / 255,
+    budget: str = "standard",
+    batch_size: int | None = None,
+    seed: int = 0,
+    out: str | os.PathLike[str] | None = None,
+    verbose: bool = True,
+) -> Evaluation | list[Evaluation]:
+    """How robust a model is to perturbations of norm at most `eps`, as strictly as AutoAttack and much sooner.
+
+    A cascade: each attack is run on what the ones before it left.
+
+    | budget | attacks |
+    | --- | --- |
+    | fast | the images as they are; `MALT`: 3 untargeted steps, then 10 at each of the two nearest classes |
+    | standard | and `MALT` of 20 steps at all nine classes, and random starts where the margin is nearly gone; APGD on
+        cross-entropy; Square on a sample of what stands, and on all of it if that finds anything |
+    | thorough | and all of AutoAttack |
+
+    A random model is attacked through the mean gradient of several draws, and judged by draws that chose nothing; where
+    gradients are zero or missing, Square comes first.
+
+    Args:
+        model: `nn.Module` that returns logits for images in [0, 1], or ART `PyTorchClassifier`.
+        images: (N, C, H, W) within `clip_values`.
+        labels: true labels (N,), or one-hot rows.
+        norm: 1, 2, inf or "inf".
+        eps: radius, or several, of which a larger one takes over what a smaller one has fooled.
+        budget: "fast", "standard" or "thorough".
+        batch_size: images in one forward pass; None chooses it.
+        seed: of the draws; those of an image depend on it and the image's position alone.
+        out: folder in which an evaluation that is interrupted leaves what it knows, and from which the same call goes
+            on.
+        verbose: show a progress bar.
+
+    Returns:
+        The evaluation; of several `eps` a list, in their order.
+
+    Raises:
+        EstimatorError, TypeError, ValueError: an argument is outside what is allowed; checked before any work.
+    """
+    radii = [float(value) for value in ([eps] if np.ndim(eps) == 0 else eps)]  # type: ignore[union-attr]
+    if not radii:
+        raise ValueError("eps=[]: must be a number above 0, or several")
+    for radius in radii:
+        check_number("eps", radius, low=0, exclusive=True, single=True)
+    check_choice("norm", as_norm(norm), (1.0, 2.0, np.inf))
+    check_choice("budget", budget, BUDGETS)
+    check_seed("seed", seed)
+    inputs = _checked(model, images, labels)
+    found: dict[float, Evaluation] = {}
+    for radius in sorted(set(radii)):
+        run = _Run(model, inputs, as_norm(norm), radius, budget, batch_size, seed, out, verbose)
+        known = list(found.values())[-1] if found else None
+        found[radius] = run.evaluation(known)
+    return found[radii[0]] if np.ndim(eps) == 0 else [found[radius] for radius in radii]
+
+
+class _Run:
+    """One evaluation in one ball."""
+
+    def __init__(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        norm: float,
+        eps: float,
+        budget: str,
+        batch_size: int | None,
+        seed: int,
+        out: str | os.PathLike[str] | None,
+        verbose: bool,
+    ) -> None:
+        self.x, self.y = inputs["x"], inputs["y"]
+        self.norm, self.eps, self.budget, self.seed, self.verbose = norm, eps, budget, seed, verbose
+        self.digest = digest(Victim(model).module)
+        self.flags: list[str] = []
+        self.model, gradients = self._examined(model)
+        self.device = Victim(self.model).device or self.x.device
+        self.common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "verbose": False}
+        self.gradients = gradients
+        self._file = None if out is None else Path(out) / f"evaluation-{self._key()}.npz"
+
+    def _key(self) -> str:
+        parts: list[Any] = [self.digest, self.norm, self.eps, self.budget, self.seed, __name__, 1]
+        state = hashlib.sha256(json.dumps(parts).encode())
+        for tensor in (self.x, self.y):
+            state.update(tensor.cpu().contiguous().numpy().tobytes())
+        return state.hexdigest()[:12]
+
+    def _examined(self, model: Any) -> tuple[Any, bool]:
+        """The model to attack, and whether its gradients are of use."""
+        victim = Victim(model)
+        x = self.x[:_PROBED].to(victim.device or self.x.device)
+        y = self.y[:_PROBED].to(x.device)
+        with undisturbed(victim.module), isolated(x.device):
+            logits = victim.logits(x)
+            sums = logits.double().sum(1)
+            are_probabilities = bool((logits >= 0).all() and ((sums - 1).abs() < 1e-3).all())
+            if are_probabilities:
+                self.flags.append("probabilities")
+                if isinstance(model, nn.Module):
+                    model = _LogOf(model)
+                    victim = Victim(model)
+            with torch.enable_grad():
+                points = x.clone().requires_grad_(True)
+                value = margin(victim.logits(points), y, targeted=False).sum()
+                if not value.requires_grad:
+                    self.flags.append("no gradient")
+                    return model, False
+                (gradient,) = torch.autograd.grad(value, points, allow_unused=True)
+        if gradient is None:
+            self.flags.append("no gradient")
+            return model, False
+        vanish = float((gradient.flatten(1).abs().amax(1) == 0).float().mean())
+        if vanish >= 0.5:
+            self.flags.append("vanishing gradients")
+        return model, vanish < 1
+
+    def _stages(self, classes: int, is_random: bool) -> list[Stage]:
+        """All but the first."""
+        ball: dict[str, Any] = {"norm": self.norm, "eps": self.eps}
+        common = {**self.common, **ball, "early_stop": True}
+        if is_random:
+            common["eot_samples"] = _EOT_SAMPLES[self.budget]
+
+        def square(name: str, queries: int) -> Stage:
+            options = {key: value for key, value in common.items() if key != "eot_samples"}
+            return Stage(name, Square(self.model, **options, max_iter=queries, nb_restarts=1))
+
+        if not self.gradients:
+            return [square("square", _QUERIES[self.budget])]
+        stages = [square("square", _QUERIES[self.budget])] if "vanishing gradients" in self.flags else []
+        stages.append(Stage("malt", MALT(self.model, **common, max_iter=10, n_targets=2)))
+        if self.budget == "fast":
+            return stages
+        more = {"max_iter": 20, "n_targets": 9, "untargeted_steps": 0, "num_random_init": 10, "hope": 0.2}
+        stages.append(Stage("malt-9", MALT(self.model, **common, **more)))
+        ce = {"max_iter": 20, "loss_type": "cross_entropy", "nb_random_init": 1}
+        stages.append(Stage("apgd-ce", APGD(self.model, **common, **ce)))
+        if len(stages) == 3:
+            stages.append(square("square-sample", _SAMPLE_QUERIES))
+        if self.budget == "thorough":
+            attack = "rand" if is_random else "standard"
+            rest = auto_attack_stages(self.model, **ball, version=attack, nb_classes=classes, **self.common)
+            stages += [Stage(f"aa-{stage.name}", stage.attack) for stage in rest]
+        return stages
+
+    def evaluation(self, smaller: Evaluation | None) -> Evaluation:
+        """Run the cascade; `smaller` is what it found in a smaller ball."""
+        ledger = self._begun()
+        clean = Stage(CLEAN, Judgement(self.model, **self.common, early_stop=True))
+        self._run_stage(0, clean, ledger)
+        victim = clean.attack.victim
+        stages = [clean, *self._stages(victim.nb_classes or 2, ledger.report.is_random)]
+        if smaller is not None:
+            fooled = ledger.stands & (smaller.stage != STANDS)
+            ledger.stage[fooled] = smaller.stage[fooled]
+            ledger.x_adv[torch.from_numpy(fooled).to(self.x.device)] = smaller.x_adv[torch.from_numpy(fooled)].to(self.x)
+        for number, stage in enumerate(stages[1:], 1):
+            if stage.name != "square-sample":
+                self._run_stage(number, stage, ledger)
+                continue
+            reached = (ledger.stands | (ledger.stage >= number)).nonzero()[0]
+            self._run_stage(number, stage, ledger, reached[: max(4, min(64, len(reached) // 16))])
+            if (ledger.stage == number).any():  # gradients hide something
+                self._run_stage(number, stage, ledger)
+        judge_again(self.model, self.x, self.y, ledger, **self.common | {"seed": self.seed + 1})
+        self._save(ledger)
+        distance = lp_norm(ledger.x_adv.double() - self.x.double(), self.norm).flatten().cpu().numpy()
+        evaluation = Evaluation(
+            norm=self.norm,
+            eps=self.eps,
+            budget=self.budget,
+            labels=self.y.cpu().numpy(),
+            stages=[stage.name for stage in stages],
+            stage=ledger.stage,
+            distance=np.where(ledger.stands, np.nan, distance),
+            forward=ledger.forward,
+            backward=ledger.backward,
+            x_adv=ledger.x_adv,
+            seconds=time.perf_counter() - self._started,
+            flags=self.flags,
+            model_digest=self.digest,
+            seed=self.seed,
+            versions={name: version(name) for name in ("guardians", "torch", "adversarial-robustness-toolbox")},
+        )
+        self._flag(evaluation, ledger)
+        return evaluation
+
+    def _flag(self, evaluation: Evaluation, ledger: Ledger) -> None:
+        flags, stage = self.flags, evaluation.stage
+        if ledger.report.is_random:
+            flags.append("random")
+        if ledger.report.depends_on_batch:
+            flags.append("depends on batch")
+        if (stage == 0).all():
+            flags.append("all wrong")
+        black_box = [number for number, name in enumerate(evaluation.stages) if "square" in name]
+        if self.gradients and "vanishing gradients" not in flags and np.isin(stage, black_box).any():
+            flags.append("gradient masking")
+        late = (stage > 0) & (evaluation.backward > 2 / 3 * evaluation.backward.max())
+        if ledger.stands.any() and late.mean() > 0.01:
+            flags.append("not converged")
+
+    def _run_stage(self, number: int, stage: Stage, ledger: Ledger, among: np.ndarray | None = None) -> None:
+        saved = time.perf_counter()
+        total = len(ledger.waiting(number)) if among is None else len(among)
+        options: dict[str, Any] = {"eps": self.eps, "device": self.device, "among": among}
+        with tqdm(total=total, desc=stage.name, unit="image", disable=not self.verbose, leave=False) as bar:
+            try:
+                for count in run_stage(number, stage, self.x, self.y, ledger, **options):
+                    bar.update(count)
+                    bar.set_postfix_str(f"robust accuracy {ledger.stands.mean():.1%}")
+                    if time.perf_counter() - saved > _SAVED_EVERY:
+                        saved = time.perf_counter()
+                        self._save(ledger)
+            finally:
+                self._save(ledger)
+
+    def _begun(self) -> Ledger:
+        """What an interrupted run left; the clock goes on from there."""
+        ledger = Ledger.of(self.x)
+        self._started = time.perf_counter()
+        if self._file is None or not self._file.exists():
+            return ledger
+        with np.load(self._file) as saved:
+            for name in ("stage", "finished", "forward", "backward"):
+                getattr(ledger, name)[:] = saved[name]
+            felled = torch.from_numpy(~ledger.stands).to(self.x.device)
+            ledger.x_adv[felled] = torch.from_numpy(saved["x_adv"]).to(self.x)
+            ledger.report.is_random, ledger.report.depends_on_batch = (bool(flag) for flag in saved["report"])
+            self._started -= float(saved["seconds"])
+            return ledger
+
+    def _save(self, ledger: Ledger) -> None:
+        if self._file is None:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._file.with_suffix(f".{os.getpid()}.tmp")
+        with partial.open("wb") as file:
+            np.savez(
+                file,
+                stage=ledger.stage,
+                finished=ledger.finished,
+                forward=ledger.forward,
+                backward=ledger.backward,
+                x_adv=ledger.x_adv[torch.from_numpy(~ledger.stands).to(self.x.device)].cpu().numpy(),
+                report=np.array([ledger.report.is_random, ledger.report.depends_on_batch]),
+                seconds=time.perf_counter() - self._started,
+            )
+        partial.replace(self._file)
+
+
+class _LogOf(nn.Module):
+    """Logits of a model that returns probabilities: their logarithms."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, classes) of images (N, ...)."""
+        probabilities: Tensor = self.module(x)
+        return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
+
+
+def _checked(model: Any, images: Any, labels: Any) -> dict[str, Tensor]:
+    """Images "x" and labels "y", as an attack checks them."""
+    attack: Attack = Judgement(model)
+    x = images if isinstance(images, Tensor) else attack._from_array("images", images)
+    if labels is None:
+        raise ValueError("labels=None: must be the true labels (N,)")
+    return attack._checked_inputs(x, labels, {})
