@@ -2,7 +2,7 @@
 
 Writes evaluation.csv: for each model, norm and contender the robust accuracy with its interval, on the images that all
 contenders have (`--reference-n`) and on all of its own, the time an image, and how many times less that is than
-torchattacks takes on the same images of the same run. A row that is there already is not measured again.
+torchattacks takes on the same images of the same run. A model and norm whose rows are there is not measured again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from guardians.engine.victim import predicted_labels
 from guardians.evaluation import BUDGETS, evaluate
 from guardians.models import load_model
 from guardians.models.identity import digest
-from guardians.tables import ResumableCsv, print_table
+from guardians.tables import Table, print_table
 from guardians.toolkits import TorchattacksAttack
 
 MODELS = ["resnet9-16-standard", "resnet9-16-fgsm-at", "resnet9-16-pgd-at", "resnet9-16-iat", "resnet9-16-mixup"]
@@ -46,7 +46,7 @@ def main(
     out: Path = Path("results"),
 ) -> None:
     """Measure and print one model and norm after the other."""
-    table = ResumableCsv(out / "evaluation.csv", COLUMNS, KEY)
+    table = Table(out / "evaluation.csv", COLUMNS, KEY)
     images = load_data(data, "test", n)
     x, y = images.as_floats().to(device), images.labels.to(device)
     few = slice(0, reference_n)
@@ -78,13 +78,13 @@ def main(
             stands: dict[str, np.ndarray] = {}
             seconds: dict[str, float] = {}
             correct = (predicted_labels(classifier, x) == y).cpu().numpy()
-            for contender, run in runs.items():
-                sizes = n if contender in BUDGETS else reference_n
-                row = {**known, "contender": contender, "n": sizes}
-                if row in table:
-                    continue
-                if contender != "torchattacks AutoAttack" and "torchattacks AutoAttack" not in stands:
-                    raise ValueError("the reference of this model is from another run: delete its rows to measure again")
+            rows = [
+                {**known, "contender": contender, "n": n if contender in BUDGETS else reference_n} for contender in runs
+            ]
+            if all(row in table for row in rows):
+                continue
+            for row, (contender, run) in zip(rows, runs.items(), strict=True):
+                sizes = row["n"]
                 started = time.perf_counter()
                 result, more = run()
                 seconds[contender] = (time.perf_counter() - started) / sizes
@@ -106,7 +106,8 @@ def main(
                     "seconds_per_image": seconds[contender],
                     "speedup": seconds["torchattacks AutoAttack"] / seconds[contender],
                 }
-                table.append(row)
+                if row not in table:
+                    table.append(row)
             shown = ["model", "norm", "contender", "n", "robust_accuracy", "on_reference_images", "reference"]
             frame = table.frame()
             print_table(frame[frame["model"] == name], [*shown, "seconds_per_image", "speedup", "backward_per_image"])

@@ -15,7 +15,7 @@ from guardians.attacks.registry import Family, Spec, register
 from guardians.engine.attack import Attack
 from guardians.engine.interfaces import Estimator
 from guardians.engine.parameters import KW_ONLY, Count, Flag, Number, OptionalCount, Radius, Size
-from guardians.engine.state import Answer, Progress, Query, State, per_image
+from guardians.engine.state import Answer, Progress, Query, State, on_device, per_image
 
 __all__ = ["MALT"]
 
@@ -116,15 +116,15 @@ class MALT(SteepestAscent):
         gradient = free_gradient(torch.zeros_like(x) if answer.gradient is None else answer.gradient, state.mask)
         at_image = steps == 0
         if at_image.any():
-            self._see_image(state, answer, on(at_image, x))
+            self._see_image(state, answer, on_device(at_image, x))
         if (ranked := at_image | (kind == _RANKING)).any():
             slope = lp_norm(gradient, dual(as_norm(self.norm))).flatten()
             distance = (-answer.value / slope).nan_to_num(nan=torch.inf)
             column = torch.from_numpy(np.where(ranked, number, 0))[:, None].to(x.device)
-            kept = torch.where(on(ranked, x), distance, state.distance.gather(1, column)[:, 0])
+            kept = torch.where(on_device(ranked, x), distance, state.distance.gather(1, column)[:, 0])
             state.distance = state.distance.scatter(1, column, kept[:, None])
         if (searched := kind >= _TARGETED).any():
-            nearer = on(searched, x) & (-answer.value < state.margin)
+            nearer = on_device(searched, x) & (-answer.value < state.margin)
             state.margin = torch.where(nearer, -answer.value, state.margin)
             state.nearest_target = torch.where(nearer, state.target, state.nearest_target)
 
@@ -133,14 +133,14 @@ class MALT(SteepestAscent):
         state.steps = steps = np.minimum(steps + 1, len(plan.kind) - 1)  # rows that are vacant stay at the end
         kind, number, first = plan.kind[steps], plan.number[steps], plan.first[steps]
         if (at_x := first & (kind != _RESTART)).any():
-            x_adv = torch.where(per_image(on(at_x, x), x), x, x_adv)
+            x_adv = torch.where(per_image(on_device(at_x, x), x), x, x_adv)
         if (at_random := first & (kind == _RESTART)).any():
-            x_adv = torch.where(per_image(on(at_random, x), x), self._random_start(state), x_adv)
-        state.x_adv = torch.where(per_image(on(kind == _RANKING, x), x), state.x_adv, x_adv)
+            x_adv = torch.where(per_image(on_device(at_random, x), x), self._random_start(state), x_adv)
+        state.x_adv = torch.where(per_image(on_device(kind == _RANKING, x), x), state.x_adv, x_adv)
         self._aim(state, kind, number, first)
         over = torch.from_numpy(kind == _END).to(x.device)
         if at_random.any() and np.isfinite(self.hope):
-            over = over | on(at_random, x) & (state.margin > self.hope * state.clean_margin)
+            over = over | on_device(at_random, x) & (state.margin > self.hope * state.clean_margin)
         return Progress(over)
 
     def _see_image(self, state: State, answer: Answer, rows: Tensor) -> None:
@@ -154,13 +154,13 @@ class MALT(SteepestAscent):
         x = state.x
         if (ranked := kind == _RANKING).any():
             column = torch.from_numpy(np.where(ranked, number, 0))[:, None].to(x.device)
-            state.target = torch.where(on(ranked, x), state.order.gather(1, column)[:, 0], state.target)
+            state.target = torch.where(on_device(ranked, x), state.order.gather(1, column)[:, 0], state.target)
         if (begun := first & (kind == _TARGETED)).any():
             column = torch.from_numpy(np.where(begun, number, 0))[:, None].to(x.device)
             place = state.distance.argsort(dim=1, stable=True).gather(1, column)
-            state.target = torch.where(on(begun, x), state.order.gather(1, place)[:, 0], state.target)
+            state.target = torch.where(on_device(begun, x), state.order.gather(1, place)[:, 0], state.target)
         if (begun := first & (kind == _RESTART)).any():
-            state.target = torch.where(on(begun, x), state.nearest_target, state.target)
+            state.target = torch.where(on_device(begun, x), state.nearest_target, state.target)
 
     def _random_start(self, state: State) -> Tensor:
         start = state.x + random_in_ball(state.x, state.eps, as_norm(self.norm), state.rng)
@@ -188,11 +188,6 @@ class MALT(SteepestAscent):
     def eps_step(self) -> Any:
         """The first step of a search."""
         return self.eps
-
-
-def on(rows: np.ndarray, x: Tensor) -> Tensor:
-    """A mask (N,) on the device of `x`."""
-    return torch.from_numpy(rows).to(x.device, non_blocking=True)
 
 
 def _native(spec: Spec) -> tuple[type[Attack], dict[str, Any]]:

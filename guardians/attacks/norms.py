@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from guardians.engine.rng import SampleRng
-from guardians.engine.state import per_image
+from guardians.engine.state import State, per_image
 
 __all__ = [
     "Norm",
@@ -22,9 +22,11 @@ __all__ = [
     "free_gradient",
     "lp_norm",
     "nearest_in_ball",
+    "nearest_in_ball_and_box",
     "project",
     "pull_into_ball",
     "random_in_ball",
+    "rows_of",
     "steepest_ascent",
     "steepest_ascent_in_box",
     "widest",
@@ -125,6 +127,26 @@ def nearest_in_ball(delta: Tensor, eps: Tensor, p: float) -> Tensor:
     return torch.where(size.sum(1, keepdim=True) <= radius, delta.flatten(1), shrunk).view_as(delta)
 
 
+def nearest_in_ball_and_box(delta: Tensor, low: Tensor, high: Tensor, eps: Tensor) -> Tensor:
+    """The Euclidean projection of `delta` onto the 1-norm ball of radius `eps` (N, 1, ..., 1) and low <= 0 <= high.
+
+    Each coordinate is shrunk by the same amount and then cut off by its bound. The norm that is left falls piecewise
+    linearly as that amount grows: from where a coordinate comes below its bound to where it is zero. The breakpoints,
+    sorted, hold the amount at which it is `eps` (Croce and Hein, "Mind the box", 2021, proposition 2.1).
+    """
+    flat, radius = delta.flatten(1), eps.flatten(1)
+    size, room = flat.abs(), torch.where(flat > 0, high.flatten(1), -low.flatten(1)).clamp_min(0)
+    ends, order = torch.cat([(size - room).clamp_min(0), size], 1).sort(dim=1)
+    slope = torch.where(order < size.shape[1], -1.0, 1.0).to(flat.dtype).cumsum(1)  # behind each breakpoint
+    fall = torch.cat([torch.zeros_like(radius), slope[:, :-1] * ends.diff(dim=1)], 1).cumsum(1)
+    left = torch.minimum(size, room).sum(1, keepdim=True) + fall  # of the norm, at each breakpoint
+    last = ((left >= radius).sum(1, keepdim=True) - 1).clamp_min(0)  # before the radius is reached
+    excess, steepness = left.gather(1, last) - radius, -slope.gather(1, last)
+    shrink = ends.gather(1, last) + excess.clamp_min(0) / steepness.clamp_min(1)
+    shrink = shrink.masked_fill(left[:, :1] <= radius, 0)
+    return (flat.sign() * torch.minimum((size - shrink).clamp_min(0), room)).view_as(delta)
+
+
 def farthest(x: Tensor, clip_values: tuple[Tensor, Tensor] | None, p: float) -> Tensor:
     """The largest p-norm (N,) of a perturbation that stays within `clip_values`; infinite where there are none."""
     if clip_values is None:
@@ -153,6 +175,14 @@ def annealed(first: float, last: float, share: np.ndarray, x: Tensor) -> Tensor:
     Loshchilov and Hutter, "SGDR", 2017, equation 5.
     """
     return per_image(torch.from_numpy(last + (first - last) * (1 + np.cos(np.pi * share)) / 2).to(x), x)
+
+
+def rows_of(radius: float | np.ndarray | Tensor, state: State) -> Tensor:
+    """The rows of `radius`, which broadcasts to the images of the call, that belong to these: (N, ...) in float64."""
+    rows = torch.as_tensor(radius, dtype=torch.float64)
+    rows = rows.reshape((1,) * (state.x.ndim - rows.ndim) + rows.shape)
+    rows = rows[state.index] if len(rows) > 1 else rows.repeat(len(state), *(1,) * (rows.ndim - 1))
+    return rows.to(state.x.device)
 
 
 def random_in_ball(like: Tensor, eps: Tensor, p: float, rng: SampleRng) -> Tensor:

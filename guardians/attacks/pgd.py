@@ -22,6 +22,7 @@ from guardians.attacks.norms import (
     project,
     pull_into_ball,
     random_in_ball,
+    rows_of,
     steepest_ascent,
     steepest_ascent_in_box,
 )
@@ -166,7 +167,7 @@ class SteepestAscent(Attack):
 
     def _radii(self, state: State) -> tuple[Tensor, Tensor]:
         """Radius and step size of each sample in float64, (N, ...) broadcastable to the images."""
-        eps, eps_step = (_rows(radius, state) for radius in (self.eps, self.eps_step))
+        eps, eps_step = (rows_of(radius, state) for radius in (self.eps, self.eps_step))
         if self.random_eps:
             quantile = state.rng.uniform((1,) * (state.x.ndim - 1)).numpy()
             fraction = torch.from_numpy(truncnorm.ppf(quantile, 0, 2, scale=0.5)).to(state.x.device)
@@ -252,14 +253,6 @@ class ProjectedGradientDescent(SteepestAscent):
 
 evasion.ProjectedGradientDescent.register(ProjectedGradientDescent)
 PGD = ProjectedGradientDescent
-
-
-def _rows(radius: float | np.ndarray | Tensor, state: State) -> Tensor:
-    """The rows of `radius`, which broadcasts to the images of the call, that belong to these: (N, ...) in float64."""
-    rows = torch.as_tensor(radius, dtype=torch.float64)
-    rows = rows.reshape((1,) * (state.x.ndim - rows.ndim) + rows.shape)
-    rows = rows[state.index] if len(rows) > 1 else rows.repeat(len(state), *(1,) * (rows.ndim - 1))
-    return rows.to(state.x.device)
 
 
 def _is_finite(radius: float | np.ndarray | Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from guardians.engine.rng import SampleRng
 
-__all__ = ["Answer", "Columns", "Progress", "Query", "State", "on_host", "per_image", "rounded_towards", "select"]
+__all__ = ["Answer", "Columns", "Progress", "Query", "State", "on_device", "on_host", "per_image", "rounded_towards", "select"]
 
 Columns = dict[str, Any]
 """By name: tensors on the device, and numpy arrays for what steers the loop, each (N, ...)."""
@@ -201,6 +201,11 @@ def per_image(values: Tensor, x: Tensor) -> Tensor:
 def on_host(values: Tensor | np.ndarray) -> np.ndarray:
     """Where the loop waits for the device."""
     return values if isinstance(values, np.ndarray) else values.cpu().numpy()
+
+
+def on_device(values: np.ndarray, x: Tensor) -> Tensor:
+    """A numpy column on the device of the images."""
+    return torch.from_numpy(values).to(x.device, non_blocking=True)
 
 
 def select(values: Any, rows: np.ndarray) -> Any:

@@ -1,0 +1,282 @@
+"""`evaluate`: never weaker than AutoAttack, the same whatever the batch, resumable, and plain about what it cannot see."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from models_for_tests import Constant, art_classifier, is_fooled, linear_model, small_net, snapshot, some_images
+from torch import nn
+
+import guardians
+from guardians.attacks import AutoAttack
+from guardians.evaluation import FLAGS, Evaluation
+
+INF = float("inf")
+
+
+def predicted(net, x):
+    with torch.no_grad():
+        return net(x).argmax(1)
+
+
+def evaluated(net, x, y, **options):
+    return guardians.evaluate(net, x, y, **{"eps": 0.02, "verbose": False, **options})
+
+
+class Masked(nn.Module):
+    """A model whose gradients are zero: its input is rounded."""
+
+    def __init__(self, net, levels=16):
+        super().__init__()
+        self.net, self.levels = net, levels
+
+    def forward(self, x):
+        return self.net((x * self.levels).round() / self.levels)
+
+
+class WithoutGradient(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        with torch.no_grad():
+            return self.net(x)
+
+
+class Noisy(nn.Module):
+    def __init__(self, net, sigma=0.5):
+        super().__init__()
+        self.net, self.sigma = net, sigma
+
+    def forward(self, x):
+        logits = self.net(x)
+        return logits + self.sigma * torch.randn_like(logits)
+
+
+class Probabilities(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x).softmax(1)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [(INF, 0.02), (2, 0.2), (1, 1.5)])
+def test_what_it_says_is_what_the_model_says(net, x, norm, eps):
+    y = predicted(net, x)
+    y[0] = (y[0] + 1) % 3
+    before = snapshot(net)
+    found = evaluated(net, x, y, norm=norm, eps=eps)
+    assert snapshot(net) == before
+    stands = found.stage < 0
+    assert np.array_equal(is_fooled(net, found.x_adv, y), ~stands)
+    assert found.stages[found.stage[0]] == "clean"
+    assert found.clean_accuracy == (len(x) - 1) / len(x)
+    size = torch.linalg.vector_norm((found.x_adv.double() - x.double()).flatten(1), norm, dim=1).numpy()
+    assert (size <= eps).all()
+    assert np.array_equal(found.distance[~stands], size[~stands])
+    assert np.isnan(found.distance[stands]).all()
+    assert found.robust_accuracy == stands.mean()
+
+
+@pytest.mark.parametrize("norm", [INF, 2, 1])
+def test_no_weaker_than_auto_attack(norm):
+    net, x = small_net(3), some_images(24, seed=5)
+    y = predicted(net, x)
+    for eps in {INF: (0.005, 0.01), 2: (0.05, 0.1), 1: (0.3, 0.6)}[norm]:
+        attack = AutoAttack(net, norm, eps, max_iter=20, n_queries=200, seed=0, verbose=False)
+        attack(x, y)
+        found = evaluated(net, x, y, norm=norm, eps=eps)
+        assert found.robust_accuracy <= 1 - attack.report.fooled.mean()
+
+
+def test_a_linear_model_stands_exactly_where_its_boundary_is_out_of_reach():
+    net, x = linear_model(), 0.3 + 0.4 * some_images(40, dtype=torch.float64)
+    y = predicted(net, x)
+    weight = net[-1].weight.detach()
+    logits = net(x).detach()
+    gap = logits.gather(1, y[:, None]) - logits
+    reach = (weight[y][:, None] - weight[None]).norm(dim=-1) if weight.ndim == 2 else None
+    distance = (gap / reach).masked_fill(gap == 0, torch.inf).nan_to_num(nan=torch.inf).amin(1).numpy()
+    eps = float(np.median(distance))
+    clear = abs(distance - eps) > 1e-3 * eps
+    found = evaluated(net, x, y, norm=2, eps=eps, budget="thorough")
+    assert np.array_equal((found.stage < 0)[clear], (distance > eps)[clear])
+
+
+def test_batch_size_changes_nothing(net64, x64):
+    y = predicted(net64, x64)
+    first, second = (evaluated(net64, x64, y, batch_size=size) for size in (3, 50))
+    assert np.array_equal(first.stage, second.stage)
+    assert torch.allclose(first.x_adv, second.x_adv, rtol=0, atol=1e-9)
+
+
+def test_a_part_of_the_images_has_the_result_that_it_has_among_all(net64, x64):
+    """An image's draws do not depend on which others still stand."""
+    y = predicted(net64, x64)
+    whole, part = evaluated(net64, x64, y), evaluated(net64, x64[:5], y[:5])
+    assert np.array_equal(whole.stage[:5], part.stage)
+    assert torch.allclose(whole.x_adv[:5], part.x_adv, rtol=0, atol=1e-9)
+
+
+class StoppedError(Exception):
+    pass
+
+
+def test_an_interrupted_evaluation_goes_on(net, x, tmp_path, monkeypatch):
+    y = predicted(net, x)
+    whole = evaluated(net, x, y, eps=0.004)
+    from guardians import evaluation
+
+    real, calls = evaluation.run_stage, []
+
+    def stops(number, *arguments, **options):
+        for count in real(number, *arguments, **options):
+            calls.append(number)
+            yield count
+            if number == 1:
+                raise StoppedError
+
+    monkeypatch.setattr(evaluation, "run_stage", stops)
+    with pytest.raises(StoppedError):
+        evaluated(net, x, y, eps=0.004, out=tmp_path)
+    monkeypatch.setattr(evaluation, "run_stage", real)
+    again = evaluated(net, x, y, eps=0.004, out=tmp_path)
+    assert np.array_equal(again.stage, whole.stage)
+    assert torch.equal(again.x_adv, whole.x_adv)
+    assert np.array_equal(again.backward, whole.backward)
+
+
+def test_a_finished_evaluation_is_not_done_again(net, x, tmp_path):
+    y = predicted(net, x)
+    first = evaluated(net, x, y, out=tmp_path)
+
+    class Never(type(net)):
+        pass
+
+    second = evaluated(net, x, y, out=tmp_path)
+    assert np.array_equal(first.stage, second.stage)
+    assert np.array_equal(first.forward, second.forward)
+    other = small_net(7)
+    other_y = predicted(other, x)
+    assert np.array_equal(evaluated(other, x, other_y, out=tmp_path).stage, evaluated(other, x, other_y).stage)
+
+
+def test_a_larger_ball_takes_over_what_a_smaller_one_has_fooled(net, x):
+    y = predicted(net, x)
+    found = evaluated(net, x, y, eps=[0.02, 0.002, 0.01])
+    assert [one.eps for one in found] == [0.02, 0.002, 0.01]
+    large, small, middle = found
+    assert ((small.stage >= 0) <= (middle.stage >= 0)).all()
+    assert ((middle.stage >= 0) <= (large.stage >= 0)).all()
+
+
+def test_models_without_gradients_fall_to_square():
+    net, x = small_net(1), some_images(16)
+    for model, flag in ((WithoutGradient(net), "no gradient"), (Masked(net), "vanishing gradients")):
+        y = predicted(model, x)
+        found = evaluated(model, x, y, eps=0.2)
+        assert flag in found.flags
+        assert found.robust_accuracy < 1
+        assert "square" in found.stages
+        assert flag in str(found)
+
+
+def test_probabilities_are_recognised_and_attacked_as_their_logits(net, x):
+    y = predicted(net, x)
+    logits, probabilities = evaluated(net, x, y), evaluated(Probabilities(net), x, y)
+    assert "probabilities" in probabilities.flags
+    assert "probabilities" not in logits.flags
+    assert probabilities.robust_accuracy <= logits.robust_accuracy
+
+
+def test_random_models_are_judged_by_draws_that_chose_nothing():
+    """Against a model that guesses: no attack can make it wrong more often than it is."""
+
+    class Guesses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            right = torch.rand(len(x)) < 0.7
+            logits = torch.zeros(len(x), 3) + 1e-3 * x.mean((1, 2, 3))[:, None]
+            return logits + torch.stack([right.float(), (~right).float(), torch.zeros(len(x))], 1)
+
+    x = some_images(60)
+    found = evaluated(Guesses(), x, torch.zeros(60, dtype=torch.long), budget="fast")
+    assert "random" in found.flags
+    assert found.robust_accuracy > 0.75  # nine draws are right in most 90 times of 100
+
+
+def test_a_model_that_is_all_wrong(net, x):
+    y = (predicted(net, x) + 1) % 3
+    found = evaluated(net, x, y)
+    assert found.robust_accuracy == found.clean_accuracy == 0
+    assert "all wrong" in found.flags
+    assert found.backward.sum() == 0
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_few_classes(classes):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, classes))
+    x = torch.rand(6, 3, 8, 8)
+    y = predicted(net, x)
+    assert evaluated(net, x, y, eps=0.5, budget="thorough").robust_accuracy == 0
+
+
+def test_a_constant_model_stands(x):
+    net = Constant()
+    found = evaluated(net, x, predicted(net, x))
+    assert found.robust_accuracy == 1
+    assert {"no gradient", "vanishing gradients"} & set(found.flags)
+
+
+def test_an_art_classifier(net, x):
+    y = predicted(net, x)
+    found = guardians.evaluate(art_classifier(net), x.numpy(), y.numpy(), eps=0.02, verbose=False)
+    assert np.array_equal(found.stage, evaluated(net, x, y).stage)
+
+
+def test_tables(net, x, tmp_path):
+    y = predicted(net, x)
+    found = evaluated(net, x, y)
+    assert isinstance(found, Evaluation)
+    found.save(tmp_path)
+    found.save_images(tmp_path / "images")
+    found.plot(tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+    images = pd.read_csv(tmp_path / "evaluation_images.csv", keep_default_na=False)
+    assert (images["stage"] == "").sum() == (found.stage < 0).sum()
+    stages = pd.read_csv(tmp_path / "evaluation_stages.csv")
+    assert stages["felled"].sum() == (found.stage >= 0).sum()
+    assert stages["robust_accuracy"].iloc[-1] == pytest.approx(found.robust_accuracy)
+    assert found.curve()["robust_accuracy"].iloc[-1] == pytest.approx(found.robust_accuracy)
+    assert np.array_equal(np.load(tmp_path / "images" / "x_adv.npy"), found.x_adv.numpy())
+    assert f"{found.robust_accuracy:.1%}" in str(found)
+    assert set(found.flags) <= set(FLAGS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eps": 0}, "eps"),
+        ({"eps": -0.1}, "eps"),
+        ({"eps": []}, "eps"),
+        ({"norm": 3}, "norm"),
+        ({"norm": "two"}, "norm"),
+        ({"budget": "endless"}, "budget"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_bad_arguments_are_named(net, x, y, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluated(net, x, y, **options)
+
+
+def test_labels_are_needed(net, x):
+    with pytest.raises(ValueError, match="labels=None"):
+        evaluated(net, x, None)
