@@ -8,6 +8,7 @@ from guardians.attacks.fmn import FMN, FastMinimumNorm
 from guardians.attacks.malt import MALT
 from guardians.attacks.pgd import PGD, ProjectedGradientDescent
 from guardians.attacks.registry import Spec
+from guardians.attacks.square import Square, SquareAttack
 from guardians.engine.attack import Attack
 
 __all__ = [
@@ -28,4 +29,6 @@ __all__ = [
     "FastMinimumNorm",
     "ProjectedGradientDescent",
     "Spec",
+    "Square",
+    "SquareAttack",
 ]
