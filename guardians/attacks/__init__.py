@@ -1,8 +1,10 @@
 """Native attacks: ART objects that are also plain callables on tensors."""
 
 from guardians.attacks.apgd import APGD, AutoProjectedGradientDescent
+from guardians.attacks.auto_attack import AutoAttack
 from guardians.attacks.carlini_wagner import CarliniL2Method, CarliniLInfMethod, CarliniWagnerL2, CarliniWagnerLinf
 from guardians.attacks.ddn import DDN, DecoupledDirectionNorm
+from guardians.attacks.fab import FAB, FastAdaptiveBoundary
 from guardians.attacks.fgsm import FGSM, FastGradientMethod
 from guardians.attacks.fmn import FMN, FastMinimumNorm
 from guardians.attacks.malt import MALT
@@ -14,17 +16,20 @@ from guardians.engine.attack import Attack
 __all__ = [
     "APGD",
     "DDN",
+    "FAB",
     "FGSM",
     "FMN",
     "MALT",
     "PGD",
     "Attack",
+    "AutoAttack",
     "AutoProjectedGradientDescent",
     "CarliniL2Method",
     "CarliniLInfMethod",
     "CarliniWagnerL2",
     "CarliniWagnerLinf",
     "DecoupledDirectionNorm",
+    "FastAdaptiveBoundary",
     "FastGradientMethod",
     "FastMinimumNorm",
     "ProjectedGradientDescent",

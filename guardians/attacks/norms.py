@@ -24,6 +24,7 @@ __all__ = [
     "nearest_in_ball",
     "nearest_in_ball_and_box",
     "project",
+    "project_onto_hyperplane",
     "pull_into_ball",
     "random_in_ball",
     "rows_of",
@@ -145,6 +146,47 @@ def nearest_in_ball_and_box(delta: Tensor, low: Tensor, high: Tensor, eps: Tenso
     shrink = ends.gather(1, last) + excess.clamp_min(0) / steepness.clamp_min(1)
     shrink = shrink.masked_fill(left[:, :1] <= radius, 0)
     return (flat.sign() * torch.minimum((size - shrink).clamp_min(0), room)).view_as(delta)
+
+
+def project_onto_hyperplane(x: Tensor, w: Tensor, c: Tensor, low: Tensor, high: Tensor, p: float) -> Tensor:
+    """The d of least p-norm with <w, d> = c and low <= x + d <= high, for p = 1, 2 and inf; as near as the box allows.
+
+    All coordinates go towards the hyperplane, with the speed that is best in the norm (1 for inf, |w_i| for 2), until
+    they meet their bound; for 1 one after the other in the order of |w_i|. So the way that is left falls piecewise
+    linearly, and the breakpoints, sorted, hold where it is used up (Croce and Hein 2020b, section 2.2 and appendix A).
+
+    Args:
+        x: points (N, ...).
+        w: normals of the hyperplanes (N, ...).
+        c: what <w, d> is to be, (N,).
+        low, high: bounds (N, ...), infinite where there are none.
+        p: order of the norm.
+    """
+    weight, way = w.flatten(1), c[:, None].abs()
+    towards = weight.sign() * c[:, None].sign()
+    weight, room = weight.abs(), torch.where(towards > 0, (high - x).flatten(1), (x - low).flatten(1)).clamp_min(0)
+    room = room.masked_fill(weight == 0, 0)
+    if p == 1:
+        order = weight.argsort(dim=1, descending=True, stable=True)
+        weight_in_order, room_in_order = weight.gather(1, order), room.gather(1, order)
+        gone = _sum_before((weight_in_order * room_in_order).nan_to_num(nan=0.0))
+        needed = ((way - gone).clamp_min(0) / weight_in_order).nan_to_num(nan=0.0)
+        length = torch.zeros_like(room).scatter_(1, order, torch.minimum(needed, room_in_order))
+    else:
+        speed = weight if p == 2 else torch.ones_like(weight)
+        ends, order = (room / speed).nan_to_num(nan=0.0, posinf=torch.inf).sort(dim=1)
+        gone = _sum_before((weight * room).nan_to_num(nan=0.0, posinf=torch.inf).gather(1, order))
+        pace = (weight * speed).gather(1, order).flip(1).cumsum(1).flip(1)  # of those that still move
+        arrived = gone + ends * pace >= way
+        arrives, last = arrived.any(1, keepdim=True), arrived.to(weight.dtype).argmax(1, keepdim=True)
+        time = ((way - gone.gather(1, last)) / pace.gather(1, last)).nan_to_num(nan=0.0)
+        length = torch.where(arrives, torch.minimum(time * speed, room), room)
+    return (towards * length).view_as(x)
+
+
+def _sum_before(values: Tensor) -> Tensor:
+    """Of the entries before each, along dimension 1."""
+    return torch.cat([torch.zeros_like(values[:, :1]), values[:, :-1].cumsum(1)], 1)
 
 
 def farthest(x: Tensor, clip_values: tuple[Tensor, Tensor] | None, p: float) -> Tensor:

@@ -112,6 +112,10 @@ class Attack(ClassifierAttack):
             return margin(logits, y, targeted=self.targeted) > rounding(logits)
         return (logits.argmax(1) == y) == self.targeted
 
+    def near_enough(self, state: State) -> np.ndarray:
+        """Of attacks that keep the nearest: whether samples take no more restarts, bool (N,)."""
+        return np.zeros(len(state), dtype=bool)
+
     def distance(self, points: Tensor, x: Tensor) -> Tensor:
         """Of points to their images in the attack's norm, (N,) for points (N, ...) and (N, K) for (N, K, ...)."""
         delta = points - (x if points.ndim == x.ndim else x[:, None])
