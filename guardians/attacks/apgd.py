@@ -268,13 +268,15 @@ class AutoProjectedGradientDescent(Attack):
         if self.targeted and self.n_targets:
             raise ValueError(f"n_targets={self.n_targets}: must be 0 with targeted=True, whose labels are the targets")
 
-    def _check_call(self, x: Tensor) -> None:
+    def _checked_inputs(self, x: Tensor, y: Any, options: dict[str, Any]) -> dict[str, Tensor]:
+        inputs = super()._checked_inputs(x, y, options)
         classes, needed = self.victim.nb_classes, 4 if self.targeted or self.n_targets else 3
         if self.loss_type == "difference_logits_ratio" and classes is not None and classes < needed:
             raise ValueError(
                 f"loss_type={self.loss_type!r}: compares {needed} logits, and the model has {classes} classes; "
                 "margin needs two"
             )
+        return inputs
 
 
 evasion.AutoProjectedGradientDescent.register(AutoProjectedGradientDescent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -14,8 +15,8 @@ from guardians.attacks.pgd import SteepestAscent
 from guardians.attacks.registry import Family, Spec, register
 from guardians.engine.attack import Attack
 from guardians.engine.interfaces import Estimator
-from guardians.engine.parameters import KW_ONLY, Count, Flag, Number, OptionalCount, Radius, Size
-from guardians.engine.state import Answer, Progress, Query, State, on_device, per_image
+from guardians.engine.parameters import KW_ONLY, Count, Flag, Number, OptionalCount, OptionalNumber, Radius, Size
+from guardians.engine.state import Answer, Progress, Query, State, on_device, on_host, per_image
 
 __all__ = ["MALT"]
 
@@ -31,12 +32,16 @@ class _Plan(NamedTuple):
         number: which class is ranked, or which target or restart it is.
         share: of the steps of this search that are taken, from 0 to 1; at 1 the point is only looked at.
         first: whether a search begins here.
+        gives_up: whether it is seen here if the search leads anywhere.
+        next_first: where the next search begins.
     """
 
     kind: np.ndarray
     number: np.ndarray
     share: np.ndarray
     first: np.ndarray
+    gives_up: np.ndarray
+    next_first: np.ndarray
 
 
 _UNTARGETED, _RANKING, _TARGETED, _RESTART, _END = range(5)
@@ -52,7 +57,8 @@ class MALT(SteepestAscent):
 
     (Melamed et al. 2024, section 3; Moosavi-Dezfooli et al., "DeepFool", 2016, equation 8), and the nearest are
     searched from the image, by steps of steepest ascent of z_t - z_y that shrink along half a cosine. At last the
-    target that came nearest to the boundary is searched from random points of the ball, as long as it came near.
+    target that came nearest to the boundary is searched from random points of the ball, as long as it came near. A
+    search that is still far from the boundary after a third of its steps is given up.
 
     Args:
         estimator: ART `PyTorchClassifier` or `nn.Module`, see `Attack`.
@@ -66,6 +72,7 @@ class MALT(SteepestAscent):
         batch_size: images in one forward pass; None chooses it.
         verbose: show a progress bar.
         hope: random starts go on while the smallest margin found is at most this share of that at the image.
+        hopeless: a search is given up where its margin is above this share of that at the image; None for none.
         seed, early_stop, precision, judge_samples, eot_samples: see `Attack`.
 
     Raises:
@@ -84,6 +91,7 @@ class MALT(SteepestAscent):
     verbose: Flag = True
     _: KW_ONLY
     hope: Number = 0.1
+    hopeless: OptionalNumber = None
 
     targeted, decay, random_eps, starts_at_random, restarts = False, None, False, False, 1
     _options: ClassVar[tuple[str, ...]] = ("mask", "first_index")
@@ -130,7 +138,11 @@ class MALT(SteepestAscent):
 
         alpha = annealed(1.0, _SHRINKS_TO, plan.share[steps], x) * state.eps_step
         x_adv = self.inside(state.x_adv + self.step(gradient, state.x_adv, alpha, state), state)
-        state.steps = steps = np.minimum(steps + 1, len(plan.kind) - 1)  # rows that are vacant stay at the end
+        following = steps + 1
+        if self.hopeless is not None and (looked_at := plan.gives_up[steps]).any():
+            far = on_host(-answer.value > self.hopeless * state.clean_margin)
+            following = np.where(looked_at & far, plan.next_first[steps], following)
+        state.steps = steps = np.minimum(following, len(plan.kind) - 1)  # rows that are vacant stay at the end
         kind, number, first = plan.kind[steps], plan.number[steps], plan.first[steps]
         if (at_x := first & (kind != _RESTART)).any():
             x_adv = torch.where(per_image(on_device(at_x, x), x), x, x_adv)
@@ -177,8 +189,11 @@ class MALT(SteepestAscent):
             entries += search(_TARGETED, number, self.max_iter)
         for number in range(self.num_random_init):
             entries += search(_RESTART, number, self.max_iter)
-        columns = zip(*entries, (_END, 0, 1.0, False), strict=True)
-        return _Plan(*(np.array(column) for column in columns))
+        kind, number, share, first = map(np.array, zip(*entries, (_END, 0, 1.0, True), strict=True))
+        third = math.ceil(self.max_iter / 3) / self.max_iter
+        begins = first.nonzero()[0]
+        following = begins[np.searchsorted(begins, np.arange(len(kind)), side="right").clip(max=len(begins) - 1)]
+        return _Plan(kind, number, share, first, (kind >= _TARGETED) & (share == third) & (third < 1), following)
 
     @property
     def _n_ranked(self) -> int:
