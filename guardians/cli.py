@@ -104,7 +104,10 @@ def evaluate(
     eps: Annotated[
         list[float],
         typer.Option(
-            parser=_number, metavar="NUMBER", help="Radius, repeatable, in the unit of images in 0 to 1.", show_default="8/255"
+            parser=_number,
+            metavar="NUMBER",
+            help="Radius, repeatable, in the unit of images in 0 to 1.",
+            show_default="8/255",
         ),
     ] = [8 / 255],  # noqa: B006
     budget: Annotated[str, typer.Option(help=f"{', '.join(BUDGETS)}.")] = "standard",

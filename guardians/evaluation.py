@@ -46,7 +46,7 @@ FLAGS = {
     "vanishing gradients": "the gradient is zero on half of the images or more: gradient masking, so the number may "
     "flatter the model",
     "probabilities": "the model returns probabilities, which saturate: it is attacked through their logarithm",
-    "gradient masking": "a black-box attack fools images that the gradient does not, so the number may flatter the model",
+    "gradient masking": "Square fools images that gradients do not, so the number may flatter the model",
     "not converged": "the last third of the gradients still fooled more than 1 % of the images: take a larger budget",
     "all wrong": "the model gets no image right as it is",
 }
@@ -57,7 +57,10 @@ _EOT_SAMPLES = {"fast": 5, "standard": 20, "thorough": 20}
 _QUERIES = {"fast": 500, "standard": 2000, "thorough": 5000}
 """Of Square, where gradients are of no use."""
 _SAMPLE_QUERIES = 300
-"""Of Square, on a few of the images that stand, to see whether gradients hide something."""
+"""Of Square, where gradients are of use."""
+_HOPELESS, _HOPE = 0.3, 0.1
+"""Shares of the margin at the image, see `MALT`. Of 124 searches on two adversarially trained models that went on to
+fool the model in norm inf, all were below 0.13 after a third of their steps, but for one that was above 1."""
 _SAVED_EVERY = 30.0
 """Seconds."""
 
@@ -193,8 +196,8 @@ class Evaluation:
         lines = [f"{'stage':<14} {'felled':>6}  left"]
         lines += [f"{row.stage:<14} {row.felled:>6}  {row.robust_accuracy:.1%}" for row in self.by_stage().itertuples()]
         lines += [
-            f"robust accuracy {self.robust_accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}) of {len(self.stage)} images,"
-            f" norm {self.norm:g}, eps {self.eps:.4g}, budget {self.budget}",
+            f"robust accuracy {self.robust_accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}) of "
+            f"{len(self.stage)} images, norm {self.norm:g}, eps {self.eps:.4g}, budget {self.budget}",
             f"{self.backward.mean():.1f} gradients an image, {self.seconds:.1f} s",
         ]
         return "\n".join(lines + [f"! {flag}: {FLAGS[flag]}" for flag in self.flags])
@@ -219,9 +222,9 @@ def evaluate(
 
     | budget | attacks |
     | --- | --- |
-    | fast | the images as they are; `MALT`: 3 untargeted steps, then 10 at each of the two nearest classes |
-    | standard | and `MALT` of 20 steps at all nine classes, and random starts where the margin is nearly gone; APGD on
-        cross-entropy; Square on a sample of what stands, and on all of it if that finds anything |
+    | fast | the images as they are; `MALT`: 3 untargeted steps, then 9 at each of the two nearest classes |
+    | standard | and `MALT` at the nine nearest classes, with random starts where the margin is nearly gone; APGD on
+        cross-entropy and Square, each on a sample of what stands, and on all of it where that finds anything |
     | thorough | and all of AutoAttack |
 
     A random model is attacked through the mean gradient of several draws, and judged by draws that chose nothing; where
@@ -246,7 +249,7 @@ def evaluate(
     Raises:
         EstimatorError, TypeError, ValueError: an argument is outside what is allowed; checked before any work.
     """
-    radii = [float(value) for value in ([eps] if np.ndim(eps) == 0 else eps)]  # type: ignore[union-attr]
+    radii = np.atleast_1d(np.asarray(eps, dtype=float)).tolist()
     if not radii:
         raise ValueError("eps=[]: must be a number above 0, or several")
     for radius in radii:
@@ -331,22 +334,23 @@ class _Run:
         if is_random:
             common["eot_samples"] = _EOT_SAMPLES[self.budget]
 
-        def square(name: str, queries: int) -> Stage:
+        def square(queries: int, *, sampled: bool = False) -> Stage:
             options = {key: value for key, value in common.items() if key != "eot_samples"}
-            return Stage(name, Square(self.model, **options, max_iter=queries, nb_restarts=1))
+            return Stage("square", Square(self.model, **options, max_iter=queries), sampled)
 
         if not self.gradients:
-            return [square("square", _QUERIES[self.budget])]
-        stages = [square("square", _QUERIES[self.budget])] if "vanishing gradients" in self.flags else []
-        stages.append(Stage("malt", MALT(self.model, **common, max_iter=10, n_targets=2)))
+            return [square(_QUERIES[self.budget])]
+        vanish = "vanishing gradients" in self.flags
+        stages = [square(_QUERIES[self.budget])] if vanish else []
+        stages.append(Stage("malt", MALT(self.model, **common, max_iter=9, n_targets=2, hopeless=_HOPELESS)))
         if self.budget == "fast":
             return stages
-        more = {"max_iter": 20, "n_targets": 9, "untargeted_steps": 0, "num_random_init": 10, "hope": 0.2}
-        stages.append(Stage("malt-9", MALT(self.model, **common, **more)))
-        ce = {"max_iter": 20, "loss_type": "cross_entropy", "nb_random_init": 1}
-        stages.append(Stage("apgd-ce", APGD(self.model, **common, **ce)))
-        if len(stages) == 3:
-            stages.append(square("square-sample", _SAMPLE_QUERIES))
+        more: dict[str, Any] = {"max_iter": 9, "n_targets": 9, "untargeted_steps": 0, "num_random_init": 10}
+        ce: dict[str, Any] = {"max_iter": 20, "loss_type": "cross_entropy", "nb_random_init": 1}
+        stages.append(Stage("malt-9", MALT(self.model, **common, **more, hope=_HOPE, hopeless=_HOPELESS)))
+        stages.append(Stage("apgd-ce", APGD(self.model, **common, **ce), sampled=True))
+        if not vanish:
+            stages.append(square(_SAMPLE_QUERIES, sampled=True))
         if self.budget == "thorough":
             attack = "rand" if is_random else "standard"
             rest = auto_attack_stages(self.model, **ball, version=attack, nb_classes=classes, **self.common)
@@ -363,14 +367,14 @@ class _Run:
         if smaller is not None:
             fooled = ledger.stands & (smaller.stage != STANDS)
             ledger.stage[fooled] = smaller.stage[fooled]
-            ledger.x_adv[torch.from_numpy(fooled).to(self.x.device)] = smaller.x_adv[torch.from_numpy(fooled)].to(self.x)
+            ledger.x_adv[torch.from_numpy(fooled).to(self.x.device)] = smaller.x_adv[torch.from_numpy(fooled)].to(
+                self.x
+            )
         for number, stage in enumerate(stages[1:], 1):
-            if stage.name != "square-sample":
-                self._run_stage(number, stage, ledger)
-                continue
-            reached = (ledger.stands | (ledger.stage >= number)).nonzero()[0]
-            self._run_stage(number, stage, ledger, reached[: max(4, min(64, len(reached) // 16))])
-            if (ledger.stage == number).any():  # gradients hide something
+            if stage.sampled:
+                reached = (ledger.stands | (ledger.stage >= number)).nonzero()[0]
+                self._run_stage(number, stage, ledger, reached[: max(4, min(64, len(reached) // 16))])
+            if not stage.sampled or (ledger.stage == number).any():
                 self._run_stage(number, stage, ledger)
         judge_again(self.model, self.x, self.y, ledger, **self.common | {"seed": self.seed + 1})
         self._save(ledger)
@@ -403,7 +407,7 @@ class _Run:
             flags.append("depends on batch")
         if (stage == 0).all():
             flags.append("all wrong")
-        black_box = [number for number, name in enumerate(evaluation.stages) if "square" in name]
+        black_box = [number for number, name in enumerate(evaluation.stages) if name.endswith("square")]
         if self.gradients and "vanishing gradients" not in flags and np.isin(stage, black_box).any():
             flags.append("gradient masking")
         late = (stage > 0) & (evaluation.backward > 2 / 3 * evaluation.backward.max())

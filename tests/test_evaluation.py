@@ -1,4 +1,4 @@
-"""`evaluate`: never weaker than AutoAttack, the same whatever the batch, resumable, and plain about what it cannot see."""
+"""`evaluate`: no weaker than AutoAttack, the same in any batch, resumable, and plain about what it cannot see."""
 
 import numpy as np
 import pandas as pd

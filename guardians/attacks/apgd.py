@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -54,12 +53,12 @@ class AutoProjectedGradientDescent(Attack):
         z       = P(x_k + eta g_k / ||g_k||)                              (its sign for norm inf)
         x_(k+1) = P(x_k + 0.75 (z - x_k) + 0.25 (x_k - x_(k-1)))
 
-    with P onto the ball and `clip_values` (Croce and Hein 2020, section 3.1). At checkpoints, which come ever closer, eta
-    is halved and the search goes on from the best point so far where the loss rose in at most `rho` of the steps, or
-    where neither eta nor the best loss have changed since the last checkpoint (algorithm 1).
+    with P onto the ball and `clip_values` (Croce and Hein 2020, section 3.1). At checkpoints, which come ever closer,
+    eta is halved and the search goes on from the best point so far where the loss rose in at most `rho` of the steps,
+    or where neither eta nor the best loss have changed since the last checkpoint (algorithm 1).
 
-    In norm 1 there is no momentum: a step goes along the signs of the largest k entries of the gradient, and is followed
-    by the Euclidean projection onto the intersection of ball and box; at checkpoints k follows the number of pixels in
+    In norm 1 there is no momentum: a step goes along the signs of the largest k entries of the gradient, and is
+    followed by the Euclidean projection onto the intersection of ball and box; at checkpoints k follows the number of pixels in
     which the best point differs from the image (Croce and Hein 2021, algorithm 1).
 
     With `n_targets` the attack is APGD-T: the classes with the largest other logits at the image are aimed at one after
@@ -85,7 +84,7 @@ class AutoProjectedGradientDescent(Attack):
         seed, early_stop, precision, judge_samples, eot_samples: see `Attack`.
 
     Raises:
-        EstimatorError, TypeError, ValueError: see `Attack`; also where the model has fewer classes than a loss compares.
+        EstimatorError, TypeError, ValueError: see `Attack`; also where a loss compares more classes than there are.
     """
 
     estimator: Estimator
@@ -135,7 +134,9 @@ class AutoProjectedGradientDescent(Attack):
         wanted = y if self.targeted else state.target if self.n_targets else largest_other(logits, y)
         unwanted = largest_other(logits, y) if self.targeted else y
         if self.loss_type == "cross_entropy":
-            return -cross_entropy(logits, wanted, reduction="none") if aims else cross_entropy(logits, y, reduction="none")
+            return (
+                -cross_entropy(logits, wanted, reduction="none") if aims else cross_entropy(logits, y, reduction="none")
+            )
         if self.loss_type is None:
             return -self.victim.loss(logits, wanted) if aims else self.victim.loss(logits, y)
         difference = -logit_gap(logits, wanted, unwanted)
@@ -223,7 +224,8 @@ class AutoProjectedGradientDescent(Attack):
     def _check(self, state: State, rows: Tensor, period: Tensor) -> Tensor:
         """Adapt the step size of `rows`; which of them go back to their best point."""
         if as_norm(self.norm) == 1:
-            support = (state.x_best != state.x).flatten(1).sum(1).to(state.x.dtype)
+            change, rounding = (state.x_best - state.x).abs(), 8 * torch.finfo(state.x.dtype).eps
+            support = (change > rounding * (state.x.abs() + state.eps)).flatten(1).sum(1).to(state.x.dtype)
             back = rows & (support < 0.95 * state.support)
             eta = torch.where(back, state.first_eta, (state.eta / _SHRINKS).clamp_min(state.first_eta / _SLOWEST))
             state.eta = torch.where(rows, eta, state.eta)
@@ -285,9 +287,12 @@ APGD = AutoProjectedGradientDescent
 
 def _native(spec: Spec) -> tuple[type[Attack], dict[str, Any]]:
     start = {"nb_random_init": int(spec.get("random_start", True))}
-    return APGD, {"norm": spec.norm, "eps": spec.eps, **start, **spec.arguments("n_targets", loss="loss_type", steps="max_iter")}
+    return APGD, {
+        "norm": spec.norm,
+        "eps": spec.eps,
+        **start,
+        **spec.arguments("n_targets", loss="loss_type", steps="max_iter"),
+    }
 
 
-register(
-    Family("APGD", (np.inf, 2, 1), ("steps", "random_start", "n_targets", "loss"), _native, counts_steps=True)
-)
+register(Family("APGD", (np.inf, 2, 1), ("steps", "random_start", "n_targets", "loss"), _native, counts_steps=True))

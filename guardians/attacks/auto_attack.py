@@ -96,8 +96,8 @@ class AutoAttack(ClassifierAttack):
             size = 256
             y = torch.cat([self.victim.predict(part.to(device, copy=True)).to(x.device) for part in x.split(size)])
         seed = fresh_seed() if self.seed is None else int(self.seed)
-        options = {"batch_size": self.batch_size, "precision": self.precision, "judge_samples": self.judge_samples}
-        common = {**options, "seed": seed, "verbose": False}
+        common: dict[str, Any] = {"batch_size": self.batch_size, "precision": self.precision}
+        common |= {"judge_samples": self.judge_samples, "seed": seed, "verbose": False}
         assert self.victim.nb_classes is not None
         stages = [Stage(CLEAN, Judgement(self.estimator, **common, early_stop=True))]
         stages += auto_attack_stages(

@@ -41,10 +41,10 @@ class FastAdaptiveBoundary(Attack):
         a       = min(||d(x_k)|| / (||d(x_k)|| + ||d(x)||), alpha_max)
         x_(k+1) = clip((1 - a) (x_k + eta d(x_k)) + a (x + eta d(x)))
 
-    and where that fools the model, a step back towards the image, x + beta (x_(k+1) - x) (Croce and Hein 2020b, algorithm
-    1). The classes t with the largest other logits at the image are taken one after the other (Croce and Hein, "Reliable
-    evaluation of adversarial robustness", 2020, section 5). The nearest image that fools the model is returned, and the
-    image itself where none does, see `report.fooled`.
+    and where that fools the model, a step back towards the image, x + beta (x_(k+1) - x) (Croce and Hein 2020b,
+    algorithm 1). The classes t with the largest other logits at the image are taken one after the other (Croce and
+    Hein, "Reliable evaluation of adversarial robustness", 2020, section 5). The nearest image that fools the model is
+    returned, and the image itself where none does, see `report.fooled`.
 
     Args:
         estimator: ART `PyTorchClassifier` or `nn.Module`, see `Attack`.
@@ -169,6 +169,4 @@ def _native(spec: Spec) -> tuple[type[Attack], dict[str, Any]]:
     return FAB, {"norm": spec.norm, **spec.arguments("n_targets", steps="max_iter")}
 
 
-register(
-    Family("FAB", (np.inf, 2, 1), ("steps", "n_targets"), _native, counts_steps=True, minimises_norm=True)
-)
+register(Family("FAB", (np.inf, 2, 1), ("steps", "n_targets"), _native, counts_steps=True, minimises_norm=True))

@@ -185,11 +185,12 @@ class MALT(SteepestAscent):
         at_image = [(_UNTARGETED, 0, 0.0, True)]  # which ranks the class with the largest logit
         entries = search(_UNTARGETED, 0, self.untargeted_steps) if self.untargeted_steps else at_image
         entries += [(_RANKING, number, 0.0, False) for number in range(1, self._n_ranked)]
-        for number in range(min(self.n_targets, self._n_ranked)):
-            entries += search(_TARGETED, number, self.max_iter)
-        for number in range(self.num_random_init):
-            entries += search(_RESTART, number, self.max_iter)
-        kind, number, share, first = map(np.array, zip(*entries, (_END, 0, 1.0, True), strict=True))
+        for target in range(min(self.n_targets, self._n_ranked)):
+            entries += search(_TARGETED, target, self.max_iter)
+        for start in range(self.num_random_init):
+            entries += search(_RESTART, start, self.max_iter)
+        columns = zip(*entries, (_END, 0, 1.0, True), strict=True)
+        kind, number, share, first = (np.array(column) for column in columns)
         third = math.ceil(self.max_iter / 3) / self.max_iter
         begins = first.nonzero()[0]
         following = begins[np.searchsorted(begins, np.arange(len(kind)), side="right").clip(max=len(begins) - 1)]
@@ -197,7 +198,7 @@ class MALT(SteepestAscent):
 
     @property
     def _n_ranked(self) -> int:
-        return min(self.n_ranked, self.victim.nb_classes - 1)
+        return min(self.n_ranked, (self.victim.nb_classes or self.n_ranked + 1) - 1)
 
     @property
     def eps_step(self) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,10 +24,15 @@ STANDS = -1
 
 
 class Stage(NamedTuple):
-    """An attack of a sequence, under the name by which its images are listed."""
+    """An attack of a sequence, under the name by which its images are listed.
+
+    Attributes:
+        sampled: whether a few images are tried first, and the others where it fools one of them.
+    """
 
     name: str
     attack: Attack
+    sampled: bool = False
 
 
 class Judgement(Attack):
@@ -85,9 +90,9 @@ class Ledger:
     @classmethod
     def of(cls, x: Tensor) -> Ledger:
         """At the beginning."""
-        n = len(x)
-        numbers = [np.full(n, STANDS, dtype=np.int16), np.zeros(n, dtype=np.int16)]
-        return cls(x.clone(), *numbers, *(np.zeros(n, dtype=np.int64) for _ in range(2)))
+        stage, finished = np.full(len(x), STANDS, dtype=np.int16), np.zeros(len(x), dtype=np.int16)
+        forward, backward = (np.zeros(len(x), dtype=np.int64) for _ in range(2))
+        return cls(x.clone(), stage, finished, forward, backward)
 
     @property
     def stands(self) -> np.ndarray:
@@ -140,7 +145,9 @@ def run_stage(
         felled = finished.fooled
         if eps is not None and attack.keeps == "nearest":
             # With the bound in float64, and the perturbation of float32 images exact in it.
-            size = attack.distance(finished.x_adv.double(), x[torch.from_numpy(index).to(x.device)].to(finished.x_adv).double())
+            size = attack.distance(
+                finished.x_adv.double(), x[torch.from_numpy(index).to(x.device)].to(finished.x_adv).double()
+            )
             felled = felled & (size <= eps).cpu().numpy()
         ledger.x_adv[torch.from_numpy(index[felled]).to(x.device)] = finished.x_adv[
             torch.from_numpy(felled).to(finished.x_adv.device)
@@ -160,9 +167,7 @@ def run_stage(
     total.depends_on_batch |= report.depends_on_batch
 
 
-def judge_again(
-    estimator: Any, x: Tensor, y: Tensor, ledger: Ledger, *, first_index: int = 0, **options: Any
-) -> None:
+def judge_again(estimator: Any, x: Tensor, y: Tensor, ledger: Ledger, *, first_index: int = 0, **options: Any) -> None:
     """Of a random model: let images stand again that fresh draws, which chose nothing, say do not fool it.
 
     Each stage was a chance to be lucky, and so was each image that it tried.

@@ -17,7 +17,7 @@ from guardians.attacks.registry import Family, Spec, register
 from guardians.engine.attack import Attack
 from guardians.engine.checks import check_choice
 from guardians.engine.interfaces import Estimator
-from guardians.engine.parameters import Count, Flag, Fraction, KW_ONLY, OptionalCount, Radius
+from guardians.engine.parameters import KW_ONLY, Count, Flag, Fraction, OptionalCount, Radius
 from guardians.engine.state import Answer, Progress, Query, State, on_device, per_image
 
 __all__ = ["Square", "SquareAttack"]
@@ -42,8 +42,8 @@ def _check_criterion(name: str, value: Any) -> None:
 class SquareAttack(Attack):
     """Square: random search that changes one square window at a time, and asks for no gradient.
 
-    For norm inf it begins with vertical stripes at the bounds of the ball, and puts a window of each channel to one of the
-    bounds (Andriushchenko et al. 2020, algorithm 2). For norm 2 it begins with tiles of the shape eta, and adds to a
+    For norm inf it begins with vertical stripes at the bounds of the ball, and puts a window of each channel to one of
+    the bounds (Andriushchenko et al. 2020, algorithm 2). For norm 2 it begins with tiles of the shape eta, and adds to a
     window that shape and what another window gives up (algorithm 3); for norm 1 the same in that norm, projected onto
     the intersection of ball and box (Croce and Hein, "Mind the box", 2021, section 4). What raises the loss is kept.
     The windows shrink, at points that are fixed shares of `max_iter`. Each image has windows of its own.
@@ -207,7 +207,7 @@ class SquareAttack(Attack):
 
 
 def _place(down: Tensor, across: Tensor, sides: np.ndarray, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Windows by their position (N,) in [0, 1): bool (N, 1, H, W), and each pixel's row (N, H) and column (N, W) in it."""
+    """Windows by their position (N,) in [0, 1): bool (N, 1, H, W), and each row (N, H) and column (N, W) as it has it."""
     side = torch.from_numpy(sides)
     first = [(draw * (size - side + 1)).long() for draw, size in zip((down, across), x.shape[2:], strict=True)]
     inside = [

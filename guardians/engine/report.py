@@ -40,7 +40,7 @@ class Report:
             for a `stream`, whose results tell.
         search: the model that the search asked first: "model" for the user's own, or a cheaper copy such as "folded,
             channels_last, bfloat16".
-        is_random: whether two passes of the model give one image different logits; not looked at where nothing is judged.
+        is_random: whether two passes give one image different logits; not looked at where nothing is judged.
         depends_on_batch: whether the model's answer about an image changes with the other images of a batch (batch norm
             without running statistics, a mean over the batch). Then `fooled` holds for the batch in which it was
             judged, and results for the batches of the search; nothing is promised for others.

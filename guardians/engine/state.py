@@ -11,7 +11,18 @@ from torch import Tensor
 
 from guardians.engine.rng import SampleRng
 
-__all__ = ["Answer", "Columns", "Progress", "Query", "State", "on_device", "on_host", "per_image", "rounded_towards", "select"]
+__all__ = [
+    "Answer",
+    "Columns",
+    "Progress",
+    "Query",
+    "State",
+    "on_device",
+    "on_host",
+    "per_image",
+    "rounded_towards",
+    "select",
+]
 
 Columns = dict[str, Any]
 """By name: tensors on the device, and numpy arrays for what steers the loop, each (N, ...)."""

@@ -1,4 +1,4 @@
-"""APGD, FAB and Square, the parts of AutoAttack: torchattacks query by query, the papers, what every attack owes a user."""
+"""AutoAttack and its parts: torchattacks query by query, the papers, what every attack owes a user."""
 
 import math
 from contextlib import contextmanager
@@ -134,7 +134,14 @@ def test_torchattacks_compares_the_first_step_with_zero():
     for kind in (APGD, RisesFromZero):
         native = Asked(net, again=True)
         attack = kind(
-            native, 2, 0.01, max_iter=steps, nb_random_init=0, loss_type="difference_logits_ratio", verbose=False, seed=0
+            native,
+            2,
+            0.01,
+            max_iter=steps,
+            nb_random_init=0,
+            loss_type="difference_logits_ratio",
+            verbose=False,
+            seed=0,
         )
         attack(x, y, x_adv_init=queries[0])
         agree.append(ends_with(native.points, queries))
@@ -231,7 +238,9 @@ def test_fab_asks_what_torchattacks_asks(monkeypatch, norm):
     y = predicted(net, x)
     for image, label in zip(x.split(1), y.split(1), strict=True):
         reference, native = Asked(net), Asked(net)
-        theirs = torchattacks.FAB(reference, norm=NORMS[norm], eps=None, steps=12, multi_targeted=True, n_classes=CLASSES)
+        theirs = torchattacks.FAB(
+            reference, norm=NORMS[norm], eps=None, steps=12, multi_targeted=True, n_classes=CLASSES
+        )
         theirs.target_class = 2
         with double():
             found = theirs.attack_single_run_targeted(image, label)
@@ -325,7 +334,9 @@ class Draws:
 
     def __init__(self, first, each, steps):
         counts = [first, *[each] * steps]
-        self.left = [u for step, n in enumerate(counts) for u in SampleRng(0, np.zeros(1, int), 0, step).few(n)[0].tolist()]
+        self.left = [
+            u for step, n in enumerate(counts) for u in SampleRng(0, np.zeros(1, int), 0, step).few(n)[0].tolist()
+        ]
 
     def take(self, n):
         taken, self.left = self.left[:n], self.left[n:]

@@ -36,7 +36,7 @@ class Seen(nn.Module):
 
 
 def test_targets_are_searched_in_the_order_of_their_first_order_distance(net64, x64):
-    """Against the ranking written out, on an image that nothing fools: the k-th search ascends z_t - z_y of the k-th."""
+    """Against the ranking written out, where nothing is fooled: the k-th search ascends z_t - z_y of the k-th."""
     x = x64[:1]
     label = predicted(net64, x)
     leaf = x.clone().requires_grad_(True)
