@@ -58,8 +58,8 @@ class AutoProjectedGradientDescent(Attack):
     or where neither eta nor the best loss have changed since the last checkpoint (algorithm 1).
 
     In norm 1 there is no momentum: a step goes along the signs of the largest k entries of the gradient, and is
-    followed by the Euclidean projection onto the intersection of ball and box; at checkpoints k follows the number of pixels in
-    which the best point differs from the image (Croce and Hein 2021, algorithm 1).
+    followed by the Euclidean projection onto the intersection of ball and box; at checkpoints k follows the number of
+    pixels in which the best point differs from the image (Croce and Hein 2021, algorithm 1).
 
     With `n_targets` the attack is APGD-T: the classes with the largest other logits at the image are aimed at one after
     the other. `early_stop` returns the first point that fools the model; without it what comes back is the last
