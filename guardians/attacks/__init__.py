@@ -2,6 +2,7 @@
 
 from guardians.attacks.carlini_wagner import CarliniL2Method, CarliniLInfMethod, CarliniWagnerL2, CarliniWagnerLinf
 from guardians.attacks.ddn import DDN, DecoupledDirectionNorm
+from guardians.attacks.fab import FAB, FastAdaptiveBoundary
 from guardians.attacks.fgsm import FGSM, FastGradientMethod
 from guardians.attacks.fmn import FMN, FastMinimumNorm
 from guardians.attacks.pgd import PGD, ProjectedGradientDescent
@@ -10,6 +11,7 @@ from guardians.engine.attack import Attack
 
 __all__ = [
     "DDN",
+    "FAB",
     "FGSM",
     "FMN",
     "PGD",
@@ -19,6 +21,7 @@ __all__ = [
     "CarliniWagnerL2",
     "CarliniWagnerLinf",
     "DecoupledDirectionNorm",
+    "FastAdaptiveBoundary",
     "FastGradientMethod",
     "FastMinimumNorm",
     "ProjectedGradientDescent",

@@ -117,6 +117,10 @@ class Attack(ClassifierAttack):
         delta = points - (x if points.ndim == x.ndim else x[:, None])
         return torch.linalg.vector_norm(delta.flatten(1 + points.ndim - x.ndim), float(self.norm), dim=-1)
 
+    def near_enough(self, state: State) -> Tensor:
+        """Where no restart is to look for a nearer image than `state.best`: bool (N,), for attacks that keep it."""
+        return state.best_distance == 0
+
     def result(self, state: State) -> Tensor:
         """The last iterate (N, ...), as it is returned."""
         query = self.query(state)
