@@ -53,12 +53,12 @@ class FastAdaptiveBoundary(Attack):
 
     with f the logit of a target class less that of the label at x_i, and g its gradient (Croce and Hein 2020, algorithm
     1). Target after target is taken, in the order of their logits at the image (Croce and Hein, "Reliable evaluation of
-    adversarial robustness with an ensemble of diverse parameter-free attacks", 2020, section 4, FAB-T): the work of a
-    step does not grow with the classes. At last the way between the image and the nearest that fools the model is
-    searched for where the margin is zero, by `final_search` linear interpolations (section 3.3). The nearest image that
-    fools the model is returned, and the image itself where none does, see `report.fooled`.
+    adversarial robustness with an ensemble of diverse parameter-free attacks", 2020), so that the work of a step does
+    not grow with the classes. At last the way between the image and the nearest that fools the model is searched for
+    where the margin is zero, by `final_search` linear interpolations. The nearest image that fools the model is
+    returned, and the image itself where none does, see `report.fooled`.
 
-    A step asks for logits at x_(i+1) and then for the gradient at the point to which that leads.
+    A step asks for logits at x_(i+1), and the next for the gradient at the point to which that leads.
 
     Args:
         estimator: ART `PyTorchClassifier` or `nn.Module`, see `Attack`.

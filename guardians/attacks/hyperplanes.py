@@ -1,5 +1,7 @@
-"""The shortest way onto a hyperplane within a box (Croce and Hein, "Minimally distorted adversarial examples with a fast
-adaptive boundary attack", 2020, equation 5 and appendix A), over batches: the first dimension is the sample."""
+"""The shortest way onto a hyperplane within a box, over batches: the first dimension is the sample.
+
+Croce and Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", 2020, equation 4.
+"""
 
 from __future__ import annotations
 
