@@ -1,63 +1,82 @@
-"""FAB (Croce and Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", 2020b)."""
+"""FAB (Croce and Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", 2020)."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from guardians.attacks.norms import (
-    as_norm,
-    free_gradient,
-    lp_norm,
-    project_onto_hyperplane,
-    random_in_ball,
-)
-from guardians.attacks.objectives import largest_other, logit_gap
-from guardians.attacks.registry import Family, Spec, register
+from guardians.attacks.hyperplanes import to_hyperplane
+from guardians.attacks.norms import as_norm, free_gradient, lp_norm, random_in_ball, widest
+from guardians.attacks.registry import Agreement, Family, Spec, register
 from guardians.engine.attack import Attack
 from guardians.engine.checks import check_choice, check_number, optional
 from guardians.engine.interfaces import Estimator
-from guardians.engine.parameters import Count, Flag, Fraction, Number, OptionalCount, Size
-from guardians.engine.state import Answer, Progress, Query, State, on_device, on_host, per_image
+from guardians.engine.parameters import KW_ONLY, Count, Flag, Fraction, OptionalCount, Size
+from guardians.engine.run import margin, rounding
+from guardians.engine.state import Answer, Progress, Query, State, per_image
 
 __all__ = ["FAB", "FastAdaptiveBoundary"]
 
-_CLOSEST = 1e-8
-"""The least length of a step, which keeps the share of the two from 0 / 0."""
+_RADIUS = {np.inf: 0.3, 2.0: 1.0, 1.0: 5.0}
+"""The authors' `eps`, for images in [0, 1]."""
 
 
 def _check_norm(name: str, value: Any) -> None:
     check_choice(name, as_norm(value), (1.0, 2.0, np.inf))
 
 
+def _check_eta(name: str, value: Any) -> None:
+    check_number(name, value, low=1, single=True)
+
+
+def _check_alpha_max(name: str, value: Any) -> None:
+    check_number(name, value, low=0, single=True)
+    if value > 1:
+        raise ValueError(f"{name}={value!r}: must be at most 1")
+
+
+def _check_eps(name: str, value: Any) -> None:
+    check_number(name, value, low=0, exclusive=True, single=True)
+
+
 class FastAdaptiveBoundary(Attack):
-    """FAB-T: the smallest ||delta||_p that fools the model, by projections onto the linearised boundary to a class.
+    """FAB-T: the smallest ||delta||_p that fools the model, by projections onto the linearised boundary.
 
-        d(z)    = the least step from z, within `clip_values`, to {z_t - z_y = 0}, linearised at x_k
-        a       = min(||d(x_k)|| / (||d(x_k)|| + ||d(x)||), alpha_max)
-        x_(k+1) = clip((1 - a) (x_k + eta d(x_k)) + a (x + eta d(x)))
+        d       =  the shortest way from x_i to the hyperplane f + <g, z - x_i> = 0 within `clip_values`
+        d_orig  =  the same from x
+        alpha   =  min(||d||_p / (||d||_p + ||d_orig||_p), alpha_max)
+        x_(i+1) =  clip((1 - alpha) (x_i + eta d) + alpha (x + eta d_orig)),
+                   and, where that fools the model, (1 - beta) x + beta x_(i+1)
 
-    and where that fools the model, a step back towards the image, x + beta (x_(k+1) - x) (Croce and Hein 2020b,
-    algorithm 1). The classes t with the largest other logits at the image are taken one after the other (Croce and
-    Hein, "Reliable evaluation of adversarial robustness", 2020, section 5). The nearest image that fools the model is
+    with f the logit of a target class less that of the label at x_i, and g its gradient (Croce and Hein 2020, algorithm
+    1). Target after target is taken, in the order of their logits at the image (Croce and Hein, "Reliable evaluation of
+    adversarial robustness with an ensemble of diverse parameter-free attacks", 2020), so that the work of a step does
+    not grow with the classes. At last the way between the image and the nearest that fools the model is searched for
+    where the margin is zero, by `final_search` linear interpolations. The nearest image that fools the model is
     returned, and the image itself where none does, see `report.fooled`.
+
+    A step asks for logits at x_(i+1), and the next for the gradient at the point to which that leads.
 
     Args:
         estimator: ART `PyTorchClassifier` or `nn.Module`, see `Attack`.
         norm: 1, 2, inf or "inf".
-        max_iter: steps at each class, from each start.
-        eps: near enough: an image that is fooled at no more than this is done. None looks for the nearest of all.
-        alpha_max, eta, beta: see above.
-        n_targets: how many classes are taken.
-        num_random_init: starts for each class, at random in half of the ball of radius `eps`, or of the nearest so far;
-            0 starts at the image.
-        targeted: reach the labels, from the class with the largest other logit; then `n_targets` has no effect.
+        max_iter: steps of each start.
+        eps: how near is near enough, in the unit of the images: an image is done as soon as one that fools the model is
+            found within it. Random starts are no farther than half of it. None looks for the nearest, with random
+            starts within half of 0.3, 1 or 5 for norm inf, 2 or 1 and images in [0, 1], in proportion to `clip_values`.
+        alpha_max: the largest alpha, from 0 to 1.
+        eta: by how much steps overshoot, 1 or more.
+        beta: how far it is gone back towards the image from where the model is fooled, between 0 and 1.
+        n_targets: target classes; all others where there are fewer.
+        num_random_init: random starts of each target, after the one at the image. They are at half of the smallest
+            distance so far, or of `eps` where that is less.
+        targeted: reach the labels rather than leave them: f is then the logit of the label less the largest other one.
         batch_size: images in one forward pass; None chooses it.
         verbose: show a progress bar.
+        final_search: interpolations of the final search.
         seed, early_stop, precision, judge_samples, eot_samples: see `Attack`; "auto" is "float32".
 
     Raises:
@@ -67,106 +86,154 @@ class FastAdaptiveBoundary(Attack):
     estimator: Estimator
     norm: Annotated[float | str, _check_norm] = np.inf
     max_iter: Count = 100
-    eps: Annotated[float | None, optional(partial(check_number, low=0, exclusive=True, single=True))] = None
-    alpha_max: Fraction = 0.1
-    eta: Number = 1.05
+    eps: Annotated[float | None, optional(_check_eps)] = None
+    alpha_max: Annotated[float, _check_alpha_max] = 0.1
+    eta: Annotated[float, _check_eta] = 1.05
     beta: Fraction = 0.9
     n_targets: Count = 9
     num_random_init: Size = 0
     targeted: Flag = False
     batch_size: OptionalCount = None
     verbose: Flag = True
+    _: KW_ONLY
+    final_search: Size = 3
 
     keeps: ClassVar[str] = "nearest"
     _options: ClassVar[tuple[str, ...]] = ("mask", "first_index")
 
-    def start(self, state: State) -> None:
-        """At the image, or at random; the classes are ranked at the image first."""
-        x = state.x
-        state.x_adv = self._first(state)
-        state.target = state.y.clone()
-        low, high = (torch.full_like(x, bound) for bound in (-torch.inf, torch.inf))
-        state.low, state.high = self.victim.clip(low), self.victim.clip(high)
-        if state.mask is not None:
-            state.low, state.high = (torch.where(state.mask, bound, x) for bound in (state.low, state.high))
-        state.is_back = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        state.steps = np.full(len(x), -1)
-
-    def query(self, state: State) -> Query:
-        """The iterate; for the ranking the image."""
-        ranking = on_device(state.steps < 0, state.x)
-        return Query(torch.where(per_image(ranking, state.x), state.x, state.x_adv), state.steps >= 0)
-
-    def objective(self, logits: Tensor, y: Tensor, state: State) -> Tensor:
-        """z_t - z_y."""
-        if self.targeted:
-            return -logit_gap(logits, y, largest_other(logits, y))
-        return -logit_gap(logits, state.target, y)
-
-    def update(self, state: State, answer: Answer) -> Progress:
-        """A step back where the model is fooled, else one to the boundary; done after `max_iter` or near enough."""
-        x, x_adv, p, ranked = state.x, state.x_adv, as_norm(self.norm), state.steps < 0
-        if ranked.any() and not self.targeted:
-            order = answer.logits.scatter(1, state.y[:, None], -torch.inf).topk(self._n_targets, dim=1).indices
-            place = torch.from_numpy(state.restart // max(1, self.num_random_init)).to(x.device)
-            target = order.gather(1, place[:, None])[:, 0]
-            state.target = torch.where(on_device(ranked, x), target, state.target)
-        searched = on_device(~ranked, x)
-        gradient = free_gradient(torch.zeros_like(x) if answer.gradient is None else answer.gradient, state.mask)
-        back = searched & answer.fooled & ~state.is_back
-        steps_on = searched & ~back
-        to_boundary = answer.value.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        way = -to_boundary, -to_boundary + ((x_adv - x) * gradient).flatten(1).sum(1)
-        one, two = (
-            project_onto_hyperplane(point, gradient, length, state.low, state.high, p)
-            for point, length in zip((x_adv, x), way, strict=True)
-        )
-        first, second = (lp_norm(step, p).clamp_min(_CLOSEST) for step in (one, two))
-        share = (first / (first + second)).clamp_max(self.alpha_max)
-        moved = self.victim.clip((x_adv + self.eta * one) * (1 - share) + (x + self.eta * two) * share)
-        returned = x + (x_adv - x) * self.beta
-        x_adv = torch.where(per_image(steps_on, x), moved, torch.where(per_image(back, x), returned, x_adv))
-        state.x_adv = x_adv if state.mask is None else torch.where(state.mask, x_adv, x)
-        done = state.steps >= self.max_iter
-        state.is_back = back
-        state.steps = np.where(ranked | on_host(steps_on), state.steps + 1, state.steps)
-        return Progress(done | self.near_enough(state))
-
-    def near_enough(self, state: State) -> np.ndarray:
-        """Within `eps`."""
-        if self.eps is None:
-            return super().near_enough(state)
-        return on_host(state.best_distance <= self.eps)
+    @property
+    def targets(self) -> int:
+        """How many classes are targets of an image."""
+        others = (self.victim.nb_classes or self.n_targets + 1) - 1
+        return 1 if self.targeted else max(1, min(self.n_targets, others))
 
     @property
     def restarts(self) -> int:
-        """The starts of each class."""
-        return max(1, self.num_random_init) * (1 if self.targeted else self._n_targets)
+        """All targets from the image, then again from random points."""
+        return self.targets * (1 + self.num_random_init)
 
-    @property
-    def _n_targets(self) -> int:
-        return min(self.n_targets, (self.victim.nb_classes or self.n_targets + 1) - 1)
+    def near_enough(self, state: State) -> Tensor:
+        """Within `eps`, or where that is None at the image."""
+        return state.best_distance <= (self.eps or 0)
 
-    def _first(self, state: State) -> Tensor:
-        x, p = state.x, as_norm(self.norm)
-        if not self.num_random_init:
-            return x.clone()
-        radius = state.best_distance.clamp_max(self.eps)
-        direction = random_in_ball(x, per_image(torch.ones_like(radius), x), p, state.rng)
-        x_adv = self.victim.clip(x + per_image(radius, x) / 2 * direction / lp_norm(direction, p))
-        return x_adv if state.mask is None else torch.where(state.mask, x_adv, x)
+    def start(self, state: State) -> None:
+        """At the image, whose logits are asked first."""
+        state.x_adv = state.x.clone()
+        state.asked_before = np.zeros(len(state), dtype=np.int64)
+        state.target = torch.zeros_like(state.y)
+        state.inner, state.outer = (torch.zeros_like(state.best_distance) for _ in range(2))
+        state.inner_at, state.asked_at = (torch.zeros_like(state.best_distance) for _ in range(2))
 
-    def _check_params(self) -> None:
-        super()._check_params()
-        if self.num_random_init and self.eps is None:
-            raise ValueError(f"num_random_init={self.num_random_init}: needs eps, the radius of random starts")
+    def query(self, state: State) -> Query:
+        """The iterate: before a step with its gradient, after it without."""
+        steps = state.asked_before
+        return Query(state.x_adv, gradient=(steps % 2 == 1) & (steps < 2 * self.max_iter))
+
+    def objective(self, logits: Tensor, y: Tensor, state: State) -> Tensor:
+        """f, zero on the boundary and above where the target has the larger logit."""
+        if self.targeted:
+            return margin(logits, y, targeted=True)
+        return (logits.gather(1, state.target[:, None]) - logits.gather(1, y[:, None]))[:, 0]
+
+    def update(self, state: State, answer: Answer) -> Progress:
+        """Choose the target, step, judge the step, or search the last way; done after `max_iter` steps."""
+        x, asked, last = state.x, state.asked_before, 2 * self.max_iter
+        state.asked_before = asked + 1
+        chooses, steps, searches = asked == 0, (asked % 2 == 1) & (asked < last), asked >= last
+        goes_back = ~chooses & ~steps & ~searches
+
+        def where(rows: np.ndarray) -> Tensor:
+            return torch.from_numpy(rows).to(x.device)
+
+        if chooses.any():
+            self._choose(state, answer, where(chooses))
+        if steps.any():
+            state.x_adv = torch.where(per_image(where(steps), x), self._step(state, answer), state.x_adv)
+        if goes_back.any():
+            back = where(goes_back) & answer.fooled
+            state.x_adv = torch.where(per_image(back, x), torch.lerp(x, state.x_adv, self.beta), state.x_adv)
+        extra = np.where(state.restart + 1 == self.restarts, 1 + self.final_search if self.final_search else 0, 0)
+        if searches.any():
+            self._search_on(state, answer, where(asked > last), where(searches))
+        lost = where(searches) & ~state.best_distance.isfinite()
+        return Progress(where(asked >= last + extra) | lost | self.near_enough(state))
+
+    def _choose(self, state: State, answer: Answer, rows: Tensor) -> None:
+        """The target, the margin at the image, and the first iterate."""
+        x, random = state.x, torch.from_numpy(state.restart >= self.targets).to(state.x.device)
+        others = answer.logits.nan_to_num().scatter(1, state.y[:, None], -torch.inf)
+        rank = torch.from_numpy(state.restart % self.targets).to(x.device)
+        ranked = others.argsort(dim=1, descending=True, stable=True).gather(1, rank[:, None])[:, 0]
+        state.target = torch.where(rows, ranked, state.target)
+        state.inner = torch.where(rows, margin(answer.logits, state.y, targeted=self.targeted), state.inner)
+        if random.any():
+            p = as_norm(self.norm)
+            drawn = random_in_ball(x, x.new_ones((len(x), *(1,) * (x.ndim - 1)), dtype=torch.float64), p, state.rng)
+            drawn = free_gradient(drawn, state.mask)
+            norm = lp_norm(drawn, p)
+            eps = self.eps or _RADIUS[p] * widest(x, self.victim.clip_values)
+            radius = per_image(state.best_distance.clamp_max(eps) / 2, x)
+            point = self.victim.clip(x + radius * drawn / norm.masked_fill(norm == 0, 1))
+            state.x_adv = torch.where(per_image(rows & random, x), point, state.x_adv)
+
+    def _step(self, state: State, answer: Answer) -> Tensor:
+        """x_(i+1), before it is known whether it fools the model."""
+        assert answer.gradient is not None
+        x, x_i, p = state.x, state.x_adv, as_norm(self.norm)
+        g = free_gradient(answer.gradient, state.mask)
+        f = answer.value.nan_to_num(posinf=0, neginf=0)
+        d = self._projected(x_i, g, -f, p)
+        d_orig = self._projected(x, g, -f + (g * (x_i - x)).flatten(1).sum(1), p)
+        near, far = lp_norm(d, p), lp_norm(d_orig, p)
+        alpha = (near / (near + far).clamp_min(torch.finfo(x.dtype).tiny)).clamp_max(self.alpha_max)
+        return self.victim.clip(torch.lerp(x_i + self.eta * d, x + self.eta * d_orig, alpha))
+
+    def _projected(self, z: Tensor, g: Tensor, gap: Tensor, p: float) -> Tensor:
+        """From z to where g has added `gap`."""
+        bounds = self.victim.clip_values
+        if bounds is None:
+            return to_hyperplane(g, gap, torch.full_like(z, -torch.inf), torch.full_like(z, torch.inf), p)
+        low, high = (bound.to(z) for bound in bounds)
+        return to_hyperplane(g, gap, low - z, high - z, p)
+
+    def _search_on(self, state: State, answer: Answer, asked: Tensor, rows: Tensor) -> None:
+        """The next point between the image, at 0, and the nearest that fools the model, at 1.
+
+        The margin is known at both ends of what is left, and is aimed at where a line between them is zero, or above
+        it by what rounding takes away.
+        """
+        x, at = state.x, state.asked_at
+        value = margin(answer.logits, state.y, targeted=self.targeted)
+        outer, inner = asked & answer.fooled, asked & ~answer.fooled
+        state.inner_at = torch.where(outer, state.inner_at / at, torch.where(inner, at, state.inner_at))
+        state.outer = torch.where(outer, value, state.outer)
+        state.inner = torch.where(inner, value, state.inner)
+        share = (2 * rounding(answer.logits) - state.inner) / (state.outer - state.inner)
+        share = share.nan_to_num(nan=1, posinf=1).clamp(0, 1)
+        share = torch.where(asked, share, 1)
+        state.asked_at = torch.where(rows, state.inner_at + share * (1 - state.inner_at), at)
+        point = self.victim.clip(torch.lerp(x, state.best, per_image(state.asked_at, x)))
+        state.x_adv = torch.where(per_image(rows, x), point, state.x_adv)
 
 
 FAB = FastAdaptiveBoundary
 
 
 def _native(spec: Spec) -> tuple[type[Attack], dict[str, Any]]:
-    return FAB, {"norm": spec.norm, **spec.arguments("n_targets", steps="max_iter")}
+    return FAB, {"norm": spec.norm, **spec.arguments("alpha_max", "eta", "beta", "n_targets", steps="max_iter")}
 
 
-register(Family("FAB", (np.inf, 2, 1), ("steps", "n_targets"), _native, counts_steps=True, minimises_norm=True))
+register(
+    Family(
+        "FAB",
+        norms=(np.inf, 2, 1),
+        parameters=("steps", "alpha_max", "eta", "beta", "n_targets"),
+        native=_native,
+        counts_steps=True,
+        minimises_norm=True,
+        agreements=tuple(
+            Agreement("dominance", Spec("FAB", norm, params={"steps": 100}), ("torchattacks",), (False,))
+            for norm in (np.inf, 2)
+        ),
+    )
+)

@@ -112,14 +112,14 @@ class Attack(ClassifierAttack):
             return margin(logits, y, targeted=self.targeted) > rounding(logits)
         return (logits.argmax(1) == y) == self.targeted
 
-    def near_enough(self, state: State) -> np.ndarray:
-        """Of attacks that keep the nearest: whether samples take no more restarts, bool (N,)."""
-        return np.zeros(len(state), dtype=bool)
-
     def distance(self, points: Tensor, x: Tensor) -> Tensor:
         """Of points to their images in the attack's norm, (N,) for points (N, ...) and (N, K) for (N, K, ...)."""
         delta = points - (x if points.ndim == x.ndim else x[:, None])
         return torch.linalg.vector_norm(delta.flatten(1 + points.ndim - x.ndim), float(self.norm), dim=-1)
+
+    def near_enough(self, state: State) -> Tensor:
+        """Where no restart is to look for a nearer image than `state.best`: bool (N,), for attacks that keep it."""
+        return state.best_distance == 0
 
     def result(self, state: State) -> Tensor:
         """The last iterate (N, ...), as it is returned."""

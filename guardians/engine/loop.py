@@ -303,10 +303,10 @@ class _Pool:
             yield _finished(known, np.ones(len(ended), dtype=bool), images, None)
             return
         again = known["restart"] + 1 < attack.restarts
-        if nearest:
-            again &= ~attack.near_enough(ended)
         if attack.keep == "nearest" and again.any():  # the next start may find a nearer one
-            self._restart(ended.rows(again))
+            again &= ~on_host(attack.near_enough(ended))
+            if again.any():
+                self._restart(ended.rows(again))
             if again.all():
                 return
             ended, images, again = ended.rows(~again), select(images, ~again), again[~again]

@@ -42,8 +42,9 @@ class State:
         x_adv_init: images (N, ...) at which the search starts the first time, or None.
         index: int64 array (N,), the positions of the samples among those of the call.
         restart: int64 array (N,), how often the search was started before.
-        best_distance: to the nearest image that fools the model so far (N,), infinite where there is none; for
-            attacks that keep it.
+        best: the nearest images that fool the model so far (N, ...), the images themselves where there is none; for
+            attacks that keep them.
+        best_distance: their distances (N,), infinite where there is none; likewise.
         rng: a random stream for each row, another one at `start` and at every step.
     """
 
@@ -71,6 +72,7 @@ class State:
     x_adv_init = property(lambda state: None if state.known["restart"].any() else state.known.get("x_adv_init"))
     restart = property(lambda state: state.known["restart"])
     index = property(lambda state: state.known["index"])
+    best = property(lambda state: state.known["best"])
     best_distance = property(lambda state: state.known["best_distance"])
     rng = property(lambda state: state._rng)
 
@@ -154,7 +156,7 @@ class State:
 
 
 _ENGINES = {name for name, value in vars(State).items() if isinstance(value, property)} | {
-    *("asked", "backward", "best", "doubted", "forward", "known", "stuck", "_rng", "_has_started"),
+    *("asked", "backward", "doubted", "forward", "known", "stuck", "_rng", "_has_started"),
     *("rows", "put", "joined", "has_started", "rng_is"),
 }
 

@@ -133,4 +133,15 @@ def _carlini_wagner(spec: Spec) -> Recipe | None:
     return "CW", spec.arguments("steps", confidence="kappa", const="c", learning_rate="lr")
 
 
-BUILDERS: dict[str, Builder] = {"FGSM": _fgsm, "PGD": _pgd, "C&W": _carlini_wagner}
+def _fab(spec: Spec) -> Recipe | None:
+    if spec.norm == 1 or spec.targeted:  # it fails in norm 1, and takes labels for targets that it does not reach
+        return None
+    arguments = spec.arguments("steps", "alpha_max", "eta", "beta")
+    if targets := spec.get("n_targets"):
+        arguments |= {"multi_targeted": True, "n_classes": targets + 1}
+    # What is farther than eps is given up.
+    return "FAB", {"norm": "Linf" if spec.norm == np.inf else "L2", "eps": _ANY_DISTANCE, **arguments}
+
+
+_ANY_DISTANCE = 1e9
+BUILDERS: dict[str, Builder] = {"FGSM": _fgsm, "PGD": _pgd, "C&W": _carlini_wagner, "FAB": _fab}

@@ -13,13 +13,13 @@ for toolkit in ("torchattacks", "foolbox"):
 
 
 GRADIENT_SIGN = ("FGSM", "PGD-10", "PGD-40")
-EVERY = (*GRADIENT_SIGN, "C&W", "DDN-20", "FMN-20")
+EVERY = (*GRADIENT_SIGN, "C&W", "DDN-20", "FAB-100", "FMN-20")
 
 
 def test_every_form_that_a_toolkit_has_is_a_case():
     of = {reference: Counter(case.spec.name for case in cases(references=[reference])) for reference in REFERENCES}
     assert of["ART"] == {"FGSM": 12, "PGD-10": 12, "PGD-40": 12, "C&W": 3}
-    assert of["torchattacks"] == {"FGSM": 4, "PGD-10": 8, "PGD-40": 8, "C&W": 4}
+    assert of["torchattacks"] == {"FGSM": 4, "PGD-10": 8, "PGD-40": 8, "C&W": 4, "FAB-100": 2}
     assert of["foolbox"] == {"FGSM": 6, "PGD-10": 12, "PGD-40": 12, "C&W": 4, "DDN-20": 2, "FMN-20": 6}
     assert all(is_available(case.reference, case.spec) for case in cases())
     assert {case.kind for case in cases(GRADIENT_SIGN)} == {"exact"}
@@ -34,7 +34,7 @@ def test_every_form_that_a_toolkit_has_is_a_case():
 
 def test_names_say_all_and_are_unique():
     names = [case.name for case in cases()]
-    assert len(set(names)) == len(names) == 105
+    assert len(set(names)) == len(names) == 107
     assert "PGD-40 L2 targeted random-start vs ART" in names
     assert "FGSM Linf untargeted from-image vs foolbox" in names
     assert "C&W L2 targeted exact vs foolbox" in names
@@ -67,7 +67,7 @@ def test_names_are_known_in_any_case_and_once():
 @pytest.mark.parametrize(
     ("attacks", "references", "message"),
     [
-        (["PGD"], [], r"attacks=\['PGD'\]: unknown; known are C&W, DDN-20, FGSM, FMN-20, PGD-10, PGD-40"),
+        (["PGD"], [], r"attacks=\['PGD'\]: unknown; known are C&W, DDN-20, FAB-100, FGSM, FMN-20, PGD-10, PGD-40"),
         ([], ["ART", "cleverhans"], r"references=\['cleverhans'\]: unknown; known are ART, torchattacks, foolbox"),
         ([], ["native"], r"references=\['native'\]: unknown"),
     ],
@@ -99,3 +99,10 @@ def test_attacks_that_minimise_a_norm_agree_query_by_query(case):
     assert found.verdict == "exact"
     assert found.max_abs_diff_float64 <= FLOAT64_TOLERANCE
     assert len(found.x) == 3
+
+
+@pytest.mark.parametrize("case", cases(["FAB-100"]), ids=lambda case: case.name)
+def test_fab_dominates(case):
+    with torch.no_grad():
+        labels = small_net()(some_images(3)).argmax(1)
+    assert compare(case, small_net(), some_images(3), labels, nb_classes=CLASSES).verdict == "dominates"
