@@ -6,6 +6,7 @@ from guardians.attacks.fgsm import FGSM, FastGradientMethod
 from guardians.attacks.fmn import FMN, FastMinimumNorm
 from guardians.attacks.pgd import PGD, ProjectedGradientDescent
 from guardians.attacks.registry import Spec
+from guardians.attacks.square import Square, SquareAttack
 from guardians.engine.attack import Attack
 
 __all__ = [
@@ -23,4 +24,6 @@ __all__ = [
     "FastMinimumNorm",
     "ProjectedGradientDescent",
     "Spec",
+    "Square",
+    "SquareAttack",
 ]

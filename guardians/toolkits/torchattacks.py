@@ -133,4 +133,11 @@ def _carlini_wagner(spec: Spec) -> Recipe | None:
     return "CW", spec.arguments("steps", confidence="kappa", const="c", learning_rate="lr")
 
 
-BUILDERS: dict[str, Builder] = {"FGSM": _fgsm, "PGD": _pgd, "C&W": _carlini_wagner}
+def _square(spec: Spec) -> Recipe | None:
+    if spec.norm == 1:
+        return None
+    arguments = {"norm": f"L{spec.norm:g}", "eps": spec.eps, **spec.arguments("p_init", steps="n_queries")}
+    return "Square", arguments
+
+
+BUILDERS: dict[str, Builder] = {"FGSM": _fgsm, "PGD": _pgd, "C&W": _carlini_wagner, "Square": _square}
