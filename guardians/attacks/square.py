@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -225,7 +226,7 @@ class SquareAttack(Attack):
         side, shorter = np.rint(np.sqrt(p * height * width)).astype(np.int64), min(height, width)
         if as_norm(self.norm) == np.inf:
             return side.clip(1, shorter)
-        return (side.clip(3) | 1).clip(max=shorter - 1 | 1 if shorter % 2 else shorter - 1)
+        return (side.clip(3) | 1).clip(max=shorter - 1 + shorter % 2)
 
     def _eps(self, x: Tensor) -> Tensor:
         return torch.full((1,) * x.ndim, self.eps, dtype=torch.float64, device=x.device)
@@ -239,7 +240,8 @@ evasion.SquareAttack.register(SquareAttack)
 Square = SquareAttack
 
 
-class _Window(NamedTuple):
+@dataclass(frozen=True)
+class _Window:
     """The T pixels of one window of each sample, one sample after the other.
 
     Attributes:
@@ -266,8 +268,10 @@ def _window(state: State, which: int) -> _Window:
     i, j = np.divmod(np.arange(len(row)) - np.repeat(area.cumsum() - area, area), state.side[row])
     i, j = i + state.top[row, which], j + state.left[row, which]
     index = ((row * channels * height + i) * width + j)[:, None] + np.arange(channels) * height * width
-    on_device = (torch.from_numpy(values).to(state.x.device, non_blocking=True) for values in (index, row, area))
-    return _Window(*on_device, row, i, j)
+    index_there, row_there, area_there = (
+        torch.from_numpy(values).to(state.x.device, non_blocking=True) for values in (index, row, area)
+    )
+    return _Window(index_there, row_there, area_there, row, i, j)
 
 
 def _signs(numbers: np.ndarray) -> np.ndarray:
