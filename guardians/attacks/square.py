@@ -195,9 +195,9 @@ class SquareAttack(Attack):
         """Algorithm 3: what the second window has, and what is left of the radius, goes to the first."""
         x, p = state.x, as_norm(self.norm)
         first, second = _window(state, 0), _window(state, 1)
-        row, origin = first.row, x.take(first.index).double()
+        row, origin, image = first.row, x.take(first.index).double(), x.take(second.index)
         delta = state.x_adv.take(first.index).double() - origin
-        other = state.x_adv.take(second.index).double() - x.take(second.index).double()
+        other = state.x_adv.take(second.index).double() - image.double()
         other *= torch.from_numpy(~_inside_first(second, state)).to(x.device)[:, None]
 
         def power(values: Tensor) -> Tensor:  # ||.||_p^p of each window and channel, (N, channels)
@@ -212,7 +212,7 @@ class SquareAttack(Attack):
         shape = _over(shape, (power(shape) ** (1 / p))[row]) * available[row]
         low, high = (bound.take(first.index) for bound in (state.low, state.high))
         x_new = (origin + shape).to(x.dtype).clamp(low, high)
-        state.x_new.put_(second.index, x.take(second.index))
+        state.x_new.put_(second.index, image)
         state.x_new.put_(first.index, x_new)
         state.spent_new = state.spent + (power(x_new.double() - origin) - moved).sum(1)
 
