@@ -1,4 +1,7 @@
-"""Square attack (Andriushchenko et al., "Square attack: a query-efficient black-box adversarial attack", 2020)."""
+"""Square (Andriushchenko, Croce, Flammarion and Hein, 2020).
+
+"Square attack: a query-efficient black-box adversarial attack via random search".
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from guardians.engine.state import Answer, Progress, Query, State
 __all__ = ["Square", "SquareAttack"]
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-"""Iterations out of 10,000 after which p is halved (section 4 and the authors' schedule)."""
+"""Iterations out of 10,000 after which p is halved, as in the paper's experiments."""
 _TILES = 5
 """Along the shorter side of the start of finite norms."""
 
@@ -54,9 +57,9 @@ class SquareAttack(Attack):
         x_new = clip(x + delta), kept where its loss is higher than that of the best        (algorithm 1)
 
     Windows are uniform over all places in the image, and each image has windows and signs of its own. The start is
-    stripes of +-eps along columns (inf), or tiles of +-eta (2 and 1). Norm 1 is the scheme of norm 2 with p = 1, as
-    proposed by Croce and Hein ("Mind the box", 2021, section 4): as a^p spends what is left of the radius and no more,
-    the projection onto the ball within `clip_values` is the clipping. No gradient is asked for.
+    stripes of +-eps along columns (inf), or tiles of +-eta (2 and 1). Norm 1 is the scheme of norm 2 with p = 1, after
+    Croce and Hein ("Mind the box", 2021): as a^p spends what is left of the radius and no more, the projection onto
+    the ball within `clip_values` is the clipping. No gradient is asked for.
 
     An image is done when the model is fooled, after `max_iter` windows at the latest; with `early_stop` it is judged
     by the model itself before. What is returned is the best image so far, fooling or not.
