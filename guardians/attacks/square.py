@@ -1,9 +1,13 @@
-"""Square (Andriushchenko et al., "Square attack: a query-efficient black-box adversarial attack", 2020)."""
+"""Square (Andriushchenko, Croce, Flammarion and Hein, 2020).
+
+"Square attack: a query-efficient black-box adversarial attack via random search".
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,61 +15,75 @@ from art.attacks import evasion
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from guardians.attacks.norms import as_norm, ball_bounds, lp_norm, nearest_in_ball_and_box, pull_into_ball, rows_of
-from guardians.attacks.objectives import margin
+from guardians.attacks.norms import as_norm, ball_bounds, lp_norm, pull_into_ball
 from guardians.attacks.registry import Family, Spec, register
 from guardians.engine.attack import Attack
-from guardians.engine.checks import check_choice
+from guardians.engine.checks import ArgumentTypeError, check_choice
 from guardians.engine.interfaces import Estimator
-from guardians.engine.parameters import KW_ONLY, Count, Flag, Fraction, OptionalCount, Radius
-from guardians.engine.state import Answer, Progress, Query, State, on_device, per_image
+from guardians.engine.parameters import KW_ONLY, Count, Flag, Fraction, Number, OptionalCount
+from guardians.engine.run import margin
+from guardians.engine.state import Answer, Progress, Query, State
 
 __all__ = ["Square", "SquareAttack"]
 
-_HALVED_AT = np.array([10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000])
-"""Of 10,000 queries: where the share of pixels that a window has is halved (section 3.3)."""
+_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+"""Iterations out of 10,000 after which p is halved, as in the paper's experiments."""
+_TILES = 5
+"""Along the shorter side of the start of finite norms."""
 
 
 def _check_norm(name: str, value: Any) -> None:
     check_choice(name, as_norm(value), (1.0, 2.0, np.inf))
 
 
-def _check_loss(name: str, value: Any) -> None:
-    check_choice(name, value, (None, "margin", "cross_entropy"))
-
-
 def _check_criterion(name: str, value: Any) -> None:
     if value is not None:
-        raise ValueError(f"{name}={value!r}: must be None; fooled is what changes the label, or reaches the target")
+        raise ValueError(f"{name}={value!r}: must be None, the model's class decides; `targeted` makes labels targets")
+
+
+def _check_loss(name: str, value: Any) -> None:
+    if callable(value):
+        raise ArgumentTypeError(f'{name}={value!r}: must be "margin", "cross_entropy" or None, not a function')
+    check_choice(name, value, ("margin", "cross_entropy", None))
 
 
 class SquareAttack(Attack):
-    """Square: random search that changes one square window at a time, and asks for no gradient.
+    """Square: random search, in which a square window of the perturbation is changed and kept where the loss rises.
 
-    For norm inf it begins with vertical stripes at the bounds of the ball, and puts a window of each channel to one of
-    the bounds (Andriushchenko et al. 2020, algorithm 2). For norm 2 it begins with tiles of the shape eta, and adds to a
-    window that shape and what another window gives up (algorithm 3); for norm 1 the same in that norm, projected onto
-    the intersection of ball and box (Croce and Hein, "Mind the box", 2021, section 4). What raises the loss is kept.
-    The windows shrink, at points that are fixed shares of `max_iter`. Each image has windows of its own.
+        h_i   = sqrt(p_i h w)                                        the side of the window, p_i halved on a schedule
+        inf:    delta_W <- rho eps,  rho in {-1, 1} for each channel                           (algorithm 2)
+        2, 1:   delta_W1 <- a (rho eta + delta_W1 / ||delta_W1||_p) / ||...||_p, delta_W2 <- 0  (algorithm 3)
+                a^p = ||delta_(W1 u W2)||_p^p + (eps^p - ||delta||_p^p) / channels
+        x_new = clip(x + delta), kept where its loss is higher than that of the best        (algorithm 1)
 
-    Takes the arguments of `art.attacks.evasion.SquareAttack` with their meaning and order.
+    Windows are uniform over all places in the image, and each image has windows and signs of its own. The start is
+    stripes of +-eps along columns (inf), or tiles of +-eta (2 and 1). Norm 1 is the scheme of norm 2 with p = 1, after
+    Croce and Hein ("Mind the box", 2021): as a^p spends what is left of the radius and no more, the projection onto
+    the ball within `clip_values` is the clipping. No gradient is asked for.
+
+    An image is done when the model is fooled, after `max_iter` windows at the latest; with `early_stop` it is judged
+    by the model itself before. What is returned is the best image so far, fooling or not.
+
+    Takes the arguments of `art.attacks.evasion.SquareAttack` in its order.
 
     Args:
-        estimator: ART `PyTorchClassifier` or `nn.Module`, see `Attack`; it need not be differentiable.
+        estimator: ART `PyTorchClassifier` or `nn.Module`, see `Attack`.
         norm: 1, 2, inf or "inf".
-        adv_criterion: None.
-        loss: "margin" (None), the difference of the logits that decide, or "cross_entropy".
-        max_iter: queries after the first.
-        eps: radius of the ball, see `ProjectedGradientDescent`.
-        p_init: the share of the pixels that the first windows have.
+        adv_criterion: None alone; the model's class decides.
+        loss: what is raised: "margin", the largest other logit minus that of the label, which is None too, or
+            "cross_entropy"; of targets the negative. Functions, which ART takes, are refused.
+        max_iter: windows that are tried; the start is one query more.
+        eps: radius of the ball, in the unit of the images.
+        p_init: share of the pixels that the first windows have, between 0 and 1.
         nb_restarts: how often the search is started, for images that still stand.
         batch_size: images in one forward pass; None chooses it.
         verbose: show a progress bar.
         targeted: reach the labels rather than leave them.
+        resc_schedule: stretch the schedule of p, which is made for 10,000 steps, to `max_iter`.
         seed, early_stop, precision, judge_samples, eot_samples: see `Attack`.
 
     Raises:
-        EstimatorError, TypeError, ValueError: see `Attack`; also for images that are not (N, C, H, W).
+        EstimatorError, TypeError, ValueError: see `Attack`; also if images are not (N, C, H, W).
     """
 
     estimator: Estimator
@@ -73,192 +91,257 @@ class SquareAttack(Attack):
     adv_criterion: Annotated[None, _check_criterion] = None
     loss: Annotated[str | None, _check_loss] = None
     max_iter: Count = 100
-    eps: Radius = 0.3
+    eps: Number = 0.3
     p_init: Fraction = 0.8
     nb_restarts: Count = 1
     batch_size: OptionalCount = None
     verbose: Flag = True
     _: KW_ONLY
     targeted: Flag = False
+    resc_schedule: Flag = True
 
-    _options = ("mask", "first_index")
+    _options: ClassVar[tuple[str, ...]] = ("mask", "first_index")
 
     def start(self, state: State) -> None:
-        """The first perturbation, which is taken as it is."""
-        x, p, n = state.x, as_norm(self.norm), len(state)
-        state.eps = rows_of(self.eps, state)
-        bounds = ball_bounds(x, state.eps) if p == np.inf else (torch.full_like(x, b) for b in (-np.inf, np.inf))
-        state.low, state.high = (self.victim.clip(bound) for bound in bounds)
-        state.x_best = x.clone()
-        state.loss_best = x.new_full((n,), -torch.inf)
+        """Stripes, or tiles; `x_adv` is the best image so far, `x_new` the one that is asked about."""
+        x, n, p = state.x, len(state), as_norm(self.norm)
+        bounds = ball_bounds(x, self._eps(x)) if p == np.inf else (torch.full_like(x, end) for end in (-np.inf, np.inf))
+        low, high = (self.victim.clip(bound) for bound in bounds)
+        if state.mask is not None:
+            low, high = (torch.where(state.mask, bound, x) for bound in (low, high))
+        state.low, state.high = low, high
+        if p == np.inf:
+            channels, _, width = x.shape[1:]
+            up = _signs(state.rng.numbers(channels * width)).reshape(n, channels, 1, width) > 0
+            state.x_new = torch.where(torch.from_numpy(up).to(x.device), high, low)
+        else:
+            delta = torch.from_numpy(_tiles(state, p)).to(x.device)
+            state.x_new = (x + self.eps * delta / lp_norm(delta, p)).to(x.dtype).clamp(low, high)
+            state.spent = lp_norm(state.x_new.double() - x.double(), p).flatten() ** p
+            state.spent_new = state.spent.clone()
+        state.x_adv = state.x_new.clone()
+        state.value = x.new_full((n,), -torch.inf)
+        windows = 1 if p == np.inf else 2
+        state.top, state.left = (np.zeros((n, windows), dtype=np.int64) for _ in range(2))
+        state.side = np.ones(n, dtype=np.int64)
         state.steps = np.zeros(n, dtype=np.int64)
-        state.x_adv = self._allowed(self._stripes(state) if p == np.inf else self._tiles(state), state)
 
     def query(self, state: State) -> Query:
-        """What is tried, without a gradient."""
-        return Query(state.x_adv, gradient=False)
+        """The image with the new window."""
+        return Query(state.x_new, gradient=False)
 
     def objective(self, logits: Tensor, y: Tensor, state: State) -> Tensor:
-        """What is to rise."""
+        """What is raised: the margin by which the attack succeeds, or the cross-entropy, negated for targets."""
         if self.loss == "cross_entropy":
-            return cross_entropy(logits, y, reduction="none") * (-1 if self.targeted else 1)
+            loss = cross_entropy(logits, y, reduction="none")
+            return -loss if self.targeted else loss
         return margin(logits, y, targeted=self.targeted)
 
     def update(self, state: State, answer: Answer) -> Progress:
-        """Keep what raised the loss or fooled the model, and try another window."""
-        better = (answer.value > state.loss_best) | answer.fooled | on_device(state.steps == 0, state.x)
-        state.x_best = torch.where(per_image(better, state.x), state.x_adv, state.x_best)
-        state.loss_best = torch.where(better, answer.value, state.loss_best)
-        change = self._window if as_norm(self.norm) == np.inf else self._windows
-        state.x_adv = self._allowed(change(state), state)
+        """Keep the window or take it back, then put the next one; done where the model is fooled, or at `max_iter`."""
+        better, is_last = answer.value > state.value, self.keep == "last"
+        if is_last:
+            better |= answer.fooled
+        state.value = torch.where(better, answer.value, state.value)
+        self._settle(state, better)
         state.steps = state.steps + 1
-        return Progress(state.steps > self.max_iter)
+        over = state.steps > self.max_iter
+        if not over.all():
+            self._put_windows(state)
+        return Progress(answer.fooled | torch.from_numpy(over).to(better.device) if is_last else over)
 
     def result(self, state: State) -> Tensor:
-        """The best."""
-        return self.returned(state.x_best, state)
+        """The best image so far."""
+        return self.returned(state.x_adv, state)
 
     def returned(self, points: Tensor, state: State) -> Tensor:
-        """Free of the rounding with which a perturbation leaves a ball of finite p."""
-        p = as_norm(self.norm)
-        return points if p == np.inf else pull_into_ball(points.clamp(state.low, state.high), state.x, state.eps, p)
+        """In memory of their own, as windows are put in place, and free of rounding that leaves a ball of finite p."""
+        points, p = points.clamp(state.low, state.high), as_norm(self.norm)
+        return points if p == np.inf else pull_into_ball(points, state.x, self._eps(state.x), p)
 
     @property
     def restarts(self) -> int:
-        """As they are asked for."""
-        return int(self.nb_restarts)
+        """As many as there are `nb_restarts`."""
+        return self.nb_restarts
 
-    def _allowed(self, x_adv: Tensor, state: State) -> Tensor:
-        return x_adv if state.mask is None else torch.where(state.mask, x_adv, state.x)
+    def _settle(self, state: State, better: Tensor) -> None:
+        """Make `x_adv` and `x_new` the same in the windows in which they differ: the better of both."""
+        for which in range(state.top.shape[1]):
+            window = _window(state, which)
+            kept = torch.where(
+                better[window.row][:, None], state.x_new.take(window.index), state.x_adv.take(window.index)
+            )
+            for images in (state.x_adv, state.x_new):
+                images.put_(window.index, kept)
+        if as_norm(self.norm) != np.inf:
+            state.spent = torch.where(better, state.spent_new, state.spent)
 
-    def _sizes(self, state: State) -> np.ndarray:
-        """Sides (N,) of the next windows; for finite p odd, and at least 3."""
-        _, height, width = state.x.shape[1:]
-        halvings = (state.steps / self.max_iter * 10_000).astype(np.int64)[:, None] > _HALVED_AT
-        sides = np.sqrt(self.p_init / 2.0 ** halvings.sum(1) * height * width).round().astype(np.int64)
-        largest = min(height, width)
-        if as_norm(self.norm) == np.inf:
-            return sides.clip(1, largest)
-        sides = sides.clip(3)
-        return np.minimum(sides + (sides % 2 == 0), largest)
-
-    def _window(self, state: State) -> Tensor:
-        """The best perturbation with a window of each channel at one of the bounds."""
-        channels = state.x.shape[1]
-        draws, sides = state.rng.few(2 + channels), self._sizes(state)
-        inside, _, _ = _place(draws[:, 0], draws[:, 1], sides, state.x)
-        return torch.where(inside, _ends(draws[:, 2:], state), state.x_best)
-
-    def _stripes(self, state: State) -> Tensor:
-        """Columns at one of the bounds."""
-        _, channels, _, width = state.x.shape
-        draws = state.rng.few(channels * width).view(len(state), channels, 1, width)
-        return torch.where(draws.to(state.x.device) < 0.5, state.low, state.high)
-
-    def _tiles(self, state: State) -> Tensor:
-        """The image plus five by five tiles of the shape eta, of either sign."""
-        n, channels, height, width = state.x.shape
-        side = max(min(height, width) // 5, 1)
-        down, across = height // side, width // side
-        draws = state.rng.few(down * across * (channels + 1)).view(n, down, across, channels + 1)
-        upright, lying = (shape.to(state.x) for shape in _etas(side, as_norm(self.norm)))
-        lies = (draws[..., 0] > 0.5).to(state.x.device)[..., None, None]
-        tiles = torch.where(lies, lying[side - 1, :side, :side], upright[side - 1, :side, :side])
-        signs = _signs(draws[..., 1:], state.x)  # (N, down, across, C)
-        pattern = torch.einsum("nijhw,nijc->ncihjw", tiles, signs).reshape(n, channels, down * side, across * side)
-        delta = torch.zeros_like(state.x)
-        top = left = max((min(height, width) - 5 * side) // 2, 0)
-        fitting = delta[:, :, top : top + down * side, left : left + across * side]
-        fitting.copy_(pattern[:, :, : fitting.shape[2], : fitting.shape[3]])
-        return self._scaled(delta, state)
-
-    def _windows(self, state: State) -> Tensor:
-        """The best perturbation, with the mass of one window moved to another, in the shape eta."""
-        x, p, channels = state.x, as_norm(self.norm), state.x.shape[1]
-        draws, sides = state.rng.few(5 + channels), self._sizes(state)
-        inside, row, column = _place(draws[:, 0], draws[:, 1], sides, x)
-        other, _, _ = _place(draws[:, 2], draws[:, 3], sides, x)
-        delta = state.x_best - x
-        mass = (lp_norm(delta * (inside | other), p), lp_norm(delta, p))
-        upright, lying = (shape.to(x)[torch.from_numpy(sides - 1).to(x.device)] for shape in _etas(int(sides.max()), p))
-        shape = torch.where(per_image(draws[:, 4] > 0.5, upright).to(x.device), lying, upright)
-        last = shape.shape[-1] - 1
-        rows = row.clamp(0, last)[:, :, None].expand(-1, -1, last + 1)
-        columns = column.clamp(0, last)[:, None, :].expand(-1, x.shape[2], -1)
-        shape = shape.gather(1, rows).gather(2, columns)[:, None]
-        kept = delta * inside
-        change = shape * _signs(draws[:, 5:], x)[:, :, None, None] * inside
-        change = change + kept / (_channel_norm(kept, p) + 1e-12)
-        change = change / (_channel_norm(change, p) + 1e-12)
-        eps = state.eps.to(x.dtype)
-        windows, whole = mass
-        if p == 2:
-            change = change * ((eps**2 - whole**2).clamp_min(0) / channels + windows**2).sqrt()
+    def _put_windows(self, state: State) -> None:
+        p, n, (channels, height, width) = as_norm(self.norm), len(state), state.x.shape[1:]
+        state.side = self.sides(state.steps - 1, height, width)
+        windows = state.top.shape[1]
+        numbers = state.rng.numbers(2 * windows + (p != np.inf) + channels)
+        places = numbers[:, : 2 * windows].reshape(n, windows, 2)
+        state.top, state.left = (
+            (places[..., axis] * (length - state.side + 1)[:, None]).astype(np.int64)
+            for axis, length in enumerate((height, width))
+        )
+        signs = _signs(numbers[:, -channels:])
+        if p == np.inf:
+            window = _window(state, 0)
+            up = torch.from_numpy(signs > 0).to(state.x.device)[window.row]
+            state.x_new.put_(window.index, torch.where(up, state.high.take(window.index), state.low.take(window.index)))
         else:
-            change = change * ((eps - whole).clamp_min(0) / channels + windows)
-        return self._scaled(torch.where(inside, change, delta.masked_fill(other, 0)), state)
+            self._move_mass(state, signs, is_turned=numbers[:, 2 * windows] > 0.5)
 
-    def _scaled(self, delta: Tensor, state: State) -> Tensor:
-        """The image plus a perturbation of norm eps along `delta`, or the nearest that is within the box."""
-        x, p, eps = state.x, as_norm(self.norm), state.eps.to(delta.dtype)
-        if p == 2:
-            return (x + delta / (lp_norm(delta, p) + 1e-12) * eps).clamp(state.low, state.high)
-        return x + nearest_in_ball_and_box(delta, state.low - x, state.high - x, eps)
+    def _move_mass(self, state: State, signs: np.ndarray, is_turned: np.ndarray) -> None:
+        """Algorithm 3: what the second window has, and what is left of the radius, goes to the first."""
+        x, p = state.x, as_norm(self.norm)
+        first, second = _window(state, 0), _window(state, 1)
+        row, origin, image = first.row, x.take(first.index).double(), x.take(second.index)
+        delta = state.x_adv.take(first.index).double() - origin
+        other = state.x_adv.take(second.index).double() - image.double()
+        other *= torch.from_numpy(~_inside_first(second, state)).to(x.device)[:, None]
 
+        def power(values: Tensor) -> Tensor:  # ||.||_p^p of each window and channel, (N, channels)
+            return torch.segment_reduce(values.abs() ** p, "sum", lengths=first.area, axis=0, unsafe=True)
 
-def _place(down: Tensor, across: Tensor, sides: np.ndarray, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Windows by their position (N,) in [0, 1): bool (N, 1, H, W), and each row (N, H) and column (N, W) as it has it."""
-    side = torch.from_numpy(sides)
-    first = [(draw * (size - side + 1)).long() for draw, size in zip((down, across), x.shape[2:], strict=True)]
-    inside = [
-        (torch.arange(size)[None] - start[:, None]).to(x.device) for start, size in zip(first, x.shape[2:], strict=True)
-    ]
-    side = side[:, None].to(x.device)
-    row, column = ((place >= 0) & (place < side) for place in inside)
-    return (row[:, :, None] & column[:, None, :])[:, None], inside[0], inside[1]
+        own = power(delta)
+        moved = own + power(other)
+        left_over = (self.eps**p - state.spent).clamp_min(0) / x.shape[1]
+        available = (moved + left_over[:, None]) ** (1 / p)
+        eta = torch.from_numpy(_eta_at(first, state, is_turned, p)[:, None] * signs[first.host_row]).to(x.device)
+        shape = eta + _over(delta, (own ** (1 / p))[row])
+        shape = _over(shape, (power(shape) ** (1 / p))[row]) * available[row]
+        low, high = (bound.take(first.index) for bound in (state.low, state.high))
+        x_new = (origin + shape).to(x.dtype).clamp(low, high)
+        state.x_new.put_(second.index, image)
+        state.x_new.put_(first.index, x_new)
+        state.spent_new = state.spent + (power(x_new.double() - origin) - moved).sum(1)
 
+    def sides(self, iterations: np.ndarray, height: int, width: int) -> np.ndarray:
+        """Of the windows at iterations (N,) that count from 0; those of finite norms are odd, and 3 or more.
 
-def _signs(draws: Tensor, x: Tensor) -> Tensor:
-    return torch.where(draws < 0.5, -1.0, 1.0).to(x)
+        None is larger than the image.
+        """
+        at = (iterations / self.max_iter * 10_000).astype(np.int64) if self.resc_schedule else iterations
+        p = self.p_init / 2.0 ** np.searchsorted(_HALVINGS, at)
+        side, shorter = np.rint(np.sqrt(p * height * width)).astype(np.int64), min(height, width)
+        if as_norm(self.norm) == np.inf:
+            return side.clip(1, shorter)
+        return (side.clip(3) | 1).clip(max=shorter - 1 + shorter % 2)
 
+    def _eps(self, x: Tensor) -> Tensor:
+        return torch.full((1,) * x.ndim, self.eps, dtype=torch.float64, device=x.device)
 
-def _ends(draws: Tensor, state: State) -> Tensor:
-    """For each channel the lower or the upper bounds."""
-    return torch.where((draws < 0.5)[:, :, None, None].to(state.x.device), state.low, state.high)
-
-
-def _channel_norm(delta: Tensor, p: float) -> Tensor:
-    return torch.linalg.vector_norm(delta, p, dim=(2, 3), keepdim=True)
-
-
-@lru_cache
-def _etas(largest: int, p: float) -> tuple[Tensor, Tensor]:
-    """The shapes eta of all sides up to `largest` (sides, largest, largest), and lying on their side.
-
-    Two halves of opposite sign, each of rectangles around its middle whose weights fall with their size
-    (Andriushchenko et al. 2020, equation 2).
-    """
-    shapes = torch.zeros(largest, largest, largest, dtype=torch.float64)
-    for side in range(1, largest + 1):
-        upper = side // 2
-        shape = torch.cat([_rectangles(upper, side, p), -_rectangles(side - upper, side, p)])
-        shapes[side - 1, :side, :side] = shape / torch.linalg.vector_norm(shape, p)
-    return shapes, shapes.mT.contiguous()
-
-
-def _rectangles(height: int, width: int, p: float) -> Tensor:
-    shape = torch.zeros(height, width, dtype=torch.float64)
-    if height == 0:
-        return shape
-    for number in range(max(height, width) // 2 + 1):
-        top, left = height // 2 - number, width // 2 - number
-        rows, columns = slice(max(top, 0), top + 2 * number + 1), slice(max(left, 0), left + 2 * number + 1)
-        shape[rows, columns] += 1 / (number + 1) ** (2 if p == 2 else 4)
-    return shape / torch.linalg.vector_norm(shape, p)
+    def _check_call(self, x: Tensor) -> None:
+        if x.ndim != 4:
+            raise ValueError(f"x has shape {tuple(x.shape)}: must be images (N, C, H, W), whose windows are square")
 
 
 evasion.SquareAttack.register(SquareAttack)
 Square = SquareAttack
+
+
+@dataclass(frozen=True)
+class _Window:
+    """The T pixels of one window of each sample, one sample after the other.
+
+    Attributes:
+        index: of their channels in all images, (T, C).
+        row: of their samples, (T,).
+        area: how many belong to each sample, (N,).
+        host_row: `row` as an array.
+        i, j: their places in the image, arrays (T,).
+    """
+
+    index: Tensor
+    row: Tensor
+    area: Tensor
+    host_row: np.ndarray
+    i: np.ndarray
+    j: np.ndarray
+
+
+def _window(state: State, which: int) -> _Window:
+    """The first or the second of the windows that were put last."""
+    channels, height, width = state.x.shape[1:]
+    area = state.side**2
+    row = np.repeat(np.arange(len(area)), area)
+    i, j = np.divmod(np.arange(len(row)) - np.repeat(area.cumsum() - area, area), state.side[row])
+    i, j = i + state.top[row, which], j + state.left[row, which]
+    index = ((row * channels * height + i) * width + j)[:, None] + np.arange(channels) * height * width
+    index_there, row_there, area_there = (
+        torch.from_numpy(values).to(state.x.device, non_blocking=True) for values in (index, row, area)
+    )
+    return _Window(index_there, row_there, area_there, row, i, j)
+
+
+def _signs(numbers: np.ndarray) -> np.ndarray:
+    return np.where(numbers < 0.5, -1.0, 1.0)
+
+
+def _over(values: Tensor, norm: Tensor) -> Tensor:
+    """`values` of a norm, normalised; zero where it is."""
+    return values / norm.masked_fill(norm == 0, 1)
+
+
+def _rectangle(height: int, width: int, p: float) -> np.ndarray:
+    """A bump (height, width) of p-norm 1, which falls from the middle along squares (equation 2)."""
+    i, j = np.ogrid[:height, :width]
+    ring = np.maximum(abs(i - height // 2), abs(j - width // 2))
+    falls = 1 / np.arange(1.0, max(height, width) // 2 + 2) ** 2
+    bump = falls[::-1].cumsum()[::-1][ring]
+    return bump / np.linalg.norm(bump.ravel(), p) if bump.size else bump
+
+
+@lru_cache
+def _eta(side: int, p: float) -> np.ndarray:
+    """(side, side) of p-norm 1: a bump above, one of the other sign below."""
+    eta = np.concatenate([_rectangle(side // 2, side, p), -_rectangle(side - side // 2, side, p)])
+    return eta / np.linalg.norm(eta.ravel(), p)
+
+
+@lru_cache(8)
+def _etas(largest: int, p: float) -> tuple[np.ndarray, np.ndarray]:
+    """Those of all odd sides up to `largest`, flat, one after the other; and where that of each side begins."""
+    found = [_eta(side, p).ravel() if side % 2 else np.empty(0) for side in range(largest + 1)]
+    return np.concatenate(found), np.cumsum([0, *map(len, found)])
+
+
+def _inside_first(window: _Window, state: State) -> np.ndarray:
+    """Which pixels of a window are pixels of the first one too, (T,)."""
+    side, i, j = _in_first(window, state)
+    return (i >= 0) & (i < side) & (j >= 0) & (j < side)
+
+
+def _eta_at(window: _Window, state: State, is_turned: np.ndarray, p: float) -> np.ndarray:
+    """eta, or its transpose, at the pixels of the first window: (T,)."""
+    side, i, j = _in_first(window, state)
+    i, j = np.where(is_turned[window.host_row], (j, i), (i, j))
+    values, begins = _etas(min(state.x.shape[2:]), p)
+    return values[begins[side] + i * side + j]
+
+
+def _in_first(window: _Window, state: State) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The side of the first window, and where pixels are in it."""
+    row = window.host_row
+    return state.side[row], window.i - state.top[row, 0], window.j - state.left[row, 0]
+
+
+def _tiles(state: State, p: float) -> np.ndarray:
+    """The start of finite norms (N, C, H, W): as many tiles as fit, each an eta, with signs of its own."""
+    n, (channels, height, width) = len(state), state.x.shape[1:]
+    side = max(min(height, width) // _TILES, 1)
+    down, across = height // side, width // side
+    numbers = state.rng.numbers(down * across * (1 + channels)).reshape(n, 1 + channels, down, across, 1, 1)
+    eta = _eta(side, p)
+    tiles = np.where(numbers[:, :1] > 0.5, eta.T, eta) * _signs(numbers[:, 1:])
+    delta = np.zeros((n, channels, height, width))
+    top, left = (height - down * side) // 2, (width - across * side) // 2
+    covered = tiles.transpose(0, 1, 2, 4, 3, 5).reshape(n, channels, down * side, across * side)
+    delta[:, :, top : top + down * side, left : left + across * side] = covered
+    return delta
 
 
 def _native(spec: Spec) -> tuple[type[Attack], dict[str, Any]]:

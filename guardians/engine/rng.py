@@ -18,6 +18,8 @@ __all__ = ["ForkedGenerators", "SampleRng", "fresh_seed", "given_keys", "hashed"
 
 _SEED_AT_IMPORT = torch.initial_seed()
 """Of torch's global generator."""
+_NUMBERS = 16
+"""Keeps hashed numbers apart from the keys of `guardians.engine.run`, whose second part is smaller."""
 _KEYS: ContextVar[np.ndarray | None] = ContextVar("row_keys", default=None)
 
 
@@ -34,11 +36,11 @@ class SampleRng:
 
     def __init__(self, seed: int, index: np.ndarray, restart: np.ndarray | int = 0, step: np.ndarray | int = 0) -> None:
         self.index, self._seed = index, seed
-        self._counters = [np.broadcast_to(number, index.shape).tolist() for number in (restart, step)]
+        self._counters = [np.array(np.broadcast_to(number, index.shape)) for number in (restart, step)]
 
     @cached_property
     def _streams(self) -> list[Generator]:
-        numbers = zip(self.index.tolist(), *self._counters, strict=True)
+        numbers = zip(self.index.tolist(), *(counter.tolist() for counter in self._counters), strict=True)
         return [
             Generator(Philox(key=(self._seed << 64) + i, counter=(restart << 192) + (step << 128)))
             for i, restart, step in numbers
@@ -48,15 +50,17 @@ class SampleRng:
         """Float64 tensor (N, *shape), uniform in [0, 1)."""
         return self._draw(lambda stream: stream.random(shape))
 
-    def few(self, n: int) -> Tensor:
-        """Float64 tensor (N, n), uniform in [0, 1); of a hash, which for a few numbers is quicker than a stream."""
-        restart, step = (np.array(counter)[:, None] for counter in self._counters)
-        bits = hashed(self._seed, self.index[:, None], restart, step, np.arange(n))
-        return torch.from_numpy((bits >> np.uint64(11)) * 2.0**-53)
-
     def gamma(self, concentration: float, shape: tuple[int, ...]) -> Tensor:
         """Float64 tensor (N, *shape), Gamma(concentration, scale 1)."""
         return self._draw(lambda stream: stream.standard_gamma(concentration, shape))
+
+    def numbers(self, count: int) -> np.ndarray:
+        """Float64 array (N, count), uniform in [0, 1): hashes, for a few numbers a step, where streams cost more.
+
+        The same at each call, as they are functions of (seed, sample index, restart, step, number).
+        """
+        parts = (part[:, None] for part in (self.index, *self._counters))
+        return (hashed(self._seed, _NUMBERS, *parts, np.arange(count)) >> np.uint64(11)) * 2.0**-53
 
     def _draw(self, draw: Callable[[Generator], np.ndarray | float]) -> Tensor:
         return torch.from_numpy(np.stack([np.asarray(draw(stream)) for stream in self._streams]))

@@ -95,8 +95,9 @@ def wrap(
     attack, arguments = getattr(evasion, recipe[0]), recipe[1]
     if "verbose" in attack.attack_params:
         arguments = arguments | {"verbose": False}
-    classifier = _classifier(model, nb_classes, input_shape)
-    return ArtAttack(attack(classifier, targeted=spec.targeted, batch_size=batch_size, **arguments))
+    if "targeted" in attack.attack_params:
+        arguments = arguments | {"targeted": spec.targeted}
+    return ArtAttack(attack(_classifier(model, nb_classes, input_shape), batch_size=batch_size, **arguments))
 
 
 def logits(model: nn.Module, nb_classes: int, input_shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
@@ -130,8 +131,15 @@ def _carlini_wagner(spec: Spec) -> Recipe:
     return "CarliniL2Method" if spec.norm == 2 else "CarliniLInfMethod", arguments
 
 
+def _square(spec: Spec) -> Recipe | None:
+    if spec.norm == 1 or spec.targeted:  # it takes norm 1, and returns the images
+        return None
+    return "SquareAttack", {"norm": spec.norm, "eps": spec.eps, **spec.arguments("p_init", steps="max_iter")}
+
+
 BUILDERS: dict[str, Builder] = {
     "FGSM": partial(_in_ball, "FastGradientMethod"),
     "PGD": partial(_in_ball, "ProjectedGradientDescent"),
     "C&W": _carlini_wagner,
+    "Square": _square,
 }

@@ -143,5 +143,18 @@ def _fab(spec: Spec) -> Recipe | None:
     return "FAB", {"norm": "Linf" if spec.norm == np.inf else "L2", "eps": _ANY_DISTANCE, **arguments}
 
 
+def _square(spec: Spec) -> Recipe | None:
+    if spec.norm == 1:
+        return None
+    arguments = {"norm": f"L{spec.norm:g}", "eps": spec.eps, **spec.arguments("p_init", steps="n_queries")}
+    return "Square", arguments
+
+
 _ANY_DISTANCE = 1e9
-BUILDERS: dict[str, Builder] = {"FGSM": _fgsm, "PGD": _pgd, "C&W": _carlini_wagner, "FAB": _fab}
+BUILDERS: dict[str, Builder] = {
+    "FGSM": _fgsm,
+    "PGD": _pgd,
+    "C&W": _carlini_wagner,
+    "FAB": _fab,
+    "Square": _square,
+}
