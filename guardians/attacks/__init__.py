@@ -1,5 +1,6 @@
 """Native attacks: ART objects that are also plain callables on tensors."""
 
+from guardians.attacks.apgd import APGD, AutoProjectedGradientDescent
 from guardians.attacks.carlini_wagner import CarliniL2Method, CarliniLInfMethod, CarliniWagnerL2, CarliniWagnerLinf
 from guardians.attacks.ddn import DDN, DecoupledDirectionNorm
 from guardians.attacks.fgsm import FGSM, FastGradientMethod
@@ -9,11 +10,13 @@ from guardians.attacks.registry import Spec
 from guardians.engine.attack import Attack
 
 __all__ = [
+    "APGD",
     "DDN",
     "FGSM",
     "FMN",
     "PGD",
     "Attack",
+    "AutoProjectedGradientDescent",
     "CarliniL2Method",
     "CarliniLInfMethod",
     "CarliniWagnerL2",

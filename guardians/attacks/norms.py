@@ -21,9 +21,11 @@ __all__ = [
     "free_gradient",
     "lp_norm",
     "nearest_in_ball",
+    "nearest_in_ball_and_box",
     "project",
     "pull_into_ball",
     "random_in_ball",
+    "random_on_sphere",
     "steepest_ascent",
     "steepest_ascent_in_box",
     "widest",
@@ -119,6 +121,25 @@ def nearest_in_ball(delta: Tensor, eps: Tensor, p: float) -> Tensor:
     return torch.where(size.sum(1, keepdim=True) <= radius, delta.flatten(1), shrunk).view_as(delta)
 
 
+def nearest_in_ball_and_box(delta: Tensor, x: Tensor, low: Tensor, high: Tensor, eps: Tensor) -> Tensor:
+    """The Euclidean projection of `delta` onto the d with ||d||_1 <= eps (N, 1, ..., 1) and low <= x + d <= high.
+
+    It is sign(delta) min(max(|delta| - threshold, 0), room), with the room that a pixel has up to its bound. The
+    1-norm falls with the threshold along a line between the values at which a pixel leaves its bound or reaches
+    zero, which are sorted (Croce and Hein, "Mind the box: l1-APGD", 2021, section 2).
+    """
+    size, radius = delta.flatten(1).abs(), eps.flatten(1)
+    room = torch.where(delta > 0, high - x, x - low).flatten(1)
+    knots, order = torch.cat([size, (size - room).clamp_min(0)], 1).sort(dim=1, descending=True, stable=True)
+    moving = torch.where(order < size.shape[1], 1, -1).cumsum(1)  # pixels between zero and their bound, below a knot
+    norms = torch.nn.functional.pad((moving[:, :-1] * (knots[:, :-1] - knots[:, 1:])).cumsum(1), (1, 0))
+    last = (norms <= radius).sum(1, keepdim=True) - 1
+    rest = (radius - norms.gather(1, last)) / moving.gather(1, last).clamp_min(1)
+    threshold = (knots.gather(1, last) - rest).clamp_min(0)
+    shrunk = torch.minimum((size - threshold).clamp_min(0), room)
+    return (delta.flatten(1).sign() * shrunk).view_as(delta)
+
+
 def farthest(x: Tensor, clip_values: tuple[Tensor, Tensor] | None, p: float) -> Tensor:
     """The largest p-norm (N,) of a perturbation that stays within `clip_values`; infinite where there are none."""
     if clip_values is None:
@@ -165,6 +186,21 @@ def random_in_ball(like: Tensor, eps: Tensor, p: float, rng: SampleRng) -> Tenso
         total = magnitude_p.sum(dim=tuple(range(1, like.ndim)), keepdim=True) + extension
         unit = torch.where(rng.uniform(shape) < 0.5, -1.0, 1.0) * (magnitude_p / total) ** (1 / p)
     return (unit.to(like.device) * eps).to(like.dtype)
+
+
+def random_on_sphere(like: Tensor, eps: Tensor, p: float, rng: SampleRng) -> Tensor:
+    """Draws of p-norm `eps`, in the shape, dtype and device of `like`: p of 2 uniform on the sphere.
+
+    For inf they are uniform in the cube, for finite p they have density proportional to exp(-||t||_p^p), and are scaled
+    to the radius.
+    """
+    shape = tuple(like.shape[1:])
+    if p == float("inf"):
+        direction = 2 * rng.uniform(shape) - 1
+    else:
+        direction = torch.where(rng.uniform(shape) < 0.5, -1.0, 1.0) * rng.gamma(1 / p, shape) ** (1 / p)
+    norm = lp_norm(direction, p).clamp_min(torch.finfo(direction.dtype).tiny)
+    return ((direction / norm).to(like.device) * eps).to(like.dtype)
 
 
 def ball_bounds(x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:

@@ -66,7 +66,7 @@ class SteepestAscent(Attack):
 
         x_adv = x if state.x_adv_init is None else state.x_adv_init
         if self.starts_at_random and x_adv is x:
-            x_adv = x + random_in_ball(x, state.eps, p, state.rng)
+            x_adv = self.random_start(state)
         if state.mask is not None:
             x_adv = torch.where(state.mask, x_adv, x)
         state.x_adv = self.inside(x_adv, state)
@@ -110,6 +110,10 @@ class SteepestAscent(Attack):
     def restarts(self) -> int:
         """One, or as many as there are random starts."""
         return max(1, self.num_random_init)
+
+    def random_start(self, state: State) -> Tensor:
+        """Uniform in the ball, not clamped yet."""
+        return state.x + random_in_ball(state.x, state.eps, as_norm(self.norm), state.rng)
 
     def step(self, gradient: Tensor, x: Tensor, radius: Tensor, state: State) -> Tensor:
         """The step from `x`, of p-norm `radius`, along which `gradient` promises most."""

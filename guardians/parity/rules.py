@@ -9,14 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from guardians.attacks import CarliniWagnerL2, DecoupledDirectionNorm, FastMinimumNorm
+from guardians.attacks import AutoProjectedGradientDescent, CarliniWagnerL2, DecoupledDirectionNorm, FastMinimumNorm
 from guardians.attacks.boxes import Box, ChangeOfVariables
 from guardians.attacks.norms import as_norm, lp_norm, project, steepest_ascent
 from guardians.attacks.pgd import SteepestAscent
 from guardians.attacks.registry import Spec, family_of
 from guardians.engine.attack import Attack
 from guardians.engine.parameters import KW_ONLY, Flag
-from guardians.engine.state import State
+from guardians.engine.state import Query, State, per_image
 
 __all__ = ["OneCoordinateStep", "goes_step_by_step", "native_class", "rules_for"]
 
@@ -158,11 +158,65 @@ class UnprojectedFastMinimumNorm(FastMinimumNorm):
         return delta
 
 
+class TorchattacksAutoPGD(AutoProjectedGradientDescent):
+    """torchattacks: other checkpoints and conditions, a step size in float32, and the last image that fools.
+
+    Intervals are 22 % of the steps, rounded down, then 3 % shorter each, also rounded down, and at least 6 %. The loss
+    after the first step is compared with 0 rather than with that at the start, condition 1 holds for exactly `rho` of
+    the steps too, and condition 2 does not count at the first checkpoint. Where nothing fools the image comes back.
+    """
+
+    def start(self, state: State) -> None:
+        """With radii in float32."""
+        super().start(state)
+        state.halved = torch.ones_like(state.halved)
+        state.eps_step = state.eps_step.float().to(state.x)
+        if as_norm(self.norm) == 2:
+            state.eps = state.eps.float().double()
+
+    def query(self, state: State) -> Query:
+        """The gradient at the last iterate too."""
+        return Query(state.x_adv)
+
+    def step(self, gradient: Tensor, x: Tensor, radius: Tensor, state: State) -> Tensor:
+        """For norm 2 the gradient over its norm plus 1e-12."""
+        if as_norm(self.norm) == 2:
+            return radius * gradient / (lp_norm(gradient, 2) + 1e-12)
+        return super().step(gradient, x, radius, state)
+
+    def checkpoints(self) -> list[int]:
+        """Sums of the intervals."""
+        interval, shorter, shortest = (max(int(share * self.max_iter), 1) for share in (0.22, 0.03, 0.06))
+        found = [interval] if self.max_iter else []
+        while found and found[-1] + (interval := max(interval - shorter, shortest)) <= self.max_iter:
+            found.append(found[-1] + interval)
+        return found
+
+    def rises(self, f: Tensor, state: State) -> Tensor:
+        """In float32, and the first above 0."""
+        first = torch.from_numpy((state.steps == 1) & (self.max_iter > 1)).to(f.device)
+        return f.float() > state.f.masked_fill(first, 0).float()
+
+    def oscillates(self, state: State, interval: Tensor) -> Tensor:
+        """At most, rather than less than, `rho` of the steps."""
+        return state.rises <= self.rho * interval.double()
+
+    def result(self, state: State) -> Tensor:
+        """The image where nothing fools."""
+        return torch.where(per_image(state.kept_fools, state.x), super().result(state), state.x)
+
+    def _keep(self, state: State, fooled: Tensor, f: Tensor) -> None:
+        super()._keep(state, fooled, f.masked_fill(fooled, torch.inf))
+        state.kept = torch.where(per_image(fooled, state.x), state.x_adv, state.kept)
+
+
 _RULES: dict[tuple[type[Attack], str, float], tuple[type[Attack], ...]] = {
     (SteepestAscent, "ART", 1): (OneCoordinateStep,),
     (SteepestAscent, "foolbox", 1): (ProjectThenClip, ProportionalStep),
     (SteepestAscent, "foolbox", 2): (ProjectThenClip, FlooredStep),
     (SteepestAscent, "torchattacks", 2): (ProjectThenClip, DampedStep),
+    (AutoProjectedGradientDescent, "torchattacks", float("inf")): (TorchattacksAutoPGD,),
+    (AutoProjectedGradientDescent, "torchattacks", 2): (ProjectThenClip, TorchattacksAutoPGD),
     (CarliniWagnerL2, "foolbox", 2): (FoolboxCarliniWagner,),
     (CarliniWagnerL2, "torchattacks", 2): (TorchattacksCarliniWagner,),
     (DecoupledDirectionNorm, "foolbox", 2): (RoundedFactors,),
@@ -185,4 +239,5 @@ def native_class(spec: Spec, reference: str | None = None) -> type[Attack]:
 
 def goes_step_by_step(spec: Spec) -> bool:
     """Whether the native attack is compared with a toolkit's from each iterate to the next, in batches."""
-    return issubclass(native_class(spec), SteepestAscent)
+    native = native_class(spec)
+    return issubclass(native, SteepestAscent) and not issubclass(native, AutoProjectedGradientDescent)

@@ -130,8 +130,18 @@ def _carlini_wagner(spec: Spec) -> Recipe:
     return "CarliniL2Method" if spec.norm == 2 else "CarliniLInfMethod", arguments
 
 
+def _apgd(spec: Spec) -> Recipe | None:
+    loss = spec.get("loss", "cross_entropy")
+    if not spec.get("random_start") or spec.get("n_targets", 0) or spec.get("rho", 0.75) != 0.75 or loss == "margin":
+        return None
+    first = {"eps_step": (1 if spec.norm == 1 else 2) * (spec.eps or 0)}
+    arguments = {"norm": spec.norm, "eps": spec.eps, "nb_random_init": 1, "loss_type": loss}
+    return "AutoProjectedGradientDescent", {**arguments, **first, **spec.arguments(steps="max_iter")}
+
+
 BUILDERS: dict[str, Builder] = {
     "FGSM": partial(_in_ball, "FastGradientMethod"),
     "PGD": partial(_in_ball, "ProjectedGradientDescent"),
     "C&W": _carlini_wagner,
+    "APGD": _apgd,
 }

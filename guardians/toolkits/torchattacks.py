@@ -133,4 +133,15 @@ def _carlini_wagner(spec: Spec) -> Recipe | None:
     return "CW", spec.arguments("steps", confidence="kappa", const="c", learning_rate="lr")
 
 
-BUILDERS: dict[str, Builder] = {"FGSM": _fgsm, "PGD": _pgd, "C&W": _carlini_wagner}
+def _apgd(spec: Spec) -> Recipe | None:
+    targets, loss = spec.get("n_targets", 0), spec.get("loss", "cross_entropy")
+    losses = {"cross_entropy": "ce", "difference_logits_ratio": "dlr"}
+    if spec.norm == 1 or spec.targeted or not spec.get("random_start") or loss not in losses:
+        return None
+    arguments = {"norm": "Linf" if spec.norm == np.inf else "L2", "eps": spec.eps, **spec.arguments("steps", "rho")}
+    if not targets:
+        return "APGD", {**arguments, "loss": losses[loss]}
+    return ("APGDT", {**arguments, "n_classes": targets + 1}) if losses[loss] == "dlr" else None
+
+
+BUILDERS: dict[str, Builder] = {"FGSM": _fgsm, "PGD": _pgd, "C&W": _carlini_wagner, "APGD": _apgd}
