@@ -3,7 +3,9 @@ attacks", 2020) and l1-APGD (Croce and Hein, "Mind the box: l1-APGD for sparse a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -353,6 +355,15 @@ def _native(spec: Spec) -> tuple[type[Attack], dict[str, Any]]:
     return APGD, {"norm": spec.norm, "eps": spec.eps, **start, **arguments}
 
 
+def _agreements() -> Iterator[Agreement]:
+    """Of torchattacks, which always starts at random, and takes no targets."""
+    for (norm, eps), (steps, loss) in product(
+        ((np.inf, 8 / 255), (2, 0.5)), ((100, LOSS_TYPES[1]), (20, LOSS_TYPES[2]))
+    ):
+        params = {"random_start": True, "steps": steps, "loss": loss}
+        yield Agreement("exact", Spec("APGD", norm, eps, params=params), ("torchattacks",), targeted=(False,))
+
+
 register(
     Family(
         "APGD",
@@ -360,5 +371,6 @@ register(
         parameters=("random_start", "steps", "loss", "n_targets", "rho"),
         native=_native,
         counts_steps=True,
+        agreements=tuple(_agreements()),
     )
 )

@@ -6,6 +6,7 @@ the rest is compared bit for bit. `docs/deviations.md` has a row for each class 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -159,7 +160,7 @@ class UnprojectedFastMinimumNorm(FastMinimumNorm):
 
 
 class TorchattacksAutoPGD(AutoProjectedGradientDescent):
-    """torchattacks: other checkpoints and conditions, a step size in float32, and the last image that fools.
+    """torchattacks: other checkpoints and conditions, radii in float32, clipped last, and the last image that fools.
 
     Intervals are 22 % of the steps, rounded down, then 3 % shorter each, also rounded down, and at least 6 %. The loss
     after the first step is compared with 0 rather than with that at the start, condition 1 holds for exactly `rho` of
@@ -167,8 +168,10 @@ class TorchattacksAutoPGD(AutoProjectedGradientDescent):
     """
 
     def start(self, state: State) -> None:
-        """With radii in float32."""
+        """With radii in float32, of which a start that is given uses all."""
         super().start(state)
+        if state.x_adv_init is not None:
+            state.x_adv, state.previous, state.x_max, state.kept = (state.x_adv_init.clone() for _ in range(4))
         state.halved = torch.ones_like(state.halved)
         state.eps_step = state.eps_step.float().to(state.x)
         if as_norm(self.norm) == 2:
@@ -178,10 +181,20 @@ class TorchattacksAutoPGD(AutoProjectedGradientDescent):
         """The gradient at the last iterate too."""
         return Query(state.x_adv)
 
+    def inside(self, x_adv: Tensor, state: State, slack: float = 0.0) -> Tensor:
+        """For norm 2 projected with 1e-12 added to the norm that is divided by, then clipped."""
+        if as_norm(self.norm) != 2:
+            return super().inside(x_adv, state)
+        delta = x_adv - state.x
+        norm = _root_of_squares(delta)
+        return (state.x + delta / (norm + 1e-12) * (norm + slack).minimum(state.eps.to(norm))).clamp(
+            state.low, state.high
+        )
+
     def step(self, gradient: Tensor, x: Tensor, radius: Tensor, state: State) -> Tensor:
         """For norm 2 the gradient over its norm plus 1e-12."""
         if as_norm(self.norm) == 2:
-            return radius * gradient / (lp_norm(gradient, 2) + 1e-12)
+            return radius * gradient / (_root_of_squares(gradient) + 1e-12)
         return super().step(gradient, x, radius, state)
 
     def checkpoints(self) -> list[int]:
@@ -205,9 +218,21 @@ class TorchattacksAutoPGD(AutoProjectedGradientDescent):
         """The image where nothing fools."""
         return torch.where(per_image(state.kept_fools, state.x), super().result(state), state.x)
 
+    def _stepped(self, x: Tensor, gradient: Tensor, state: State) -> Tensor:
+        if as_norm(self.norm) != 2:
+            return super()._stepped(x, gradient, state)
+        z = self.inside(x + self.step(gradient, x, state.eps_step, state), state)
+        alpha = per_image(torch.from_numpy(np.where(state.steps == 0, 1.0, self._alpha)).to(x), x)
+        return self.inside(x + (z - x) * alpha + (x - state.previous) * (1 - alpha), state, slack=1e-12)
+
     def _keep(self, state: State, fooled: Tensor, f: Tensor) -> None:
         super()._keep(state, fooled, f.masked_fill(fooled, torch.inf))
         state.kept = torch.where(per_image(fooled, state.x), state.x_adv, state.kept)
+
+
+def _root_of_squares(delta: Tensor) -> Tensor:
+    """2-norms in the toolkit's order of operations: where DLR is flat its gradient is rounding, and decides a step."""
+    return delta.square().sum(dim=tuple(range(1, delta.ndim)), keepdim=True).sqrt()
 
 
 _RULES: dict[tuple[type[Attack], str, float], tuple[type[Attack], ...]] = {
@@ -216,7 +241,7 @@ _RULES: dict[tuple[type[Attack], str, float], tuple[type[Attack], ...]] = {
     (SteepestAscent, "foolbox", 2): (ProjectThenClip, FlooredStep),
     (SteepestAscent, "torchattacks", 2): (ProjectThenClip, DampedStep),
     (AutoProjectedGradientDescent, "torchattacks", float("inf")): (TorchattacksAutoPGD,),
-    (AutoProjectedGradientDescent, "torchattacks", 2): (ProjectThenClip, TorchattacksAutoPGD),
+    (AutoProjectedGradientDescent, "torchattacks", 2): (TorchattacksAutoPGD,),
     (CarliniWagnerL2, "foolbox", 2): (FoolboxCarliniWagner,),
     (CarliniWagnerL2, "torchattacks", 2): (TorchattacksCarliniWagner,),
     (DecoupledDirectionNorm, "foolbox", 2): (RoundedFactors,),
