@@ -4,7 +4,7 @@ attacks", 2020) and l1-APGD (Croce and Hein, "Mind the box: l1-APGD for sparse a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import Annotated, Any, ClassVar
 
@@ -55,7 +55,7 @@ class AutoProjectedGradientDescent(SteepestAscent):
     1. f rose in fewer than `rho` (w_j - w_(j-1)) of the steps, or
     2. eta was not halved at w_(j-1) and the highest loss is still what it was there.
 
-    For norm 1 (Croce and Hein 2021, section 3; where it is silent, their code), P is the Euclidean projection onto the
+    For norm 1 (Croce and Hein 2021, and where it is silent their code), P is the Euclidean projection onto the
     ball and the box, there is no momentum, and a step is of equal size on the k pixels of the largest gradients. After
     every 4 % of the steps k becomes two thirds of the pixels that the best point changes, at first a fifth of all.
     Where they are fewer than 95 % of those before, eta becomes `eps_step` again and the search goes back to the best
@@ -83,7 +83,7 @@ class AutoProjectedGradientDescent(SteepestAscent):
             `targeted` the class to leave, of which equation 8 knows the label, is the largest other one.
         verbose: show a progress bar.
         n_targets: where it is above 0, the r-th start goes from the label to the class with the r-th largest other
-            logit at the image (section 4.3), of `n_targets` or all there are; `nb_random_init` times. The classes are
+            logit at the image, of `n_targets` or all there are; `nb_random_init` times. The classes are
             ranked by the model itself and, for a random one, by the same draws at each start.
         rho: of condition 1.
         seed, early_stop, precision, judge_samples, eot_samples: see `Attack`.
@@ -161,7 +161,7 @@ class AutoProjectedGradientDescent(SteepestAscent):
         state.x_max = torch.where(per_image(higher, x), x, state.x_max)
         state.gradient_max = torch.where(per_image(higher, x), gradient, state.gradient_max)
         state.rises, state.f = state.rises + self.rises(f, state), f
-        interval = self._intervals[np.minimum(state.steps, self.max_iter)]
+        interval = _intervals(self.checkpoints(), self.max_iter)[np.minimum(state.steps, self.max_iter)]
         if (interval >= 0).any():
             adapt = self._adapt_sparsity if as_norm(self.norm) == 1 else self._adapt_step
             back = per_image(adapt(state, torch.from_numpy(interval).to(x.device)), x)
@@ -210,11 +210,11 @@ class AutoProjectedGradientDescent(SteepestAscent):
         direction = gradient.sign() * (size >= last).view_as(gradient)
         return radius * direction / per_image(direction.flatten(1).abs().sum(1).clamp_min(1), x)
 
-    def checkpoints(self) -> list[int]:
+    def checkpoints(self) -> tuple[int, ...]:
         """The steps after which the step size is looked at: w_0 to w_n, or for norm 1 after every 4 %."""
         if as_norm(self.norm) == 1:
             every = max(self.max_iter // 25, 1)
-            return list(range(every, self.max_iter + 1, every))
+            return tuple(range(every, self.max_iter + 1, every))
         return checkpoints(self.max_iter)
 
     def rises(self, f: Tensor, state: State) -> Tensor:
@@ -279,13 +279,6 @@ class AutoProjectedGradientDescent(SteepestAscent):
         return others.sort(dim=1, descending=True, stable=True).indices[:, : self._targets]
 
     @property
-    def _intervals(self) -> np.ndarray:
-        """For each number of steps those since the last checkpoint, where it is a checkpoint, else -1."""
-        intervals, steps = np.full(self.max_iter + 1, -1), self.checkpoints()
-        intervals[steps] = np.diff(steps, prepend=0)
-        return intervals
-
-    @property
     def _targets(self) -> int:
         """Classes that are gone to, one after the other."""
         classes = self.victim.nb_classes
@@ -331,17 +324,26 @@ evasion.AutoProjectedGradientDescent.register(AutoProjectedGradientDescent)
 APGD = AutoProjectedGradientDescent
 
 
-def checkpoints(steps: int) -> list[int]:
+@cache
+def checkpoints(steps: int) -> tuple[int, ...]:
     """w_0 to w_n of a run of so many steps, those that coincide once.
 
     w_j = ceil(p_j steps) with p_0 = 0, p_1 = 0.22 and p_(j+1) = p_j + max(p_j - p_(j-1) - 0.03, 0.06) (Croce and Hein
-    2020, section 3.3), in exact arithmetic.
+    2020, section 3), in exact arithmetic.
     """
     percent, gap = [0], 22
     while percent[-1] + gap <= 100:
         percent.append(percent[-1] + gap)
         gap = max(gap - 3, 6)
-    return sorted({-(-p * steps // 100) for p in percent})
+    return tuple(sorted({-(-p * steps // 100) for p in percent}))
+
+
+@cache
+def _intervals(steps: tuple[int, ...], last: int) -> np.ndarray:
+    """For 0 to `last` steps those since the checkpoint before, where it is one of these checkpoints, else -1."""
+    intervals = np.full(last + 1, -1)
+    intervals[list(steps)] = np.diff(steps, prepend=0)
+    return intervals
 
 
 def _two_thirds(changed: Tensor) -> Tensor:

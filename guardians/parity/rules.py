@@ -197,13 +197,13 @@ class TorchattacksAutoPGD(AutoProjectedGradientDescent):
             return radius * gradient / (_root_of_squares(gradient) + 1e-12)
         return super().step(gradient, x, radius, state)
 
-    def checkpoints(self) -> list[int]:
+    def checkpoints(self) -> tuple[int, ...]:
         """Sums of the intervals."""
         interval, shorter, shortest = (max(int(share * self.max_iter), 1) for share in (0.22, 0.03, 0.06))
         found = [interval] if self.max_iter else []
         while found and found[-1] + (interval := max(interval - shorter, shortest)) <= self.max_iter:
             found.append(found[-1] + interval)
-        return found
+        return tuple(found)
 
     def rises(self, f: Tensor, state: State) -> Tensor:
         """In float32, and the first above 0."""
