@@ -57,7 +57,8 @@ class AutoProjectedGradientDescent(SteepestAscent):
 
     For norm 1 (Croce and Hein 2021, and where it is silent their code), P is the Euclidean projection onto the
     ball and the box, there is no momentum, and a step is of equal size on the k pixels of the largest gradients. After
-    every 4 % of the steps k becomes two thirds of the pixels that the best point changes, at first a fifth of all.
+    every 4 % of the steps k becomes two thirds of the pixels that the best point changes; at first it is a fifth of
+    all, or two thirds of those that `x_adv_init` changes.
     Where they are fewer than 95 % of those before, eta becomes `eps_step` again and the search goes back to the best
     point; else eta is divided by 1.5, down to a tenth of `eps_step`.
 
@@ -83,8 +84,8 @@ class AutoProjectedGradientDescent(SteepestAscent):
             `targeted` the class to leave, of which equation 8 knows the label, is the largest other one.
         verbose: show a progress bar.
         n_targets: where it is above 0, the r-th start goes from the label to the class with the r-th largest other
-            logit at the image, of `n_targets` or all there are; `nb_random_init` times. The classes are
-            ranked by the model itself and, for a random one, by the same draws at each start.
+            logit at the image, of `n_targets` or all there are; `nb_random_init` times. The classes are ranked by the
+            model itself and, for a random one, by the same draws at each start.
         rho: of condition 1.
         seed, early_stop, precision, judge_samples, eot_samples: see `Attack`.
 
@@ -270,11 +271,11 @@ class AutoProjectedGradientDescent(SteepestAscent):
 
     def _ranked(self, state: State) -> Tensor:
         """The classes but the label, the largest logit at the image first: (N, targets)."""
-        assert self.report is not None
         keys = hashed(0, state.rng.index)
         with ForkedGenerators(0, state.x.device), torch.no_grad():
             draws, *_ = evaluate(self, self.victim.logits, state.x, state, gradient=False, keys=keys)
-        self.report.search_forward += self.eot_samples * len(state)
+        if self.report is not None:
+            self.report.search_forward += self.eot_samples * len(state)
         others = draws.mean(0).scatter(1, state.y[:, None], -torch.inf)
         return others.sort(dim=1, descending=True, stable=True).indices[:, : self._targets]
 

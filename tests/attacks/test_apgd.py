@@ -28,6 +28,7 @@ from guardians.attacks import APGD
 from guardians.attacks.apgd import checkpoints
 from guardians.attacks.norms import nearest_in_ball_and_box
 from guardians.attacks.registry import Spec
+from guardians.engine.rng import given_keys
 from guardians.parity.comparison import Recorder
 from guardians.parity.rules import native_class
 
@@ -308,6 +309,32 @@ def test_each_start_goes_to_the_next_class_as_ranked_at_the_image(wanted, used, 
     assert len(seen) == 4 * 2 * used
     for (index, restart), target in seen.items():
         assert target == order[index, restart % used]
+
+
+class KeyedNoise(nn.Module):
+    """Always right about class 0, with large noise on the other logits that belongs to a row's key."""
+
+    def forward(self, x):
+        keys = given_keys(len(x))
+        noise = [np.random.default_rng(key).normal(size=CLASSES) for key in (range(len(x)) if keys is None else keys)]
+        logits = x.flatten(1)[:, :CLASSES] + 9 * torch.from_numpy(np.stack(noise)).to(x)
+        return logits + 1e6 * torch.eye(CLASSES, dtype=x.dtype)[0]
+
+
+@pytest.mark.parametrize("batch_size", [3, 5])
+def test_classes_of_a_random_model_are_ranked_by_the_same_draws_at_each_start(batch_size):
+    x, y, seen = some_images(5), torch.zeros(5, dtype=torch.int64), {}
+
+    class Looking(APGD):
+        def start(self, state):
+            super().start(state)
+            for index, target in zip(state.index, state.target, strict=True):
+                seen.setdefault(int(index), []).append(int(target))
+
+    options = {"n_targets": CLASSES - 1, "nb_random_init": 1, "seed": 0, "eot_samples": 2, "early_stop": True}
+    Looking(KeyedNoise().eval(), max_iter=1, batch_size=batch_size, verbose=False, **options)(x, y)
+    assert {tuple(sorted(targets)) for targets in seen.values()} == {tuple(range(1, CLASSES))}
+    assert len({tuple(targets) for targets in seen.values()}) > 1
 
 
 # What is returned
