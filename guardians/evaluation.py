@@ -340,14 +340,14 @@ class _Run:
 
         if not self.gradients:
             return [square(_QUERIES[self.budget])]
-        vanish = "vanishing gradients" in self.flags
+        vanish, hopeless = "vanishing gradients" in self.flags, _HOPELESS[self.budget]
         stages = [square(_QUERIES[self.budget])] if vanish else []
-        stages.append(Stage("malt", MALT(self.model, **common, max_iter=9, n_targets=2, hopeless=_HOPELESS[self.budget])))
+        stages.append(Stage("malt", MALT(self.model, **common, max_iter=9, n_targets=2, hopeless=hopeless)))
         if self.budget == "fast":
             return stages
         more: dict[str, Any] = {"max_iter": 9, "n_targets": 9, "untargeted_steps": 0, "num_random_init": 10}
         ce: dict[str, Any] = {"max_iter": 20, "loss_type": "cross_entropy", "nb_random_init": 1}
-        stages.append(Stage("malt-9", MALT(self.model, **common, **more, hope=_HOPE, hopeless=_HOPELESS[self.budget])))
+        stages.append(Stage("malt-9", MALT(self.model, **common, **more, hope=_HOPE, hopeless=hopeless)))
         stages.append(Stage("apgd-ce", APGD(self.model, **common, **ce), sampled=True))
         if not vanish:
             stages.append(square(_SAMPLE_QUERIES, sampled=True))

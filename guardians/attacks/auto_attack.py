@@ -151,7 +151,7 @@ def auto_attack_stages(
     def fab(name: str, **more: Any) -> Stage:
         return Stage(name, FAB(estimator, **{**ball, "max_iter": max_iter, **options, **more}))
 
-    square_attack = Square(estimator, **ball, max_iter=n_queries, nb_restarts=1, early_stop=True, **options)
+    square_attack = Square(estimator, **ball, max_iter=n_queries, early_stop=True, **options)
     apgd_t = apgd("apgd-t", targeted_loss, n_targets=n_targets, nb_random_init=1)
     fab_t = fab("fab-t", n_targets=n_targets)
     square = Stage("square", square_attack)
@@ -159,6 +159,6 @@ def auto_attack_stages(
         return [apgd("apgd-ce", "cross_entropy", nb_random_init=many), apgd_t, fab_t, square]
     if version == "plus":
         first = [apgd("apgd-ce", "cross_entropy", nb_random_init=many), apgd("apgd-dlr", loss, nb_random_init=many)]
-        return [*first, fab("fab", n_targets=n_targets, num_random_init=many), square, apgd_t, fab_t]
+        return [*first, fab("fab", n_targets=n_targets, num_random_init=many - 1), square, apgd_t, fab_t]
     eot = {"eot_samples": _EOT_SAMPLES, "nb_random_init": 1}
     return [apgd("apgd-ce", "cross_entropy", **eot), apgd("apgd-dlr", loss, **eot)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from guardians.engine.rng import SampleRng
-from guardians.engine.state import State, per_image
+from guardians.engine.state import per_image
 
 __all__ = [
     "Norm",
@@ -24,10 +24,9 @@ __all__ = [
     "nearest_in_ball",
     "nearest_in_ball_and_box",
     "project",
-    "project_onto_hyperplane",
     "pull_into_ball",
     "random_in_ball",
-    "rows_of",
+    "random_on_sphere",
     "steepest_ascent",
     "steepest_ascent_in_box",
     "widest",
@@ -128,65 +127,23 @@ def nearest_in_ball(delta: Tensor, eps: Tensor, p: float) -> Tensor:
     return torch.where(size.sum(1, keepdim=True) <= radius, delta.flatten(1), shrunk).view_as(delta)
 
 
-def nearest_in_ball_and_box(delta: Tensor, low: Tensor, high: Tensor, eps: Tensor) -> Tensor:
-    """The Euclidean projection of `delta` onto the 1-norm ball of radius `eps` (N, 1, ..., 1) and low <= 0 <= high.
+def nearest_in_ball_and_box(delta: Tensor, x: Tensor, low: Tensor, high: Tensor, eps: Tensor) -> Tensor:
+    """The Euclidean projection of `delta` onto the d with ||d||_1 <= eps (N, 1, ..., 1) and low <= x + d <= high.
 
-    Each coordinate is shrunk by the same amount and then cut off by its bound. The norm that is left falls piecewise
-    linearly as that amount grows: from where a coordinate comes below its bound to where it is zero. The breakpoints,
-    sorted, hold the amount at which it is `eps` (Croce and Hein, "Mind the box", 2021, proposition 2.1).
+    It is sign(delta) min(max(|delta| - threshold, 0), room), with the room that a pixel has up to its bound. The
+    1-norm falls with the threshold along a line between the values at which a pixel leaves its bound or reaches
+    zero, which are sorted (Croce and Hein, "Mind the box: l1-APGD", 2021, section 2).
     """
-    flat, radius = delta.flatten(1), eps.flatten(1)
-    size, room = flat.abs(), torch.where(flat > 0, high.flatten(1), -low.flatten(1)).clamp_min(0)
-    ends, order = torch.cat([(size - room).clamp_min(0), size], 1).sort(dim=1)
-    slope = torch.where(order < size.shape[1], -1.0, 1.0).to(flat.dtype).cumsum(1)  # behind each breakpoint
-    fall = torch.cat([torch.zeros_like(radius), slope[:, :-1] * ends.diff(dim=1)], 1).cumsum(1)
-    left = torch.minimum(size, room).sum(1, keepdim=True) + fall  # of the norm, at each breakpoint
-    last = ((left >= radius).sum(1, keepdim=True) - 1).clamp_min(0)  # before the radius is reached
-    excess, steepness = left.gather(1, last) - radius, -slope.gather(1, last)
-    shrink = ends.gather(1, last) + excess.clamp_min(0) / steepness.clamp_min(1)
-    shrink = shrink.masked_fill(left[:, :1] <= radius, 0)
-    return (flat.sign() * torch.minimum((size - shrink).clamp_min(0), room)).view_as(delta)
-
-
-def project_onto_hyperplane(x: Tensor, w: Tensor, c: Tensor, low: Tensor, high: Tensor, p: float) -> Tensor:
-    """The d of least p-norm with <w, d> = c and low <= x + d <= high, for p = 1, 2 and inf; as near as the box allows.
-
-    All coordinates go towards the hyperplane, with the speed that is best in the norm (1 for inf, |w_i| for 2), until
-    they meet their bound; for 1 one after the other in the order of |w_i|. So the way that is left falls piecewise
-    linearly, and the breakpoints, sorted, hold where it is used up (Croce and Hein 2020b, section 2.2 and appendix A).
-
-    Args:
-        x: points (N, ...).
-        w: normals of the hyperplanes (N, ...).
-        c: what <w, d> is to be, (N,).
-        low, high: bounds (N, ...), infinite where there are none.
-        p: order of the norm.
-    """
-    weight, way = w.flatten(1), c[:, None].abs()
-    towards = weight.sign() * c[:, None].sign()
-    weight, room = weight.abs(), torch.where(towards > 0, (high - x).flatten(1), (x - low).flatten(1)).clamp_min(0)
-    room = room.masked_fill(weight == 0, 0)
-    if p == 1:
-        order = weight.argsort(dim=1, descending=True, stable=True)
-        weight_in_order, room_in_order = weight.gather(1, order), room.gather(1, order)
-        gone = _sum_before((weight_in_order * room_in_order).nan_to_num(nan=0.0))
-        needed = ((way - gone).clamp_min(0) / weight_in_order).nan_to_num(nan=0.0)
-        length = torch.zeros_like(room).scatter_(1, order, torch.minimum(needed, room_in_order))
-    else:
-        speed = weight if p == 2 else torch.ones_like(weight)
-        ends, order = (room / speed).nan_to_num(nan=0.0, posinf=torch.inf).sort(dim=1)
-        gone = _sum_before((weight * room).nan_to_num(nan=0.0, posinf=torch.inf).gather(1, order))
-        pace = (weight * speed).gather(1, order).flip(1).cumsum(1).flip(1)  # of those that still move
-        arrived = gone + ends * pace >= way
-        arrives, last = arrived.any(1, keepdim=True), arrived.to(weight.dtype).argmax(1, keepdim=True)
-        time = ((way - gone.gather(1, last)) / pace.gather(1, last)).nan_to_num(nan=0.0)
-        length = torch.where(arrives, torch.minimum(time * speed, room), room)
-    return (towards * length).view_as(x)
-
-
-def _sum_before(values: Tensor) -> Tensor:
-    """Of the entries before each, along dimension 1."""
-    return torch.cat([torch.zeros_like(values[:, :1]), values[:, :-1].cumsum(1)], 1)
+    size, radius = delta.flatten(1).abs(), eps.flatten(1)
+    room = torch.where(delta > 0, high - x, x - low).flatten(1)
+    knots, order = torch.cat([size, (size - room).clamp_min(0)], 1).sort(dim=1, descending=True, stable=True)
+    moving = torch.where(order < size.shape[1], 1, -1).cumsum(1)  # pixels between zero and their bound, below a knot
+    norms = torch.nn.functional.pad((moving[:, :-1] * (knots[:, :-1] - knots[:, 1:])).cumsum(1), (1, 0))
+    last = (norms <= radius).sum(1, keepdim=True) - 1
+    rest = (radius - norms.gather(1, last)) / moving.gather(1, last).clamp_min(1)
+    threshold = (knots.gather(1, last) - rest).clamp_min(0)
+    shrunk = torch.minimum((size - threshold).clamp_min(0), room)
+    return (delta.flatten(1).sign() * shrunk).view_as(delta)
 
 
 def farthest(x: Tensor, clip_values: tuple[Tensor, Tensor] | None, p: float) -> Tensor:
@@ -219,14 +176,6 @@ def annealed(first: float, last: float, share: np.ndarray, x: Tensor) -> Tensor:
     return per_image(torch.from_numpy(last + (first - last) * (1 + np.cos(np.pi * share)) / 2).to(x), x)
 
 
-def rows_of(radius: float | np.ndarray | Tensor, state: State) -> Tensor:
-    """The rows of `radius`, which broadcasts to the images of the call, that belong to these: (N, ...) in float64."""
-    rows = torch.as_tensor(radius, dtype=torch.float64)
-    rows = rows.reshape((1,) * (state.x.ndim - rows.ndim) + rows.shape)
-    rows = rows[state.index] if len(rows) > 1 else rows.repeat(len(state), *(1,) * (rows.ndim - 1))
-    return rows.to(state.x.device)
-
-
 def random_in_ball(like: Tensor, eps: Tensor, p: float, rng: SampleRng) -> Tensor:
     """Uniform draws from the p-norm balls of radius `eps`, in the shape, dtype and device of `like`.
 
@@ -243,6 +192,21 @@ def random_in_ball(like: Tensor, eps: Tensor, p: float, rng: SampleRng) -> Tenso
         total = magnitude_p.sum(dim=tuple(range(1, like.ndim)), keepdim=True) + extension
         unit = torch.where(rng.uniform(shape) < 0.5, -1.0, 1.0) * (magnitude_p / total) ** (1 / p)
     return (unit.to(like.device) * eps).to(like.dtype)
+
+
+def random_on_sphere(like: Tensor, eps: Tensor, p: float, rng: SampleRng) -> Tensor:
+    """Draws of p-norm `eps`, in the shape, dtype and device of `like`: p of 2 uniform on the sphere.
+
+    For inf they are uniform in the cube, for finite p they have density proportional to exp(-||t||_p^p), and are scaled
+    to the radius.
+    """
+    shape = tuple(like.shape[1:])
+    if p == float("inf"):
+        direction = 2 * rng.uniform(shape) - 1
+    else:
+        direction = torch.where(rng.uniform(shape) < 0.5, -1.0, 1.0) * rng.gamma(1 / p, shape) ** (1 / p)
+    norm = lp_norm(direction, p).clamp_min(torch.finfo(direction.dtype).tiny)
+    return ((direction / norm).to(like.device) * eps).to(like.dtype)
 
 
 def ball_bounds(x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,6 @@ from guardians.attacks.norms import (
     project,
     pull_into_ball,
     random_in_ball,
-    rows_of,
     steepest_ascent,
     steepest_ascent_in_box,
 )
@@ -67,7 +66,7 @@ class SteepestAscent(Attack):
 
         x_adv = x if state.x_adv_init is None else state.x_adv_init
         if self.starts_at_random and x_adv is x:
-            x_adv = x + random_in_ball(x, state.eps, p, state.rng)
+            x_adv = self.random_start(state)
         if state.mask is not None:
             x_adv = torch.where(state.mask, x_adv, x)
         state.x_adv = self.inside(x_adv, state)
@@ -111,6 +110,10 @@ class SteepestAscent(Attack):
     def restarts(self) -> int:
         """One, or as many as there are random starts."""
         return max(1, self.num_random_init)
+
+    def random_start(self, state: State) -> Tensor:
+        """Uniform in the ball, not clamped yet."""
+        return state.x + random_in_ball(state.x, state.eps, as_norm(self.norm), state.rng)
 
     def step(self, gradient: Tensor, x: Tensor, radius: Tensor, state: State) -> Tensor:
         """The step from `x`, of p-norm `radius`, along which `gradient` promises most."""
@@ -167,7 +170,7 @@ class SteepestAscent(Attack):
 
     def _radii(self, state: State) -> tuple[Tensor, Tensor]:
         """Radius and step size of each sample in float64, (N, ...) broadcastable to the images."""
-        eps, eps_step = (rows_of(radius, state) for radius in (self.eps, self.eps_step))
+        eps, eps_step = (_rows(radius, state) for radius in (self.eps, self.eps_step))
         if self.random_eps:
             quantile = state.rng.uniform((1,) * (state.x.ndim - 1)).numpy()
             fraction = torch.from_numpy(truncnorm.ppf(quantile, 0, 2, scale=0.5)).to(state.x.device)
@@ -253,6 +256,14 @@ class ProjectedGradientDescent(SteepestAscent):
 
 evasion.ProjectedGradientDescent.register(ProjectedGradientDescent)
 PGD = ProjectedGradientDescent
+
+
+def _rows(radius: float | np.ndarray | Tensor, state: State) -> Tensor:
+    """The rows of `radius`, which broadcasts to the images of the call, that belong to these: (N, ...) in float64."""
+    rows = torch.as_tensor(radius, dtype=torch.float64)
+    rows = rows.reshape((1,) * (state.x.ndim - rows.ndim) + rows.shape)
+    rows = rows[state.index] if len(rows) > 1 else rows.repeat(len(state), *(1,) * (rows.ndim - 1))
+    return rows.to(state.x.device)
 
 
 def _is_finite(radius: float | np.ndarray | Tensor) -> bool:

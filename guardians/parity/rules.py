@@ -6,17 +6,18 @@ the rest is compared bit for bit. `docs/deviations.md` has a row for each class 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from guardians.attacks import CarliniWagnerL2, DecoupledDirectionNorm, FastMinimumNorm
+from guardians.attacks import AutoProjectedGradientDescent, CarliniWagnerL2, DecoupledDirectionNorm, FastMinimumNorm
 from guardians.attacks.boxes import Box, ChangeOfVariables
 from guardians.attacks.norms import as_norm, lp_norm, project, steepest_ascent
 from guardians.attacks.pgd import SteepestAscent
 from guardians.attacks.registry import Spec, family_of
 from guardians.engine.attack import Attack
 from guardians.engine.parameters import KW_ONLY, Flag
-from guardians.engine.state import State
+from guardians.engine.state import Query, State, per_image
 
 __all__ = ["OneCoordinateStep", "goes_step_by_step", "native_class", "rules_for"]
 
@@ -158,11 +159,89 @@ class UnprojectedFastMinimumNorm(FastMinimumNorm):
         return delta
 
 
+class TorchattacksAutoPGD(AutoProjectedGradientDescent):
+    """torchattacks: other checkpoints and conditions, radii in float32, clipped last, and the last image that fools.
+
+    Intervals are 22 % of the steps, rounded down, then 3 % shorter each, also rounded down, and at least 6 %. The loss
+    after the first step is compared with 0 rather than with that at the start, condition 1 holds for exactly `rho` of
+    the steps too, and condition 2 does not count at the first checkpoint. Where nothing fools the image comes back.
+    """
+
+    def start(self, state: State) -> None:
+        """With radii in float32, of which a start that is given uses all."""
+        super().start(state)
+        if state.x_adv_init is not None:
+            state.x_adv, state.previous, state.x_max, state.kept = (state.x_adv_init.clone() for _ in range(4))
+        state.halved = torch.ones_like(state.halved)
+        state.eps_step = state.eps_step.float().to(state.x)
+        if as_norm(self.norm) == 2:
+            state.eps = state.eps.float().double()
+
+    def query(self, state: State) -> Query:
+        """The gradient at the last iterate too."""
+        return Query(state.x_adv)
+
+    def inside(self, x_adv: Tensor, state: State, slack: float = 0.0) -> Tensor:
+        """For norm 2 projected with 1e-12 added to the norm that is divided by, then clipped."""
+        if as_norm(self.norm) != 2:
+            return super().inside(x_adv, state)
+        delta = x_adv - state.x
+        norm = _root_of_squares(delta)
+        return (state.x + delta / (norm + 1e-12) * (norm + slack).minimum(state.eps.to(norm))).clamp(
+            state.low, state.high
+        )
+
+    def step(self, gradient: Tensor, x: Tensor, radius: Tensor, state: State) -> Tensor:
+        """For norm 2 the gradient over its norm plus 1e-12."""
+        if as_norm(self.norm) == 2:
+            return radius * gradient / (_root_of_squares(gradient) + 1e-12)
+        return super().step(gradient, x, radius, state)
+
+    def checkpoints(self) -> tuple[int, ...]:
+        """Sums of the intervals."""
+        interval, shorter, shortest = (max(int(share * self.max_iter), 1) for share in (0.22, 0.03, 0.06))
+        found = [interval] if self.max_iter else []
+        while found and found[-1] + (interval := max(interval - shorter, shortest)) <= self.max_iter:
+            found.append(found[-1] + interval)
+        return tuple(found)
+
+    def rises(self, f: Tensor, state: State) -> Tensor:
+        """In float32, and the first above 0."""
+        first = torch.from_numpy((state.steps == 1) & (self.max_iter > 1)).to(f.device)
+        return f.float() > state.f.masked_fill(first, 0).float()
+
+    def oscillates(self, state: State, interval: Tensor) -> Tensor:
+        """At most, rather than less than, `rho` of the steps."""
+        return state.rises <= self.rho * interval.double()
+
+    def result(self, state: State) -> Tensor:
+        """The image where nothing fools."""
+        return torch.where(per_image(state.kept_fools, state.x), super().result(state), state.x)
+
+    def _stepped(self, x: Tensor, gradient: Tensor, state: State) -> Tensor:
+        if as_norm(self.norm) != 2:
+            return super()._stepped(x, gradient, state)
+        z = self.inside(x + self.step(gradient, x, state.eps_step, state), state)
+        alpha = per_image(torch.from_numpy(np.where(state.steps == 0, 1.0, self._alpha)).to(x), x)
+        return self.inside(x + (z - x) * alpha + (x - state.previous) * (1 - alpha), state, slack=1e-12)
+
+    def _keep(self, state: State, fooled: Tensor, f: Tensor) -> None:
+        super()._keep(state, fooled, f.masked_fill(fooled, torch.inf))
+        state.kept = torch.where(per_image(fooled, state.x), state.x_adv, state.kept)
+
+
+def _root_of_squares(delta: Tensor) -> Tensor:
+    """2-norms in the toolkit's order of operations: where DLR is flat its gradient is rounding, and decides a step."""
+    return delta.square().sum(dim=tuple(range(1, delta.ndim)), keepdim=True).sqrt()
+
+
 _RULES: dict[tuple[type[Attack], str, float], tuple[type[Attack], ...]] = {
     (SteepestAscent, "ART", 1): (OneCoordinateStep,),
     (SteepestAscent, "foolbox", 1): (ProjectThenClip, ProportionalStep),
     (SteepestAscent, "foolbox", 2): (ProjectThenClip, FlooredStep),
     (SteepestAscent, "torchattacks", 2): (ProjectThenClip, DampedStep),
+    (AutoProjectedGradientDescent, "torchattacks", float("inf")): (TorchattacksAutoPGD,),
+    (AutoProjectedGradientDescent, "torchattacks", 2): (TorchattacksAutoPGD,),
     (CarliniWagnerL2, "foolbox", 2): (FoolboxCarliniWagner,),
     (CarliniWagnerL2, "torchattacks", 2): (TorchattacksCarliniWagner,),
     (DecoupledDirectionNorm, "foolbox", 2): (RoundedFactors,),
@@ -185,4 +264,5 @@ def native_class(spec: Spec, reference: str | None = None) -> type[Attack]:
 
 def goes_step_by_step(spec: Spec) -> bool:
     """Whether the native attack is compared with a toolkit's from each iterate to the next, in batches."""
-    return issubclass(native_class(spec), SteepestAscent)
+    native = native_class(spec)
+    return issubclass(native, SteepestAscent) and not issubclass(native, AutoProjectedGradientDescent)

@@ -17,17 +17,18 @@ def runs_of_one(
 ) -> list[tuple[Trajectory, Trajectory]]:
     """Native's and the toolkit's runs on each image alone, as no toolkit keeps the images of a batch apart.
 
-    Native runs with the rules of the toolkit.
+    Native runs with the rules of the toolkit, and starts where a random start of the toolkit is.
     """
     native_recorder, recorder = Recorder(model), Recorder(model)
     ours = native_attack(spec, native_recorder, 1, reference)
     shape = tuple(x.shape[1:])
     theirs = build_attack(reference, spec, recorder, nb_classes=nb_classes, input_shape=shape, batch_size=1)
-    pairs = list(zip(x.split(1), y.split(1), strict=True))
-    return [
-        (native_recorder.trajectory(lambda: ours(*pair)), recorder.trajectory(lambda: theirs(*pair)))  # noqa: B023
-        for pair in pairs
-    ]
+    runs = []
+    for pair in zip(x.split(1), y.split(1), strict=True):
+        run = recorder.trajectory(lambda: theirs(*pair))  # noqa: B023
+        start = {"x_adv_init": run.iterates[0]} if spec.get("random_start") else {}
+        runs.append((native_recorder.trajectory(lambda: ours(*pair, **start)), run))  # noqa: B023
+    return runs
 
 
 def largest_difference(runs: list[tuple[Trajectory, Trajectory]], x: Tensor, norm: float) -> float:

@@ -137,9 +137,19 @@ def _square(spec: Spec) -> Recipe | None:
     return "SquareAttack", {"norm": spec.norm, "eps": spec.eps, **spec.arguments("p_init", steps="max_iter")}
 
 
+def _apgd(spec: Spec) -> Recipe | None:
+    loss = spec.get("loss", "cross_entropy")
+    if not spec.get("random_start") or spec.get("n_targets", 0) or spec.get("rho", 0.75) != 0.75 or loss == "margin":
+        return None
+    first = {"eps_step": (1 if spec.norm == 1 else 2) * (spec.eps or 0)}
+    arguments = {"norm": spec.norm, "eps": spec.eps, "nb_random_init": 1, "loss_type": loss}
+    return "AutoProjectedGradientDescent", {**arguments, **first, **spec.arguments(steps="max_iter")}
+
+
 BUILDERS: dict[str, Builder] = {
     "FGSM": partial(_in_ball, "FastGradientMethod"),
     "PGD": partial(_in_ball, "ProjectedGradientDescent"),
     "C&W": _carlini_wagner,
     "Square": _square,
+    "APGD": _apgd,
 }

@@ -133,6 +133,9 @@ def _carlini_wagner(spec: Spec) -> Recipe | None:
     return "CW", spec.arguments("steps", confidence="kappa", const="c", learning_rate="lr")
 
 
+_ANY_DISTANCE = 1e9
+
+
 def _fab(spec: Spec) -> Recipe | None:
     if spec.norm == 1 or spec.targeted:  # it fails in norm 1, and takes labels for targets that it does not reach
         return None
@@ -150,11 +153,22 @@ def _square(spec: Spec) -> Recipe | None:
     return "Square", arguments
 
 
-_ANY_DISTANCE = 1e9
+def _apgd(spec: Spec) -> Recipe | None:
+    targets, loss = spec.get("n_targets", 0), spec.get("loss", "cross_entropy")
+    losses = {"cross_entropy": "ce", "difference_logits_ratio": "dlr"}
+    if spec.norm == 1 or spec.targeted or not spec.get("random_start") or loss not in losses:
+        return None
+    arguments = {"norm": "Linf" if spec.norm == np.inf else "L2", "eps": spec.eps, **spec.arguments("steps", "rho")}
+    if not targets:
+        return "APGD", {**arguments, "loss": losses[loss]}
+    return ("APGDT", {**arguments, "n_classes": targets + 1}) if losses[loss] == "dlr" else None
+
+
 BUILDERS: dict[str, Builder] = {
     "FGSM": _fgsm,
     "PGD": _pgd,
     "C&W": _carlini_wagner,
+    "APGD": _apgd,
     "FAB": _fab,
     "Square": _square,
 }

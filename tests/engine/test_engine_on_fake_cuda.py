@@ -1,5 +1,7 @@
 """The loop keeps to its device. Fake tensors know theirs, refuse to mix two, and have no values to read."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from models_for_tests import SHAPE
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from guardians.attacks import FGSM, PGD, CarliniWagnerL2, CarliniWagnerLinf
+from guardians.attacks import APGD, FGSM, PGD, CarliniWagnerL2, CarliniWagnerLinf, apgd
 from guardians.engine import loop
 from guardians.engine import run as run_module
 from guardians.engine.report import Report
@@ -127,6 +129,22 @@ def test_fgsm_stays_on_its_device(norm, minimal, reads):
     run(attack, batches(3, 2, 2))
     if not minimal:  # which wants to know whether it has found a size
         assert reads == []
+
+
+@pytest.mark.parametrize("norm", [1, 2, INF])
+@pytest.mark.parametrize(
+    "options",
+    [{"nb_random_init": 0, "eot_samples": 2}, {"loss_type": "margin", "targeted": True}, {"n_targets": 1}],
+    ids=["from the image", "margin", "targets"],
+)
+def test_apgd_stays_on_its_device(norm, options, reads, monkeypatch):
+    monkeypatch.setattr(apgd, "ForkedGenerators", lambda seed, device: nullcontext())
+    common = {"max_iter": 7, "nb_random_init": 1, "batch_size": 3, "verbose": False}
+    attack = APGD(fake_net(), norm, 0.1, **{**common, **options})
+    report = run(attack, batches(3, 2, 2, start=norm == 2))
+    assert reads == []
+    assert report.search_forward == 8 * N * attack.eot_samples
+    assert report.search_backward == 7 * N * attack.eot_samples
 
 
 @norms

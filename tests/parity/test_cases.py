@@ -13,13 +13,21 @@ for toolkit in ("torchattacks", "foolbox"):
 
 
 GRADIENT_SIGN = ("FGSM", "PGD-10", "PGD-40")
-EVERY = (*GRADIENT_SIGN, "C&W", "DDN-20", "FAB-100", "FMN-20")
+EVERY = (*GRADIENT_SIGN, "APGD-100", "APGD-20", "C&W", "DDN-20", "FAB-100", "FMN-20")
 
 
 def test_every_form_that_a_toolkit_has_is_a_case():
     of = {reference: Counter(case.spec.name for case in cases(references=[reference])) for reference in REFERENCES}
     assert of["ART"] == {"FGSM": 12, "PGD-10": 12, "PGD-40": 12, "C&W": 3}
-    assert of["torchattacks"] == {"FGSM": 4, "PGD-10": 8, "PGD-40": 8, "C&W": 4, "FAB-100": 2}
+    assert of["torchattacks"] == {
+        "FGSM": 4,
+        "PGD-10": 8,
+        "PGD-40": 8,
+        "C&W": 4,
+        "APGD-100": 2,
+        "APGD-20": 2,
+        "FAB-100": 2,
+    }
     assert of["foolbox"] == {"FGSM": 6, "PGD-10": 12, "PGD-40": 12, "C&W": 4, "DDN-20": 2, "FMN-20": 6}
     assert all(is_available(case.reference, case.spec) for case in cases())
     assert {case.kind for case in cases(GRADIENT_SIGN)} == {"exact"}
@@ -34,8 +42,9 @@ def test_every_form_that_a_toolkit_has_is_a_case():
 
 def test_names_say_all_and_are_unique():
     names = [case.name for case in cases()]
-    assert len(set(names)) == len(names) == 107
+    assert len(set(names)) == len(names) == 111
     assert "PGD-40 L2 targeted random-start vs ART" in names
+    assert "APGD-100 L2 untargeted random-start vs torchattacks" in names
     assert "FGSM Linf untargeted from-image vs foolbox" in names
     assert "C&W L2 targeted exact vs foolbox" in names
     assert "FMN-20 L1 untargeted exact vs foolbox" in names
@@ -67,7 +76,7 @@ def test_names_are_known_in_any_case_and_once():
 @pytest.mark.parametrize(
     ("attacks", "references", "message"),
     [
-        (["PGD"], [], r"attacks=\['PGD'\]: unknown; known are C&W, DDN-20, FAB-100, FGSM, FMN-20, PGD-10, PGD-40"),
+        (["PGD"], [], r"attacks=\['PGD'\]: unknown; known are APGD-100, APGD-20, C&W, DDN-20, FAB-100, FGSM, FMN-20"),
         ([], ["ART", "cleverhans"], r"references=\['cleverhans'\]: unknown; known are ART, torchattacks, foolbox"),
         ([], ["native"], r"references=\['native'\]: unknown"),
     ],
