@@ -241,4 +241,4 @@ def test_art_apgd_descends_the_untargeted_ratio_of_logits_to_targets():
         agreement[equation] = (gradient.sign() == moved.sign())[counted].float().mean()
     assert counted.any()
     assert agreement[6] > 0.99
-    assert agreement[8] < 0.9
+    assert agreement[8] < 0.98
