@@ -151,3 +151,41 @@ def test_foolbox_builds_its_own(family, norm, params, attack):
     assert {name: getattr(built.attack, name) for name in params} == params
     assert built.eps is None
     assert built(some_images(2), some_labels(2)).shape == (2, *SHAPE)
+
+
+RANDOM = {"random_start": True, "steps": 7}
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "norm", "params", "attack", "arguments"),
+    [
+        ("torchattacks", INF, {"rho": 0.5}, "APGD", {"norm": "Linf", "steps": 7, "thr_decr": 0.5, "loss": "ce"}),
+        ("torchattacks", 2, {"loss": "difference_logits_ratio"}, "APGD", {"norm": "L2", "loss": "dlr"}),
+        (
+            "torchattacks",
+            2,
+            {"loss": "difference_logits_ratio", "n_targets": 3},
+            "APGDT",
+            {"norm": "L2", "n_target_classes": 3},
+        ),
+        ("torchattacks", INF, {"n_targets": 3}, None, {}),
+        ("torchattacks", INF, {"loss": "margin"}, None, {}),
+        ("torchattacks", 1, {}, None, {}),
+        ("torchattacks", INF, {"random_start": False}, None, {}),
+        ("ART", 2, {}, "AutoProjectedGradientDescent", {"eps_step": 0.2, "max_iter": 7, "nb_random_init": 1}),
+        ("ART", 1, {}, "AutoProjectedGradientDescent", {"eps_step": 0.1, "loss_type": "cross_entropy"}),
+        ("ART", INF, {"n_targets": 3}, None, {}),
+        ("ART", INF, {"rho": 0.5}, None, {}),
+        ("foolbox", INF, {}, None, {}),
+    ],
+)
+def test_toolkits_build_their_own_apgd(toolkit, norm, params, attack, arguments):
+    spec = Spec("APGD", norm, 0.1, params={**RANDOM, **params})
+    assert is_available(toolkit, spec) is (attack is not None)
+    if attack is None:
+        return
+    built = build_attack(toolkit, spec, small_net(), nb_classes=CLASSES, input_shape=SHAPE, batch_size=2)
+    made = built.art_attack if toolkit == "ART" else built._build()
+    assert type(made).__name__ == attack
+    assert {name: getattr(made, name) for name in arguments} == arguments
+    assert built(some_images(2), some_labels(2)).shape == (2, *SHAPE)

@@ -171,6 +171,7 @@ def test_torchattacks_apgd_seeds_the_global_generator():
 
 
 def art_attack(net, nb_classes=CLASSES, **options):
+    np.random.seed(0)  # noqa: NPY002 - what ART draws from
     given = {
         "eps": 0.1,
         "eps_step": 0.2,
@@ -190,7 +191,6 @@ def test_art_apgd_returns_the_last_iterate_or_the_start():
     net, x = small_net(), some_images(24)
     y = net(x).argmax(1)
     asked = Recorder(net)
-    np.random.seed(0)  # noqa: NPY002 - what ART draws from
     x_adv = art_apgd(asked, x, y, eps=0.005, eps_step=0.01, max_iter=10)
     stands = net(x_adv).argmax(1) == y
     assert stands.any()
@@ -221,3 +221,24 @@ def test_art_apgd_counts_new_maxima_for_rises():
     attack = art_attack(Scripted(script), max_iter=100, nb_classes=2)
     attack.generate(image().numpy(), y.numpy())
     assert attack.eta_w_j_m_1.item() == pytest.approx(first / 2**8)
+
+
+def test_art_apgd_descends_the_untargeted_ratio_of_logits_to_targets():
+    net, x = small_net(), 0.3 + 0.4 * some_images(10)
+    targets = (net(x).argmax(1) + 1) % CLASSES
+    asked = Recorder(net)
+    options = {"max_iter": 2, "targeted": True, "loss_type": "difference_logits_ratio"}
+    art_apgd(asked, x, targets, **options)
+    start, moved = asked.iterates[0].clone().requires_grad_(), asked.iterates[1] - asked.iterates[0]
+    logits = net(start)
+    own, z = logits.gather(1, targets[:, None])[:, 0], logits.sort(1, descending=True).values
+    gap = own - logits.scatter(1, targets[:, None], -torch.inf).amax(1)
+    counted = moved.abs() > 1e-6
+    counted[own == z[:, 2]] = False  # where the target is third the ratio of equation 6 is flat
+    agreement = {}
+    for equation, spread in ((6, z[:, 0] - z[:, 2]), (8, z[:, 0] - (z[:, 2] + z[:, 3]) / 2)):
+        (gradient,) = torch.autograd.grad((gap / spread).sum(), start, retain_graph=True)
+        agreement[equation] = (gradient.sign() == moved.sign())[counted].float().mean()
+    assert counted.any()
+    assert agreement[6] > 0.99
+    assert agreement[8] < 0.98
