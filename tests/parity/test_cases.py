@@ -110,13 +110,13 @@ def test_attacks_that_minimise_a_norm_agree_query_by_query(case):
     assert len(found.x) == 3
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("case", cases(["FAB-100"]), ids=lambda case: case.name)
 def test_fab_dominates(case):
     with torch.no_grad():
         labels = small_net()(some_images(3)).argmax(1)
     assert compare(case, small_net(), some_images(3), labels, nb_classes=CLASSES).verdict == "dominates"
-=======
+
+
 @pytest.mark.parametrize("case", cases(["APGD-100", "APGD-20"]), ids=lambda case: case.name)
 def test_apgd_agrees_query_by_query_from_the_start_of_the_toolkit(case):
     with torch.no_grad():
@@ -125,4 +125,3 @@ def test_apgd_agrees_query_by_query_from_the_start_of_the_toolkit(case):
     assert found.verdict == "exact"
     assert found.max_abs_diff_float64 <= FLOAT64_TOLERANCE
     assert torch.equal(found.native_success, found.reference_success)
->>>>>>> apgd
