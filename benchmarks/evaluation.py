@@ -63,13 +63,15 @@ def main(
                 return predicted_labels(classifier, attack(x[few], y[few])) == y[few], {}  # noqa: B023
 
             def native() -> Any:
-                attack = AutoAttack(classifier, ball, eps, batch_size=batch_size, seed=seed, verbose=False)  # noqa: B023
+                attack = AutoAttack(classifier, float(ball), eps, batch_size=batch_size, seed=seed, verbose=False)  # noqa: B023
                 attack(x[few], y[few])
                 assert attack.ledger is not None
                 return attack.ledger.stands, {"backward_per_image": attack.ledger.backward.mean()}
 
             def cascade(budget: str) -> Any:
-                found: Any = evaluate(classifier, x, y, norm=ball, eps=eps, budget=budget, seed=seed, verbose=False)  # noqa: B023
+                found: Any = evaluate(
+                    classifier, x, y, norm=float(ball), eps=eps, budget=budget, seed=seed, verbose=False
+                )  # noqa: B023
                 more = {"backward_per_image": found.backward.mean(), "flags": "; ".join(found.flags)}
                 return found.stage < 0, more
 
@@ -107,7 +109,7 @@ def main(
                     "speedup": seconds["torchattacks AutoAttack"] / seconds[contender],
                 }
                 if row not in table:
-                    table.append(row)
+                    table.append({**dict.fromkeys(COLUMNS, ""), **row})
             shown = ["model", "norm", "contender", "n", "robust_accuracy", "on_reference_images", "reference"]
             frame = table.frame()
             print_table(frame[frame["model"] == name], [*shown, "seconds_per_image", "speedup", "backward_per_image"])
