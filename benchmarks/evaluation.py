@@ -69,9 +69,8 @@ def main(
                 return attack.ledger.stands, {"backward_per_image": attack.ledger.backward.mean()}
 
             def cascade(budget: str) -> Any:
-                found: Any = evaluate(
-                    classifier, x, y, norm=float(ball), eps=eps, budget=budget, seed=seed, verbose=False
-                )  # noqa: B023
+                options = {"norm": float(ball), "eps": eps, "budget": budget, "seed": seed}  # noqa: B023
+                found: Any = evaluate(classifier, x, y, **options, verbose=False)  # noqa: B023
                 more = {"backward_per_image": found.backward.mean(), "flags": "; ".join(found.flags)}
                 return found.stage < 0, more
 
