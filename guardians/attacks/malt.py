@@ -28,7 +28,7 @@ class _Plan(NamedTuple):
     """What each query of an image is for, an entry a query, and one more for the end.
 
     Attributes:
-        kind: one of `_UNTARGETED`, `_RANKING`, `_TARGETED`, `_RESTART`.
+        kind: one of `_UNTARGETED`, `_RANKING`, `_TARGETED`, `_LONG`, `_RESTART` and `_END`.
         number: which class is ranked, or which target or restart it is.
         share: of the steps of this search that are taken, from 0 to 1; at 1 the point is only looked at.
         first: whether a search begins here.
@@ -44,7 +44,7 @@ class _Plan(NamedTuple):
     next_first: np.ndarray
 
 
-_UNTARGETED, _RANKING, _TARGETED, _RESTART, _END = range(5)
+_UNTARGETED, _RANKING, _TARGETED, _LONG, _RESTART, _END = range(6)
 
 
 class MALT(SteepestAscent):
@@ -56,9 +56,9 @@ class MALT(SteepestAscent):
         (z_y - z_t) / ||grad(z_y - z_t)||_q    at the image, with q the dual norm
 
     (Melamed et al. 2024, section 3; Moosavi-Dezfooli et al., "DeepFool", 2016, equation 8), and the nearest are
-    searched from the image, by steps of steepest ascent of z_t - z_y that shrink along half a cosine. At last the
-    target that came nearest to the boundary is searched from random points of the ball, as long as it came near. A
-    search that is still far from the boundary after a third of its steps is given up.
+    searched from the image, by steps of steepest ascent of z_t - z_y that shrink along half a cosine. Where one came
+    near to the boundary, longer searches of the same targets follow, and of the one that came nearest from random
+    points of the ball. A search that is still far from the boundary after a third of its steps is given up.
 
     Args:
         estimator: ART `PyTorchClassifier` or `nn.Module`, see `Attack`.
@@ -71,7 +71,9 @@ class MALT(SteepestAscent):
         num_random_init: random starts.
         batch_size: images in one forward pass; None chooses it.
         verbose: show a progress bar.
-        hope: random starts go on while the smallest margin found is at most this share of that at the image.
+        long_iter: steps of the longer searches; 0 for none, then random starts take `max_iter`.
+        hope: longer searches and random starts go on while the smallest margin found is at most this share of that at
+            the image.
         hopeless: a search is given up where its margin is above this share of that at the image; None for none.
         seed, early_stop, precision, judge_samples, eot_samples: see `Attack`.
 
@@ -90,6 +92,7 @@ class MALT(SteepestAscent):
     batch_size: OptionalCount = None
     verbose: Flag = True
     _: KW_ONLY
+    long_iter: Size = 0
     hope: Number = 0.1
     hopeless: OptionalNumber = None
 
@@ -151,8 +154,8 @@ class MALT(SteepestAscent):
         state.x_adv = torch.where(per_image(on_device(kind == _RANKING, x), x), state.x_adv, x_adv)
         self._aim(state, kind, number, first)
         over = torch.from_numpy(kind == _END).to(x.device)
-        if at_random.any() and np.isfinite(self.hope):
-            over = over | on_device(at_random, x) & (state.margin > self.hope * state.clean_margin)
+        if (goes_on := first & (kind >= _LONG)).any():
+            over = over | on_device(goes_on, x) & (state.margin > self.hope * state.clean_margin)
         return Progress(over)
 
     def _see_image(self, state: State, answer: Answer, rows: Tensor) -> None:
@@ -167,7 +170,7 @@ class MALT(SteepestAscent):
         if (ranked := kind == _RANKING).any():
             column = torch.from_numpy(np.where(ranked, number, 0))[:, None].to(x.device)
             state.target = torch.where(on_device(ranked, x), state.order.gather(1, column)[:, 0], state.target)
-        if (begun := first & (kind == _TARGETED)).any():
+        if (begun := first & ((kind == _TARGETED) | (kind == _LONG))).any():
             column = torch.from_numpy(np.where(begun, number, 0))[:, None].to(x.device)
             place = state.distance.argsort(dim=1, stable=True).gather(1, column)
             state.target = torch.where(on_device(begun, x), state.order.gather(1, place)[:, 0], state.target)
@@ -179,22 +182,24 @@ class MALT(SteepestAscent):
         return self.inside(start if state.mask is None else torch.where(state.mask, start, state.x), state)
 
     def _plan(self) -> _Plan:
-        def search(kind: int, number: int, steps: int) -> list[tuple[int, int, float, bool]]:
-            return [(kind, number, step / steps, step == 0) for step in range(steps + 1)]
+        def search(kind: int, number: int, steps: int) -> list[tuple[int, int, float, bool, bool]]:
+            third = math.ceil(steps / 3) if kind >= _TARGETED and steps > 1 else -1
+            return [(kind, number, step / steps, step == 0, step == third) for step in range(steps + 1)]
 
-        at_image = [(_UNTARGETED, 0, 0.0, True)]  # which ranks the class with the largest logit
+        at_image = [(_UNTARGETED, 0, 0.0, True, False)]  # which ranks the class with the largest logit
         entries = search(_UNTARGETED, 0, self.untargeted_steps) if self.untargeted_steps else at_image
-        entries += [(_RANKING, number, 0.0, False) for number in range(1, self._n_ranked)]
+        entries += [(_RANKING, number, 0.0, False, False) for number in range(1, self._n_ranked)]
         for target in range(min(self.n_targets, self._n_ranked)):
             entries += search(_TARGETED, target, self.max_iter)
+        for target in range(min(self.n_targets, self._n_ranked) if self.long_iter else 0):
+            entries += search(_LONG, target, self.long_iter)
         for start in range(self.num_random_init):
-            entries += search(_RESTART, start, self.max_iter)
-        columns = zip(*entries, (_END, 0, 1.0, True), strict=True)
-        kind, number, share, first = (np.array(column) for column in columns)
-        third = math.ceil(self.max_iter / 3) / self.max_iter
+            entries += search(_RESTART, start, self.long_iter or self.max_iter)
+        columns = zip(*entries, (_END, 0, 1.0, True, False), strict=True)
+        kind, number, share, first, gives_up = (np.array(column) for column in columns)
         begins = first.nonzero()[0]
         following = begins[np.searchsorted(begins, np.arange(len(kind)), side="right").clip(max=len(begins) - 1)]
-        return _Plan(kind, number, share, first, (kind >= _TARGETED) & (share == third) & (third < 1), following)
+        return _Plan(kind, number, share, first, gives_up, following)
 
     @property
     def _n_ranked(self) -> int:
