@@ -59,9 +59,9 @@ _QUERIES = {"fast": 500, "standard": 2000, "thorough": 5000}
 """Of Square, where gradients are of no use."""
 _SAMPLE_QUERIES = 300
 """Of Square, where gradients are of use."""
-_HOPELESS, _HOPE = {"fast": 0.3, "standard": 0.5, "thorough": 0.5}, 0.15
-"""Shares of the margin at the image, see `MALT`. Of 124 searches on two adversarially trained models that went on to
-fool the model in norm inf, all were below 0.13 after a third of their steps, but for one that was above 1."""
+_HOPELESS, _HOPE = {"fast": 0.3, "standard": 0.5, "thorough": 0.5}, 0.3
+"""Shares of the margin at the image, see `MALT`. Of 125 searches of 10 steps on two adversarially trained models that
+went on to fool the model, all were below 0.13 after 3 steps, but for one that was at 1."""
 _SAVED_EVERY = 30.0
 """Seconds."""
 
@@ -224,8 +224,8 @@ def evaluate(
     | budget | attacks |
     | --- | --- |
     | fast | the images as they are; `MALT`: 3 untargeted steps, then 9 at each of the two nearest classes |
-    | standard | and `MALT` at the nine nearest classes, with random starts where the margin is nearly gone; APGD on
-        cross-entropy and Square, each on a sample of what stands, and on all of it where that finds anything |
+    | standard | and `MALT` at the nine nearest classes, with longer searches and random starts where the margin is
+        nearly gone; APGD on cross-entropy and Square, each on a sample of what stands, and on all of it where that finds anything |
     | thorough | and all of AutoAttack |
 
     In norm 1 APGD on the margin is in the place of `MALT`, 30 steps untargeted, then 50 at each of nine classes.
@@ -352,7 +352,8 @@ class _Run:
         else:
             malt = partial(MALT, self.model, **common, max_iter=9, hopeless=hopeless)
             nearest = Stage("malt", malt(n_targets=2))
-            more: dict[str, Any] = {"n_targets": 9, "untargeted_steps": 0, "num_random_init": 10, "hope": _HOPE}
+            more: dict[str, Any] = {"n_targets": 9, "untargeted_steps": 0, "long_iter": 50, "num_random_init": 3}
+            more |= {"hope": _HOPE, "precision": "float32"}  # near the boundary bfloat16 decides little
             all_targets = Stage("malt-9", malt(**more))
         stages.append(nearest)
         if self.budget == "fast":
