@@ -1,4 +1,4 @@
-# make demo   parity and benchmark on bundled weights and real images (GUARDIANS_DATA, or the 20 offline samples)
+# make demo   evaluation, parity and benchmark on bundled weights and real images (GUARDIANS_DATA, or the 20 offline samples)
 # make test   the test suite
 # make lint   ruff and mypy
 PYTHON ?= python3
@@ -8,6 +8,7 @@ BIN    := $(VENV)/bin
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.installed
+	$(BIN)/guardians evaluate --n 100 --out runs/demo
 	$(BIN)/guardians parity --n 20 --attack FGSM --attack PGD-10 --out runs/demo
 	$(BIN)/guardians bench --n 100 --out runs/demo
 
