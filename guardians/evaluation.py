@@ -31,6 +31,7 @@ from guardians.attacks.square import Square
 from guardians.benchmark.statistics import wilson_interval
 from guardians.engine.attack import Attack
 from guardians.engine.checks import check_choice, check_number, check_seed
+from guardians.engine.rng import ForkedGenerators
 from guardians.engine.victim import Victim, isolated, undisturbed
 from guardians.models.identity import digest
 from guardians.tables import write_csv
@@ -289,10 +290,9 @@ class _Run:
         self.norm, self.eps, self.budget, self.seed, self.verbose = norm, eps, budget, seed, verbose
         self.digest = digest(Victim(model).module)
         self.flags: list[str] = []
-        self.model, gradients = self._examined(model)
+        self.model, self.has_gradients = self._examined(model)
         self.device = Victim(self.model).device or self.x.device
         self.common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "verbose": False}
-        self.gradients = gradients
         self._file = None if out is None else Path(out) / f"evaluation-{self._key()}.npz"
 
     def _key(self) -> str:
@@ -307,7 +307,7 @@ class _Run:
         victim = Victim(model)
         x = self.x[:_PROBED].to(victim.device or self.x.device)
         y = self.y[:_PROBED].to(x.device)
-        with undisturbed(victim.module), isolated(x.device):
+        with undisturbed(victim.module), isolated(x.device), ForkedGenerators(self.seed, x.device):
             logits = victim.logits(x)
             sums = logits.double().sum(1)
             are_probabilities = bool((logits >= 0).all() and ((sums - 1).abs() < 1e-3).all())
@@ -342,7 +342,7 @@ class _Run:
             options = {key: value for key, value in common.items() if key != "eot_samples"}
             return Stage("square", Square(self.model, **options, max_iter=queries), sampled)
 
-        if not self.gradients:
+        if not self.has_gradients:
             return [square(_QUERIES[self.budget])]
         vanish, hopeless = "vanishing gradients" in self.flags, _HOPELESS[self.budget]
         stages = [square(_QUERIES[self.budget])] if vanish else []
@@ -380,9 +380,8 @@ class _Run:
         if smaller is not None:
             fooled = ledger.stands & (smaller.stage != STANDS)
             ledger.stage[fooled] = smaller.stage[fooled]
-            ledger.x_adv[torch.from_numpy(fooled).to(self.x.device)] = smaller.x_adv[torch.from_numpy(fooled)].to(
-                self.x
-            )
+            rows = torch.from_numpy(fooled).to(self.x.device)
+            ledger.x_adv[rows] = smaller.x_adv[rows]
         for number, stage in enumerate(stages[1:], 1):
             if stage.sampled:
                 reached = (ledger.stands | (ledger.stage >= number)).nonzero()[0]
@@ -421,7 +420,7 @@ class _Run:
         if (stage == 0).all():
             flags.append("all wrong")
         black_box = [number for number, name in enumerate(evaluation.stages) if name.endswith("square")]
-        if self.gradients and "vanishing gradients" not in flags and np.isin(stage, black_box).any():
+        if self.has_gradients and "vanishing gradients" not in flags and np.isin(stage, black_box).any():
             flags.append("gradient masking")
         late = (stage > 0) & (evaluation.backward > 2 / 3 * evaluation.backward.max())
         if ledger.stands.any() and late.mean() > 0.01:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -112,12 +113,12 @@ class MALT(SteepestAscent):
     def query(self, state: State) -> Query:
         """The image where classes are ranked, else the iterate; there is no step after the last."""
         plan = self._plan()
-        ranking = torch.from_numpy(plan.kind[state.steps] == _RANKING).to(state.x.device)
+        ranking = on_device(plan.kind[state.steps] == _RANKING, state.x)
         return Query(torch.where(per_image(ranking, state.x), state.x, state.x_adv), plan.share[state.steps] < 1)
 
     def objective(self, logits: Tensor, y: Tensor, state: State) -> Tensor:
         """z_t - z_y, with t the largest other logit where there is no target."""
-        untargeted = torch.from_numpy(self._plan().kind[state.steps] == _UNTARGETED).to(y.device)
+        untargeted = on_device(self._plan().kind[state.steps] == _UNTARGETED, state.x)
         return -logit_gap(logits, torch.where(untargeted, largest_other(logits, y), state.target), y)
 
     def update(self, state: State, answer: Answer) -> Progress:
@@ -153,7 +154,7 @@ class MALT(SteepestAscent):
             x_adv = torch.where(per_image(on_device(at_random, x), x), self._random_start(state), x_adv)
         state.x_adv = torch.where(per_image(on_device(kind == _RANKING, x), x), state.x_adv, x_adv)
         self._aim(state, kind, number, first)
-        over = torch.from_numpy(kind == _END).to(x.device)
+        over = on_device(kind == _END, x)
         if (goes_on := first & (kind >= _LONG)).any():
             over = over | on_device(goes_on, x) & (state.margin > self.hope * state.clean_margin)
         return Progress(over)
@@ -182,24 +183,8 @@ class MALT(SteepestAscent):
         return self.inside(start if state.mask is None else torch.where(state.mask, start, state.x), state)
 
     def _plan(self) -> _Plan:
-        def search(kind: int, number: int, steps: int) -> list[tuple[int, int, float, bool, bool]]:
-            third = math.ceil(steps / 3) if kind >= _TARGETED and steps > 1 else -1
-            return [(kind, number, step / steps, step == 0, step == third) for step in range(steps + 1)]
-
-        at_image = [(_UNTARGETED, 0, 0.0, True, False)]  # which ranks the class with the largest logit
-        entries = search(_UNTARGETED, 0, self.untargeted_steps) if self.untargeted_steps else at_image
-        entries += [(_RANKING, number, 0.0, False, False) for number in range(1, self._n_ranked)]
-        for target in range(min(self.n_targets, self._n_ranked)):
-            entries += search(_TARGETED, target, self.max_iter)
-        for target in range(min(self.n_targets, self._n_ranked) if self.long_iter else 0):
-            entries += search(_LONG, target, self.long_iter)
-        for start in range(self.num_random_init):
-            entries += search(_RESTART, start, self.long_iter or self.max_iter)
-        columns = zip(*entries, (_END, 0, 1.0, True, False), strict=True)
-        kind, number, share, first, gives_up = (np.array(column) for column in columns)
-        begins = first.nonzero()[0]
-        following = begins[np.searchsorted(begins, np.arange(len(kind)), side="right").clip(max=len(begins) - 1)]
-        return _Plan(kind, number, share, first, gives_up, following)
+        lengths = self.untargeted_steps, self.max_iter, self.long_iter
+        return _planned(*lengths, self._n_ranked, min(self.n_targets, self._n_ranked), self.num_random_init)
 
     @property
     def _n_ranked(self) -> int:
@@ -209,6 +194,30 @@ class MALT(SteepestAscent):
     def eps_step(self) -> Any:
         """The first step of a search."""
         return self.eps
+
+
+@lru_cache
+def _planned(untargeted_steps: int, steps: int, long: int, n_ranked: int, n_targets: int, n_random: int) -> _Plan:
+    """Ranking and searches in their order."""
+
+    def search(kind: int, number: int, steps: int) -> list[tuple[int, int, float, bool, bool]]:
+        third = math.ceil(steps / 3) if kind >= _TARGETED and steps > 1 else -1
+        return [(kind, number, step / steps, step == 0, step == third) for step in range(steps + 1)]
+
+    at_image = [(_UNTARGETED, 0, 0.0, True, False)]  # which ranks the class with the largest logit
+    entries = search(_UNTARGETED, 0, untargeted_steps) if untargeted_steps else at_image
+    entries += [(_RANKING, number, 0.0, False, False) for number in range(1, n_ranked)]
+    for target in range(n_targets):
+        entries += search(_TARGETED, target, steps)
+    for target in range(n_targets if long else 0):
+        entries += search(_LONG, target, long)
+    for start in range(n_random):
+        entries += search(_RESTART, start, long or steps)
+    columns = zip(*entries, (_END, 0, 1.0, True, False), strict=True)
+    kind, number, share, first, gives_up = (np.array(column) for column in columns)
+    begins = first.nonzero()[0]
+    following = begins[np.searchsorted(begins, np.arange(len(kind)), side="right").clip(max=len(begins) - 1)]
+    return _Plan(kind, number, share, first, gives_up, following)
 
 
 def _native(spec: Spec) -> tuple[type[Attack], dict[str, Any]]:
