@@ -417,7 +417,3 @@ def run() -> None:
     if code == 130:
         typer.echo("stopped; the same command goes on from here", err=True)
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    run()

@@ -102,6 +102,51 @@ def image_folder(folder, seed=0):
     return folder
 
 
+# Evaluation
+
+
+def test_evaluate_says_how_robust_a_model_is_and_goes_on_from_what_is_there(command, tree, tmp_path):
+    arguments = (
+        "evaluate",
+        *SMALL,
+        "--data",
+        tree,
+        "--eps",
+        "2/255",
+        "--eps",
+        "0.1",
+        "--save-images",
+        "--out",
+        tmp_path,
+    )
+    first = command(*arguments)
+    assert first.code == 0
+    folders = sorted(path for path in tmp_path.iterdir() if (path / "evaluation.csv").exists())
+    assert len(folders) == 2
+    tables = [read_csv(folder / "evaluation.csv") for folder in folders]
+    assert [table["eps"].item() for table in tables] == pytest.approx([2 / 255, 0.1])
+    assert tables[0]["robust_accuracy"].item() >= tables[1]["robust_accuracy"].item()
+    for table, folder in zip(tables, folders, strict=True):
+        assert f"robust accuracy {table['robust_accuracy'].item():.1%}" in first.out
+        assert (folder / "evaluation_curve.png").exists()
+        assert np.load(folder / "images" / "x_adv.npy").shape == (6, 3, 8, 8)
+    again = command(*arguments)
+    stages = [line for line in first.lines if "felled" not in line and "gradients an image" not in line]
+    assert all(line in again.lines for line in stages)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--norm", "3"), "norm='3': must be one of inf, 2, 1"),
+        (("--budget", "endless"), "budget='endless': must be one of fast, standard, thorough"),
+        (("--eps", "0"), "eps=0.0: must be above 0"),
+    ],
+)
+def test_evaluate_refuses_what_is_not_allowed(command, tree, arguments, message):
+    assert message in command("evaluate", *SMALL, "--data", tree, *arguments).error
+
+
 # Listing
 
 
@@ -110,7 +155,7 @@ def test_version(command):
 
 
 def test_module_is_runnable():
-    done = subprocess.run([sys.executable, "-m", "guardians.cli", "--version"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "guardians", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"{guardians.__version__}\n")
 
 
@@ -118,11 +163,11 @@ def test_module_is_runnable():
 def test_help_lists_the_commands(command, arguments):
     result = command(*arguments)
     assert result.code == 0
-    for name in ("train", "parity", "bench", "models", "--version"):
+    for name in ("evaluate", "train", "parity", "bench", "models", "--version"):
         assert name in result.out
 
 
-@pytest.mark.parametrize("name", ["train", "parity", "bench", "models"])
+@pytest.mark.parametrize("name", ["evaluate", "train", "parity", "bench", "models"])
 def test_help_of_a_command(command, name):
     result = command(name, "--help")
     assert result.code == 0

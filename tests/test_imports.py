@@ -17,6 +17,7 @@ LAYERS = [
     {"benchmark"},
     {"evaluation", "parity"},
     {"adapters", "cli"},
+    {"__main__"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 WITHIN_A_LAYER = {("estimators", "defences"), ("training", "defences")}
