@@ -106,9 +106,9 @@ class MALT(SteepestAscent):
         n = len(state)
         state.order = state.y[:, None].repeat(1, self._n_ranked)
         state.distance = state.x.new_full((n, self._n_ranked), torch.inf)
-        state.target = state.y.clone()
-        state.clean_margin, state.margin = (state.x.new_full((n,), torch.inf) for _ in range(2))
-        state.nearest_target = state.y.clone()
+        state.closest = state.x.new_full((n, self._n_ranked), torch.inf)
+        state.column = torch.zeros_like(state.y)
+        state.clean_margin = state.x.new_full((n,), torch.inf)
 
     def query(self, state: State) -> Query:
         """The image where classes are ranked, else the iterate; there is no step after the last."""
@@ -119,7 +119,8 @@ class MALT(SteepestAscent):
     def objective(self, logits: Tensor, y: Tensor, state: State) -> Tensor:
         """z_t - z_y, with t the largest other logit where there is no target."""
         untargeted = on_device(self._plan().kind[state.steps] == _UNTARGETED, state.x)
-        return -logit_gap(logits, torch.where(untargeted, largest_other(logits, y), state.target), y)
+        target = state.order.gather(1, state.column[:, None])[:, 0]
+        return -logit_gap(logits, torch.where(untargeted, largest_other(logits, y), target), y)
 
     def update(self, state: State, answer: Answer) -> Progress:
         """Take note of a class's distance, or take a step; then go on to the next class, target or start."""
@@ -131,14 +132,9 @@ class MALT(SteepestAscent):
             self._see_image(state, answer, on_device(at_image, x))
         if (ranked := at_image | (kind == _RANKING)).any():
             slope = lp_norm(gradient, dual(as_norm(self.norm))).flatten()
-            distance = (-answer.value / slope).nan_to_num(nan=torch.inf)
-            column = torch.from_numpy(np.where(ranked, number, 0))[:, None].to(x.device)
-            kept = torch.where(on_device(ranked, x), distance, state.distance.gather(1, column)[:, 0])
-            state.distance = state.distance.scatter(1, column, kept[:, None])
+            state.distance = self._noted(state.distance, state, ranked, -answer.value / slope)
         if (searched := kind >= _TARGETED).any():
-            nearer = on_device(searched, x) & (-answer.value < state.margin)
-            state.margin = torch.where(nearer, -answer.value, state.margin)
-            state.nearest_target = torch.where(nearer, state.target, state.nearest_target)
+            state.closest = self._noted(state.closest, state, searched, -answer.value)
 
         alpha = annealed(1.0, _SHRINKS_TO, plan.share[steps], x) * state.eps_step
         x_adv = self.inside(state.x_adv + self.step(gradient, state.x_adv, alpha, state), state)
@@ -146,7 +142,8 @@ class MALT(SteepestAscent):
         if self.hopeless is not None and (looked_at := plan.gives_up[steps]).any():
             far = on_host(-answer.value > self.hopeless * state.clean_margin)
             following = np.where(looked_at & far, plan.next_first[steps], following)
-        state.steps = steps = np.minimum(following, len(plan.kind) - 1)  # rows that are vacant stay at the end
+        following = np.minimum(following, len(plan.kind) - 1)  # rows that are vacant stay at the end
+        state.steps = steps = self._where_hope_is(following, state)
         kind, number, first = plan.kind[steps], plan.number[steps], plan.first[steps]
         if (at_x := first & (kind != _RESTART)).any():
             x_adv = torch.where(per_image(on_device(at_x, x), x), x, x_adv)
@@ -154,10 +151,20 @@ class MALT(SteepestAscent):
             x_adv = torch.where(per_image(on_device(at_random, x), x), self._random_start(state), x_adv)
         state.x_adv = torch.where(per_image(on_device(kind == _RANKING, x), x), state.x_adv, x_adv)
         self._aim(state, kind, number, first)
-        over = on_device(kind == _END, x)
-        if (goes_on := first & (kind >= _LONG)).any():
-            over = over | on_device(goes_on, x) & (state.margin > self.hope * state.clean_margin)
-        return Progress(over)
+        return Progress(on_device(kind == _END, x))
+
+    def _where_hope_is(self, steps: np.ndarray, state: State) -> np.ndarray:
+        """Past the longer searches of classes, and the random starts, that the margin gives no hope for."""
+        plan = self._plan()
+        kind, number = plan.kind[steps], plan.number[steps]
+        for searches, after in ((_LONG, _RESTART), (_RESTART, _END)):
+            if (begun := plan.first[steps] & (kind == searches)).any():
+                place = np.where(begun & (searches == _LONG), number, 0)
+                closest = state.closest.sort(dim=1).values.gather(1, torch.from_numpy(place)[:, None].to(state.x.device))
+                far = on_host(closest[:, 0] > self.hope * state.clean_margin)
+                steps = np.where(begun & far, np.searchsorted(plan.kind, after), steps)
+                kind = plan.kind[steps]
+        return steps
 
     def _see_image(self, state: State, answer: Answer, rows: Tensor) -> None:
         others = answer.logits.scatter(1, state.y[:, None], -torch.inf)
@@ -165,18 +172,23 @@ class MALT(SteepestAscent):
         state.order = torch.where(rows[:, None], order, state.order)
         state.clean_margin = torch.where(rows, -answer.value, state.clean_margin)
 
+    def _noted(self, columns: Tensor, state: State, rows: np.ndarray, value: Tensor) -> Tensor:
+        """`columns` (N, n_ranked), with the smaller of it and `value` (N,) for the class that is looked at."""
+        value = torch.where(on_device(rows, state.x), value.nan_to_num(nan=torch.inf), torch.inf)
+        return columns.scatter_reduce(1, state.column[:, None], value[:, None], "amin")
+
     def _aim(self, state: State, kind: np.ndarray, number: np.ndarray, first: np.ndarray) -> None:
         """At the class that is ranked or searched next."""
-        x = state.x
-        if (ranked := kind == _RANKING).any():
-            column = torch.from_numpy(np.where(ranked, number, 0))[:, None].to(x.device)
-            state.target = torch.where(on_device(ranked, x), state.order.gather(1, column)[:, 0], state.target)
-        if (begun := first & ((kind == _TARGETED) | (kind == _LONG))).any():
-            column = torch.from_numpy(np.where(begun, number, 0))[:, None].to(x.device)
-            place = state.distance.argsort(dim=1, stable=True).gather(1, column)
-            state.target = torch.where(on_device(begun, x), state.order.gather(1, place)[:, 0], state.target)
-        if (begun := first & (kind == _RESTART)).any():
-            state.target = torch.where(on_device(begun, x), state.nearest_target, state.target)
+        for rows, columns in (
+            (kind == _RANKING, None),
+            (first & (kind == _TARGETED), state.distance),
+            (first & ((kind == _LONG) | (kind == _RESTART)), state.closest),
+        ):
+            if rows.any():
+                column = torch.from_numpy(np.where(rows & (kind != _RESTART), number, 0)).to(state.x.device)
+                if columns is not None:
+                    column = columns.argsort(dim=1, stable=True).gather(1, column[:, None])[:, 0]
+                state.column = torch.where(on_device(rows, state.x), column, state.column)
 
     def _random_start(self, state: State) -> Tensor:
         start = state.x + random_in_ball(state.x, state.eps, as_norm(self.norm), state.rng)

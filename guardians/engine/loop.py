@@ -162,7 +162,7 @@ class _Pool:
         if attack.keeps == "nearest":
             self._keep_nearer(state, answer, points, fooled)
         if attack.keep == "first" or self.failed is not None:
-            doubtful = self._doubtful(state, answer, votes)
+            doubtful = self._doubtful(state, query, answer, votes)
             fools, stuck, doubtful = on_host(torch.stack([fooled, known["stuck"], doubtful]))
             if attack.keep != "nearest":  # which passes the boundary all the time; what counts is what it returns
                 claimed = fools & ~over
@@ -228,14 +228,15 @@ class _Pool:
             draws, value, gradient = evaluate(run.attack, self.search.logits, points, state, **options)
         return draws, value, points.new_zeros(points.shape) if gradient is None else gradient
 
-    def _doubtful(self, state: State, answer: Answer, draws: Tensor) -> Tensor:
+    def _doubtful(self, state: State, query: Query, answer: Answer, draws: Tensor) -> Tensor:
         """Where another model might get further: bool (N,)."""
         doubtful = ~draws.isfinite().flatten(2).all(-1).all(0)
         if self.failed is None:
             return doubtful
         if answer.gradient is not None:
             steepest = answer.gradient.flatten(1).abs().amax(1)
-            doubtful |= ~((steepest > 0) & steepest.isfinite())
+            wanted = torch.as_tensor(query.gradient, device=steepest.device)
+            doubtful |= wanted & ~((steepest > 0) & steepest.isfinite())
         if self.run.attack.keep == "first":
             doubtful |= self._nearly(answer.logits, state.y).view(len(state), -1).any(1)
         return doubtful
