@@ -60,9 +60,11 @@ _QUERIES = {"fast": 500, "standard": 2000, "thorough": 5000}
 """Of Square, where gradients are of no use."""
 _SAMPLE_QUERIES = 300
 """Of Square, where gradients are of use."""
-_HOPELESS, _HOPE = {"fast": 0.3, "standard": 0.5, "thorough": 0.5}, 0.3
+_HOPELESS, _HOPE = 0.5, 0.3
 """Shares of the margin at the image, see `MALT`. Of 124 searches of 10 steps on two adversarially trained models that
 went on to fool the model, all were below 0.13 after 3 steps, but for one that was at 1."""
+_REACH = {"fast": 2.0, "standard": 3.0}
+"""In radii. Of 971 images fooled in norms inf and 2 on four models, the class was at most at 1.8."""
 _SAVED_EVERY = 30.0
 """Seconds."""
 
@@ -224,11 +226,11 @@ def evaluate(
 
     | budget | attacks |
     | --- | --- |
-    | fast | the images as they are; `MALT`: 3 untargeted steps, then 9 at each of the two nearest classes |
-    | standard | and `MALT` at the nine nearest classes, with longer searches and random starts where the margin is
+    | fast | the images as they are; `MALT`: 3 untargeted steps, then 9 at each class within two radii |
+    | standard | `MALT` at each class within three radii, with longer searches and random starts where the margin is
         nearly gone; APGD on cross-entropy and Square, each on a sample of what stands, and on all of it where that
         finds anything |
-    | thorough | and all of AutoAttack |
+    | thorough | the same with all of `MALT`'s searches, none of which is given up; and all of AutoAttack |
 
     In norm 1 APGD on the margin is in the place of `MALT`, 30 steps untargeted, then 50 at each of nine classes.
 
@@ -344,23 +346,22 @@ class _Run:
 
         if not self.has_gradients:
             return [square(_QUERIES[self.budget])]
-        vanish, hopeless = "vanishing gradients" in self.flags, _HOPELESS[self.budget]
+        vanish = "vanishing gradients" in self.flags
         stages = [square(_QUERIES[self.budget])] if vanish else []
         if self.norm == 1:  # where steps are long ways along few pixels, and no early margin says where they end
             margin_apgd = partial(APGD, self.model, **common, loss_type="margin", nb_random_init=0)
-            nearest = Stage("apgd", margin_apgd(max_iter=30))
-            all_targets = Stage("apgd-t", margin_apgd(max_iter=50, n_targets=9))
+            gradients = [Stage("apgd", margin_apgd(max_iter=30))]
+            if self.budget != "fast":
+                gradients.append(Stage("apgd-t", margin_apgd(max_iter=50, n_targets=9)))
         else:
-            malt = partial(MALT, self.model, **common, max_iter=9, hopeless=hopeless)
-            nearest = Stage("malt", malt(n_targets=2))
-            more: dict[str, Any] = {"n_targets": 9, "untargeted_steps": 0, "long_iter": 50, "num_random_init": 3}
-            more |= {"hope": _HOPE, "precision": "float32"}  # near the boundary bfloat16 decides little
-            all_targets = Stage("malt-9", malt(**more))
-        stages.append(nearest)
+            longer = {"long_iter": 50, "num_random_init": 3, "hope": _HOPE} if self.budget != "fast" else {}
+            hopeless = {"hopeless": _HOPELESS} if self.budget in _REACH else {}
+            options = {**common, **hopeless, **longer, "reach": _REACH.get(self.budget)}
+            gradients = [Stage("malt", MALT(self.model, **options, max_iter=9, n_targets=9))]
+        stages += gradients
         if self.budget == "fast":
             return stages
         ce: dict[str, Any] = {"max_iter": 20, "loss_type": "cross_entropy", "nb_random_init": 1}
-        stages.append(all_targets)
         stages.append(Stage("apgd-ce", APGD(self.model, **common, **ce), sampled=True))
         if not vanish:
             stages.append(square(_SAMPLE_QUERIES, sampled=True))

@@ -23,6 +23,8 @@ __all__ = ["MALT"]
 
 _SHRINKS_TO = 0.02
 """The last step of a search, relative to the first."""
+_NEARLY_GONE = 1 / 3
+"""How small the margin must be for a random start, relative to what makes a longer search."""
 
 
 class _Plan(NamedTuple):
@@ -57,9 +59,9 @@ class MALT(SteepestAscent):
         (z_y - z_t) / ||grad(z_y - z_t)||_q    at the image, with q the dual norm
 
     (Melamed et al. 2024, section 3; Moosavi-Dezfooli et al., "DeepFool", 2016, equation 8), and the nearest are
-    searched from the image, by steps of steepest ascent of z_t - z_y that shrink along half a cosine. Where one came
-    near to the boundary, longer searches of the same targets follow, and of the one that came nearest from random
-    points of the ball. A search that is still far from the boundary after a third of its steps is given up.
+    searched from the image, by steps of steepest ascent of z_t - z_y that shrink along half a cosine. Of those that came
+    near to the boundary longer searches follow, and of the one that came nearest some from random points of the ball.
+    A search that is still far from the boundary after a third of its steps is given up.
 
     Args:
         estimator: ART `PyTorchClassifier` or `nn.Module`, see `Attack`.
@@ -73,9 +75,11 @@ class MALT(SteepestAscent):
         batch_size: images in one forward pass; None chooses it.
         verbose: show a progress bar.
         long_iter: steps of the longer searches; 0 for none, then random starts take `max_iter`.
-        hope: longer searches and random starts go on while the smallest margin found is at most this share of that at
-            the image.
+        hope: a class is searched longer where the smallest margin to it is at most this share of that at the image, and
+            from random points where it is at most a third of this.
         hopeless: a search is given up where its margin is above this share of that at the image; None for none.
+        reach: classes at a first-order distance of more than this many `eps` are not searched, but for the nearest; None
+            where all are.
         seed, early_stop, precision, judge_samples, eot_samples: see `Attack`.
 
     Raises:
@@ -96,6 +100,7 @@ class MALT(SteepestAscent):
     long_iter: Size = 0
     hope: Number = 0.1
     hopeless: OptionalNumber = None
+    reach: OptionalNumber = None
 
     targeted, decay, random_eps, starts_at_random, restarts = False, None, False, False, 1
     _options: ClassVar[tuple[str, ...]] = ("mask", "first_index")
@@ -154,16 +159,21 @@ class MALT(SteepestAscent):
         return Progress(on_device(kind == _END, x))
 
     def _where_hope_is(self, steps: np.ndarray, state: State) -> np.ndarray:
-        """Past the longer searches of classes, and the random starts, that the margin gives no hope for."""
+        """Past classes out of reach, and longer searches and random starts for which the margin gives no hope."""
         plan = self._plan()
         kind, number = plan.kind[steps], plan.number[steps]
-        for searches, after in ((_LONG, _RESTART), (_RESTART, _END)):
+        reach = math.inf if self.reach is None else self.reach * state.eps.flatten(1).amax(1)
+        for searches, columns, limit in (
+            (_TARGETED, state.distance, reach),
+            (_LONG, state.closest, self.hope * state.clean_margin),
+            (_RESTART, state.closest, _NEARLY_GONE * self.hope * state.clean_margin),
+        ):
             if (begun := plan.first[steps] & (kind == searches)).any():
-                place = np.where(begun & (searches == _LONG), number, 0)
-                closest = state.closest.sort(dim=1).values.gather(1, torch.from_numpy(place)[:, None].to(state.x.device))
-                far = on_host(closest[:, 0] > self.hope * state.clean_margin)
-                steps = np.where(begun & far, np.searchsorted(plan.kind, after), steps)
-                kind = plan.kind[steps]
+                place = torch.from_numpy(np.where(begun & (searches != _RESTART), number, 0)).to(state.x.device)
+                smallest = columns.sort(dim=1).values.gather(1, place[:, None])[:, 0]
+                far = on_host(smallest > limit) & ((number > 0) | (searches != _TARGETED))
+                steps = np.where(begun & far, np.searchsorted(plan.kind, searches + 1), steps)
+                kind, number = plan.kind[steps], plan.number[steps]
         return steps
 
     def _see_image(self, state: State, answer: Answer, rows: Tensor) -> None:
