@@ -2,7 +2,7 @@
 
     python benchmarks/attack_memory.py --data PATH
 
-Writes results/attack_memory.csv; columns in guardians.benchmark.throughput.MEMORY_COLUMNS.
+Writes results/attack_memory.csv; columns in guardians.experiments.throughput.MEMORY_COLUMNS.
 """
 
 from pathlib import Path
@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from guardians.benchmark.throughput import measure_memory
 from guardians.data import ENVIRONMENT_VARIABLE, load_data
+from guardians.experiments.throughput import measure_memory
 from guardians.tables import print_table, write_csv
 
 

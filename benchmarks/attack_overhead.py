@@ -2,7 +2,7 @@
 
     python benchmarks/attack_overhead.py --data PATH
 
-Writes results/attack_overhead.csv; columns in guardians.benchmark.overhead.OVERHEAD_COLUMNS.
+Writes results/attack_overhead.csv; columns in guardians.experiments.overhead.OVERHEAD_COLUMNS.
 """
 
 from pathlib import Path
@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from guardians.benchmark.overhead import measure_overhead
 from guardians.data import ENVIRONMENT_VARIABLE, load_data
+from guardians.experiments.overhead import measure_overhead
 from guardians.models import load_model
 from guardians.tables import print_table, write_csv
 

@@ -2,7 +2,7 @@
 
     python benchmarks/attack_throughput.py --data PATH --model NAME --model NAME
 
-Writes results/attack_throughput.csv; columns in guardians.benchmark.throughput.THROUGHPUT_COLUMNS.
+Writes results/attack_throughput.csv; columns in guardians.experiments.throughput.THROUGHPUT_COLUMNS.
 """
 
 from pathlib import Path
@@ -11,8 +11,8 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from guardians.benchmark.throughput import measure_throughput
 from guardians.data import ENVIRONMENT_VARIABLE, load_data
+from guardians.experiments.throughput import measure_throughput
 from guardians.models import load_model
 from guardians.tables import print_table, write_csv
 

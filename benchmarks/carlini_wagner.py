@@ -3,7 +3,7 @@
     python benchmarks/carlini_wagner.py --data PATH --model NAME --model ADVERSARIALLY-TRAINED-NAME
 
 Writes into results/: carlini_wagner.csv with the runs and outcomes it is made of (columns in
-guardians.benchmark.minimum_norm), carlini_wagner_frontier.png, carlini_wagner_consts.csv and .png for c fixed, and
+guardians.experiments.minimum_norm), carlini_wagner_frontier.png, carlini_wagner_consts.csv and .png for c fixed, and
 carlini_wagner_c.png, the same images attacked with c = 0.1 and c = 100. The same command goes on where it was stopped.
 """
 
@@ -13,10 +13,10 @@ from typing import Annotated
 import torch
 import typer
 
-from guardians.benchmark.figures import plot_accuracy_by_const, plot_frontier, plot_perturbations
-from guardians.benchmark.minimum_norm import correct_images, measure_consts, measure_minimum_norm, perturb
 from guardians.data import ENVIRONMENT_VARIABLE, Dataset, load_data
 from guardians.engine.victim import undisturbed
+from guardians.experiments.minimum_norm import correct_images, measure_consts, measure_minimum_norm, perturb
+from guardians.figures import plot_accuracy_by_const, plot_frontier, plot_perturbations
 from guardians.models import load_model
 from guardians.tables import print_table, write_csv
 

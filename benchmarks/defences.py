@@ -2,7 +2,7 @@
 
     python benchmarks/defences.py --data PATH
 
-Writes results/defence_speed.csv; columns in guardians.benchmark.defence_speed.SPEED_COLUMNS. How robust they are:
+Writes results/defence_speed.csv; columns in guardians.experiments.defence_speed.SPEED_COLUMNS. How robust they are:
 benchmarks/robustness.py.
 """
 
@@ -12,8 +12,8 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from guardians.benchmark.defence_speed import measure_inference, measure_training
 from guardians.data import ENVIRONMENT_VARIABLE, load_data
+from guardians.experiments.defence_speed import measure_inference, measure_training
 from guardians.models import load_model
 from guardians.tables import print_table, write_csv
 

@@ -17,12 +17,12 @@ import torchattacks
 import typer
 
 from guardians.attacks import AutoAttack
-from guardians.benchmark.statistics import paired_difference, wilson_interval
 from guardians.data import ENVIRONMENT_VARIABLE, load_data
 from guardians.engine.victim import predicted_labels
 from guardians.evaluation import BUDGETS, evaluate
 from guardians.models import load_model
 from guardians.models.identity import digest
+from guardians.statistics import paired_difference, wilson_interval
 from guardians.tables import Table, print_table
 from guardians.toolkits import TorchattacksAttack
 
@@ -87,9 +87,9 @@ def main(
                 more = {"backward_per_image": found.backward.mean(), "flags": "; ".join(found.flags)}
                 return found.stage < 0, more
 
-            runs = {REFERENCE: lambda: reference(torchattacks.AutoAttack)}  # noqa: B023
+            runs = {REFERENCE: lambda: reference(torchattacks.AutoAttack)}
             if name in published:
-                runs[f"{REFERENCE}, {STEPS} steps"] = lambda: reference(PublishedAutoAttack)  # noqa: B023
+                runs[f"{REFERENCE}, {STEPS} steps"] = lambda: reference(PublishedAutoAttack)
             runs["AutoAttack"] = native
             runs |= {budget: lambda budget=budget: cascade(budget) for budget in BUDGETS[:2]}
             stands: dict[str, np.ndarray] = {}

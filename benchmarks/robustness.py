@@ -3,7 +3,7 @@
     python benchmarks/robustness.py --data PATH
 
 Writes results/defences.csv, and the single seeds to results/defences_runs.csv; columns and attacks in
-guardians.benchmark.defences. Run again, it goes on from the rows that are there.
+guardians.experiments.defences. Run again, it goes on from the rows that are there.
 """
 
 from pathlib import Path
@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from guardians.benchmark.defences import ATTACKS, BUNDLED, as_markdown, bundled, evaluate
 from guardians.data import ENVIRONMENT_VARIABLE, load_data
+from guardians.experiments.defences import ATTACKS, BUNDLED, as_markdown, bundled, evaluate
 from guardians.models import load_model
 from guardians.tables import print_table
 

@@ -19,6 +19,8 @@ from guardians.engine.checks import check_choice, check_integer
 from guardians.engine.victim import Victim
 from guardians.evaluation import BUDGETS
 from guardians.evaluation import evaluate as run_evaluation
+from guardians.experiments.bench import ATTACKS, run_benchmark
+from guardians.experiments.subject import DEFENCES
 from guardians.models import (
     ARCHITECTURES,
     build_model,
@@ -29,7 +31,7 @@ from guardians.models import (
     save_model,
 )
 from guardians.tables import file_name, print_table
-from guardians.toolkits.build import IMPLEMENTATIONS, TOOLKITS
+from guardians.toolkits.build import IMPLEMENTATIONS, TOOLKITS, is_installed
 from guardians.training import ENSEMBLE, RECIPES, SCHEDULES, Recipe, robust_accuracy, train
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -195,13 +197,29 @@ def parity(
 
 
 @app.command()
+def attacks() -> None:
+    """List the attacks that `bench` knows: native ones, and those of the toolkits that are installed."""
+    for name in usages():
+        typer.echo(name)
+    for toolkit in filter(is_installed, TOOLKITS):
+        for name in TOOLKITS[toolkit].attacks():
+            typer.echo(f"{toolkit}:{name}")
+
+
+@app.command()
 def bench(
     model: Model = "resnet9-16-standard",
     weights: Weights = None,
     data: Data = None,
     download: Download = False,
     n: Count = None,
-    attack: Annotated[list[str], typer.Option(help=f"Only this one, repeatable: clean, {', '.join(usages())}.")] = [],  # noqa: B006
+    defence: Annotated[
+        str, typer.Option(help=f"Around the model, as in rse(sigma_init=0.8, n=10): {', '.join(DEFENCES)}.")
+    ] = "none",
+    attack: Annotated[
+        list[str],
+        typer.Option(help=f"Repeatable: clean, {', '.join(usages())}, or TOOLKIT:NAME, also with (name=value, ...)."),
+    ] = list(ATTACKS),  # noqa: B006
     implementation: Annotated[
         list[str], typer.Option(help=f"Only this one, repeatable: {', '.join(IMPLEMENTATIONS)}.")
     ] = [],  # noqa: B006
@@ -223,14 +241,20 @@ def bench(
     precision: Annotated[
         str, typer.Option(help="Native: what the search computes in: auto, float32, bfloat16, float16.")
     ] = "auto",
+    eot_samples: Annotated[
+        int, typer.Option(help="Native: draws of a random defence whose mean gradient is followed.")
+    ] = 1,
+    pool: Annotated[int, typer.Option(help="Training images that Mixup Inference mixes with.")] = 1000,
     batch_size: BatchSize = 128,
     device: Device = "cpu",
     seed: Seed = 0,
     data_seed: DataSeed = 0,
     out: Out = Path("runs"),
 ) -> None:
-    """Run the same attacks through every implementation: benchmark.csv."""
-    from guardians.benchmark.runner import run_benchmark
+    """Run attacks of every implementation on a model or a defence: benchmark.csv.
+
+    Example: guardians bench --attack PGD-40 --attack "torchattacks:APGD(steps=20)" --defence "rse(sigma_init=0.8)"
+    """
 
     if norm not in ("inf", "2", "1"):
         raise ValueError(f"norm={norm!r}: must be inf, 2 or 1")
@@ -238,12 +262,13 @@ def bench(
     classifier = load_model(model, weights, device)
     images = _announced_data(data, n, data_seed, download)
     _check_fit(model, classifier, images, device)
-    options: dict[str, Any] = {"attacks": attack} if attack else {}
-    if implementation:
-        options["implementations"] = implementation
     frame = run_benchmark(
         classifier,
         images,
+        defence=defence,
+        pool=load_data(data, "train", pool, seed=data_seed) if defence.casefold().startswith("mi") else None,
+        attacks=attack,
+        implementations=implementation or IMPLEMENTATIONS,
         model_name=_name_in_tables(model, weights),
         out=out,
         norm=float(norm),
@@ -255,7 +280,7 @@ def bench(
         device=device,
         early_stop=early_stop,
         precision=precision,
-        **options,
+        eot_samples=eot_samples,
     )
     columns = ["attack", "implementation", "n", "clean_accuracy", "robust_accuracy", "success_rate", "l2_mean"]
     columns += ["linf_max", "forward_per_image", "backward_per_image", "judgement_per_image", "seconds", "flags"]

@@ -60,6 +60,15 @@ class Dataset:
         digest = hashlib.sha256(self.images.cpu().numpy().tobytes() + self.labels.cpu().numpy().tobytes())
         return f"{self.source}, {digest.hexdigest()[:8]}"
 
+    @property
+    def digest(self) -> str:
+        """The first digits of a SHA-256 digest of all but the source."""
+        parts = [str(tuple(self.images.shape)), str(self.classes)]
+        state = hashlib.sha256("\n".join(parts).encode())
+        for tensor in (self.images, self.labels):
+            state.update(tensor.cpu().contiguous().numpy().tobytes())
+        return state.hexdigest()[:12]
+
     def as_floats(self) -> Tensor:
         """The images as float32 in [0, 1]."""
         return self.images.float() / 255

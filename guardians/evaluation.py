@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -24,19 +24,22 @@ from tqdm.auto import tqdm
 from guardians.attacks.apgd import APGD
 from guardians.attacks.auto_attack import auto_attack_stages
 from guardians.attacks.malt import MALT
-from guardians.attacks.norms import as_norm, lp_norm
+from guardians.attacks.norms import CommonNorm, as_norm, lp_norm
 from guardians.attacks.objectives import margin
+from guardians.attacks.registry import Family, Spec, register
 from guardians.attacks.sequence import CLEAN, STANDS, Judgement, Ledger, Stage, judge_again, run_stage
 from guardians.attacks.square import Square
-from guardians.benchmark.statistics import wilson_interval
 from guardians.engine.attack import Attack
 from guardians.engine.checks import check_choice, check_number, check_seed
-from guardians.engine.rng import ForkedGenerators
+from guardians.engine.interfaces import ClassifierAttack, Estimator
+from guardians.engine.parameters import KW_ONLY, Flag, OptionalCount, Seed
+from guardians.engine.rng import ForkedGenerators, fresh_seed
 from guardians.engine.victim import Victim, isolated, undisturbed
 from guardians.models.identity import digest
+from guardians.statistics import wilson_interval
 from guardians.tables import write_csv
 
-__all__ = ["BUDGETS", "FLAGS", "Evaluation", "evaluate"]
+__all__ = ["BUDGETS", "FLAGS", "Cascade", "Evaluation", "evaluate"]
 
 BUDGETS = ("fast", "standard", "thorough")
 FLAGS = {
@@ -78,10 +81,9 @@ class Evaluation:
         budget: of the evaluation.
         labels: (N,).
         stages: names of the attacks, the first of which is "clean".
-        stage: int16 (N,), the stage that felled each image; -1 where none did.
-        distance: (N,), the norm of the perturbation that did; NaN where none did.
-        forward, backward: int64 (N,), how often the model and its gradient were evaluated for each image.
-        x_adv: images (N, ...), adversarial where an attack succeeded, else as they were.
+        ledger: what became of each image, see `Ledger`; its columns stage, forward, backward and x_adv are found here
+            too.
+        distance: (N,), the norm of the perturbation that felled it; NaN where none did.
         seconds: it took.
         flags: keys of `FLAGS`.
         model_digest: of the model, see `guardians.models.identity.digest`.
@@ -94,16 +96,18 @@ class Evaluation:
     budget: str
     labels: np.ndarray
     stages: list[str]
-    stage: np.ndarray
+    ledger: Ledger
     distance: np.ndarray
-    forward: np.ndarray
-    backward: np.ndarray
-    x_adv: Tensor
     seconds: float
     flags: list[str]
     model_digest: str
     seed: int
     versions: dict[str, str] = field(default_factory=dict)
+
+    stage = property(lambda self: self.ledger.stage)
+    forward = property(lambda self: self.ledger.forward)
+    backward = property(lambda self: self.ledger.backward)
+    x_adv = property(lambda self: self.ledger.x_adv)
 
     @property
     def clean_accuracy(self) -> float:
@@ -191,7 +195,7 @@ class Evaluation:
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw robust accuracy against gradients spent."""
-        from guardians.benchmark.figures import plot_curve
+        from guardians.figures import plot_curve
 
         plot_curve(self.curve(), path)
 
@@ -271,6 +275,62 @@ def evaluate(
         known = list(found.values())[-1] if found else None
         found[radius] = run.evaluation(known)
     return found[radii[0]] if np.ndim(eps) == 0 else [found[radius] for radius in radii]
+
+
+class Cascade(ClassifierAttack):
+    """`evaluate` as an attack in one ball.
+
+    Args:
+        estimator: ART `PyTorchClassifier` or `nn.Module`, see `evaluate`.
+        norm: 1, 2, inf or "inf".
+        eps: radius.
+        budget: "fast", "standard" or "thorough".
+        batch_size: images in one forward pass; None chooses it.
+        verbose: show a progress bar.
+        seed: of the draws.
+
+    Attributes:
+        evaluation: what the last call found; None before the first.
+        ledger: the same by image, see `Ledger`.
+        stages: the names of its stages, the first of which is "clean".
+
+    Raises:
+        EstimatorError, TypeError, ValueError: see `ClassifierAttack`.
+    """
+
+    estimator: Estimator
+    norm: CommonNorm = np.inf
+    eps: Annotated[float, partial(check_number, low=0, exclusive=True, single=True)] = 0.3
+    budget: Annotated[str, partial(check_choice, known=BUDGETS)] = "standard"
+    batch_size: OptionalCount = None
+    verbose: Flag = True
+    _: KW_ONLY
+    seed: Seed = None
+
+    targeted = False
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.evaluation: Evaluation | None = None
+        self.ledger: Ledger | None = None
+        self.stages: list[str] = []
+
+    def _run(self, inputs: dict[str, Tensor], device: torch.device, first_index: int) -> Tensor:
+        x, y = inputs["x"], inputs.get("y")
+        y = self.victim.predict(x.to(device)) if y is None else y
+        run = {"norm": self.norm, "eps": float(self.eps), "budget": self.budget, "batch_size": self.batch_size}
+        seed = fresh_seed() if self.seed is None else int(self.seed)
+        found = evaluate(self.estimator, x, y, **run, seed=seed, verbose=self.verbose)
+        assert isinstance(found, Evaluation)
+        self.evaluation, self.stages, self.ledger = found, found.stages, found.ledger
+        return found.ledger.x_adv
+
+
+def _native(spec: Spec) -> tuple[type[Cascade], dict[str, Any]]:
+    return Cascade, {"norm": spec.norm, "eps": spec.eps, **spec.arguments("budget")}
+
+
+register(Family("evaluate", (np.inf, 2, 1), ("budget",), _native))
 
 
 class _Run:
@@ -398,11 +458,8 @@ class _Run:
             budget=self.budget,
             labels=self.y.cpu().numpy(),
             stages=[stage.name for stage in stages],
-            stage=ledger.stage,
+            ledger=ledger,
             distance=np.where(ledger.stands, np.nan, distance),
-            forward=ledger.forward,
-            backward=ledger.backward,
-            x_adv=ledger.x_adv,
             seconds=time.perf_counter() - self._started,
             flags=self.flags,
             model_digest=self.digest,

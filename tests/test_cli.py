@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import guardians
-from guardians.attacks import PGD, Attack
+from guardians.attacks import PGD
 from guardians.cli import run
 from guardians.data import load_data
 from guardians.models import build_model, load_model, save_model
@@ -339,7 +339,7 @@ def test_bench(command, tree, tmp_path):
     frame = read_csv(tmp_path / "out" / "benchmark.csv")
     assert result.code == 0
     assert list(frame.columns) == list(BENCHMARK_COLUMNS)
-    assert len(frame) == 3 * 4
+    assert frame["attack"].tolist() == [attack for attack in ("clean", "FGSM", "PGD-3") for _ in range(4)] + ["union"]
     printed = [tuple(line.split()[:2]) for line in result.lines]
     for pair in zip(frame["attack"], frame["implementation"], strict=True):
         assert printed.count(pair) == 1
@@ -353,10 +353,10 @@ def test_bench_of_names_in_any_case(command, tree):
     assert first.code == 0
     frame = read_csv("runs/benchmark.csv")
     pairs = list(frame[["attack", "implementation"]].itertuples(index=False, name=None))
-    assert pairs == [(attack, name) for attack in ("clean", "FGSM", "PGD-3") for name in ("native", "ART")]
-    assert len(list(Path("runs/outcomes").iterdir())) == 6
+    runs = [(attack, name) for attack in ("clean", "FGSM", "PGD-3") for name in ("native", "ART")]
+    assert pairs == [*runs, ("union", "all")]
     assert command(*arguments).out == first.out
-    assert len(read_csv("runs/benchmark.csv")) == 6
+    assert len(read_csv("runs/benchmark.csv")) == 7
 
 
 def test_bench_of_a_model_whose_name_is_a_path(command, tree, tmp_path):
@@ -365,7 +365,6 @@ def test_bench_of_a_model_whose_name_is_a_path(command, tree, tmp_path):
     torch.save(small_net().state_dict(), weights)
     result = command("bench", *SMALL, "--data", tree, "--attack", "clean", "--weights", weights)
     assert result.code == 0
-    assert len(list(Path("runs/outcomes").iterdir())) == 4
     assert read_csv("runs/benchmark.csv")["model"].unique().tolist() == [f"{SMALL[1]} ({weights})"]
 
 
@@ -375,8 +374,8 @@ def test_bench_goes_on_from_the_table(command, tree, monkeypatch):
     before = read_csv("runs/benchmark.csv")
     command(*arguments, "--attack", "FGSM", "--attack", "PGD-2")
     after = read_csv("runs/benchmark.csv")
-    pd.testing.assert_frame_equal(after.head(2), before)
-    assert after["attack"].tolist() == ["FGSM", "FGSM", "PGD-2", "PGD-2"]
+    pd.testing.assert_frame_equal(after.head(2), before.head(2))
+    assert after["attack"].tolist() == ["FGSM", "FGSM", "PGD-2", "PGD-2", "union"]
 
 
 def test_bench_of_one_attack_in_the_l2_ball(command, tree):
@@ -742,7 +741,7 @@ def test_errors_of_ours_keep_their_traceback(command, tree, monkeypatch):
     ("name", "function"),
     [
         (("parity", *SMALL), "guardians.parity.run_parity"),
-        (("bench", *SMALL), "guardians.benchmark.runner.run_benchmark"),
+        (("bench", *SMALL), "guardians.cli.run_benchmark"),
         (("train", *TINY), "guardians.cli.train"),
     ],
 )
@@ -757,15 +756,15 @@ def test_control_c(command, tree, monkeypatch, name, function):
 
 
 def test_control_c_in_a_native_attack_prints_what_is_finished(command, tree, monkeypatch):
-    stream = Attack.stream
+    search = PGD._search
 
-    def until_interrupted(self, batches):
-        for count, part in enumerate(stream(self, batches)):
+    def until_interrupted(self, batches, *arguments, **options):
+        for count, part in enumerate(search(self, batches, *arguments, **options)):
             if count and type(self) is PGD:
                 raise KeyboardInterrupt
             yield part
 
-    monkeypatch.setattr(Attack, "stream", until_interrupted)
+    monkeypatch.setattr(PGD, "_search", until_interrupted)
     arguments = ("bench", *SMALL, "--data", tree, "--attack", "FGSM", "--attack", "PGD-2", "--batch-size", 2)
     arguments += ("--implementation", "native", "--no-early-stop")
     stopped = command(*arguments, "--out", "other")  # the warm-up batch is one result
@@ -781,19 +780,19 @@ def test_control_c_in_a_native_attack_prints_what_is_finished(command, tree, mon
     assert "stopped" not in stopped.err
     assert read_csv("other/benchmark.csv")["attack"].tolist() == ["FGSM"]
 
-    monkeypatch.setattr(Attack, "stream", stream)
+    monkeypatch.setattr(PGD, "_search", search)
     resumed = command(*arguments, "--out", "other")
     assert resumed.code == 0
     assert "interrupted" not in resumed.out + resumed.err
     frame = read_csv("other/benchmark.csv")
-    assert frame[["attack", "n"]].to_numpy().tolist() == [["FGSM", 6], ["PGD-2", 6]]
+    assert frame[["attack", "n"]].to_numpy().tolist() == [["FGSM", 6], ["PGD-2", 6], ["union", 6]]
 
 
 def test_control_c_before_the_first_row(command, tree, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("guardians.benchmark.runner.build_prediction", interrupted)
+    monkeypatch.setattr("guardians.experiments.run.build_prediction", interrupted)
     result = command("bench", *SMALL, "--data", tree, "--attack", "clean")
     assert result.code == 130
     assert result.err.splitlines()[-1].startswith("interrupted; the finished rows are in runs")

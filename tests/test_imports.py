@@ -9,13 +9,14 @@ import guardians
 
 ROOT = Path(guardians.__file__).parent
 LAYERS = [
-    {"data", "models", "tables"},
+    {"data", "figures", "models", "statistics", "tables"},
     {"engine"},
     {"attacks"},
     {"defences", "estimators", "training"},
     {"toolkits"},
-    {"benchmark"},
-    {"evaluation", "parity"},
+    {"evaluation"},
+    {"experiments"},
+    {"parity"},
     {"adapters", "cli"},
     {"__main__"},
 ]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from guardians.attacks.norms import (
+    CommonNorm,
     as_norm,
     free_gradient,
     nearest_in_ball_and_box,
@@ -36,10 +37,6 @@ from guardians.engine.state import Answer, Progress, Query, State, per_image
 __all__ = ["APGD", "AutoProjectedGradientDescent", "checkpoints"]
 
 LOSS_TYPES = (None, "cross_entropy", "difference_logits_ratio", "margin")
-
-
-def _check_norm(name: str, value: Any) -> None:
-    check_choice(name, as_norm(value), (1.0, 2.0, np.inf))
 
 
 class AutoProjectedGradientDescent(SteepestAscent):
@@ -94,7 +91,7 @@ class AutoProjectedGradientDescent(SteepestAscent):
     """
 
     estimator: Estimator
-    norm: Annotated[float | str, _check_norm] = np.inf
+    norm: CommonNorm = np.inf
     eps: Number = 0.3
     eps_step: Annotated[float | None, optional(partial(check_number, low=0, exclusive=True, single=True))] = None
     max_iter: Size = 100

@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 
 from guardians.attacks.apgd import APGD
 from guardians.attacks.fab import FAB
-from guardians.attacks.norms import as_norm
+from guardians.attacks.norms import CommonNorm, as_norm
+from guardians.attacks.registry import Family, Spec, register
 from guardians.attacks.sequence import CLEAN, Judgement, Ledger, Stage, judge_again, run_stage
 from guardians.attacks.square import Square
 from guardians.engine.checks import check_choice, check_number
@@ -25,10 +26,6 @@ __all__ = ["VERSIONS", "AutoAttack", "auto_attack_stages"]
 VERSIONS = ("standard", "plus", "rand")
 _EOT_SAMPLES = 20
 """Of the version for random models."""
-
-
-def _check_norm(name: str, value: Any) -> None:
-    check_choice(name, as_norm(value), (1.0, 2.0, np.inf))
 
 
 class AutoAttack(ClassifierAttack):
@@ -68,7 +65,7 @@ class AutoAttack(ClassifierAttack):
     """
 
     estimator: Estimator
-    norm: Annotated[float | str, _check_norm] = np.inf
+    norm: CommonNorm = np.inf
     eps: Annotated[float, partial(check_number, low=0, exclusive=True, single=True)] = 0.3
     version: Annotated[str, partial(check_choice, known=VERSIONS)] = "standard"
     batch_size: OptionalCount = None
@@ -162,3 +159,10 @@ def auto_attack_stages(
         return [*first, fab("fab", n_targets=n_targets, num_random_init=many - 1), square, apgd_t, fab_t]
     eot = {"eot_samples": _EOT_SAMPLES, "nb_random_init": 1}
     return [apgd("apgd-ce", "cross_entropy", **eot), apgd("apgd-dlr", loss, **eot)]
+
+
+def _native(spec: Spec) -> tuple[type[AutoAttack], dict[str, Any]]:
+    return AutoAttack, {"norm": spec.norm, "eps": spec.eps, **spec.arguments("version", "n_queries", steps="max_iter")}
+
+
+register(Family("AutoAttack", (np.inf, 2, 1), ("version", "steps", "n_queries"), _native))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from guardians.attacks.hyperplanes import to_hyperplane
-from guardians.attacks.norms import as_norm, free_gradient, lp_norm, random_in_ball, widest
+from guardians.attacks.norms import CommonNorm, as_norm, free_gradient, lp_norm, random_in_ball, widest
 from guardians.attacks.registry import Agreement, Family, Spec, register
 from guardians.engine.attack import Attack
-from guardians.engine.checks import check_choice, check_number, optional
+from guardians.engine.checks import check_number, optional
 from guardians.engine.interfaces import Estimator
 from guardians.engine.parameters import KW_ONLY, Count, Flag, Fraction, OptionalCount, Size
 from guardians.engine.run import margin, rounding
@@ -22,10 +22,6 @@ __all__ = ["FAB", "FastAdaptiveBoundary"]
 
 _RADIUS = {np.inf: 0.3, 2.0: 1.0, 1.0: 5.0}
 """The authors' `eps`, for images in [0, 1]."""
-
-
-def _check_norm(name: str, value: Any) -> None:
-    check_choice(name, as_norm(value), (1.0, 2.0, np.inf))
 
 
 def _check_eta(name: str, value: Any) -> None:
@@ -84,7 +80,7 @@ class FastAdaptiveBoundary(Attack):
     """
 
     estimator: Estimator
-    norm: Annotated[float | str, _check_norm] = np.inf
+    norm: CommonNorm = np.inf
     max_iter: Count = 100
     eps: Annotated[float | None, optional(_check_eps)] = None
     alpha_max: Annotated[float, _check_alpha_max] = 0.1

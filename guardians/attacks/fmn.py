@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from guardians.attacks.norms import (
+    CommonNorm,
     annealed,
     as_norm,
     dual,
@@ -21,17 +22,12 @@ from guardians.attacks.norms import (
 )
 from guardians.attacks.registry import Agreement, Family, Spec, register
 from guardians.engine.attack import Attack
-from guardians.engine.checks import check_choice
 from guardians.engine.interfaces import Estimator
 from guardians.engine.parameters import Count, Flag, Fraction, OptionalCount, OptionalNumber, Positive
 from guardians.engine.run import margin, rounding
 from guardians.engine.state import Answer, Progress, State, per_image
 
 __all__ = ["FMN", "FastMinimumNorm"]
-
-
-def _check_norm(name: str, value: Any) -> None:
-    check_choice(name, as_norm(value), (1.0, 2.0, np.inf))
 
 
 class FastMinimumNorm(Attack):
@@ -65,7 +61,7 @@ class FastMinimumNorm(Attack):
     """
 
     estimator: Estimator
-    norm: Annotated[float | str, _check_norm] = np.inf
+    norm: CommonNorm = np.inf
     max_iter: Count = 100
     max_stepsize: Positive = 1.0
     min_stepsize: OptionalNumber = None

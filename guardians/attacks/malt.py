@@ -59,9 +59,9 @@ class MALT(SteepestAscent):
         (z_y - z_t) / ||grad(z_y - z_t)||_q    at the image, with q the dual norm
 
     (Melamed et al. 2024, section 3; Moosavi-Dezfooli et al., "DeepFool", 2016, equation 8), and the nearest are
-    searched from the image, by steps of steepest ascent of z_t - z_y that shrink along half a cosine. Of those that came
-    near to the boundary longer searches follow, and of the one that came nearest some from random points of the ball.
-    A search that is still far from the boundary after a third of its steps is given up.
+    searched from the image, by steps of steepest ascent of z_t - z_y that shrink along half a cosine. Longer searches
+    follow of those that came near to the boundary, and some from random points of the ball of the one that came
+    nearest. A search that is still far from the boundary after a third of its steps is given up.
 
     Args:
         estimator: ART `PyTorchClassifier` or `nn.Module`, see `Attack`.
@@ -78,8 +78,8 @@ class MALT(SteepestAscent):
         hope: a class is searched longer where the smallest margin to it is at most this share of that at the image, and
             from random points where it is at most a third of this.
         hopeless: a search is given up where its margin is above this share of that at the image; None for none.
-        reach: classes at a first-order distance of more than this many `eps` are not searched, but for the nearest; None
-            where all are.
+        reach: classes at a first-order distance of more than this many `eps` are not searched, but for the nearest;
+            None where all are.
         seed, early_stop, precision, judge_samples, eot_samples: see `Attack`.
 
     Raises:

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from guardians.engine.checks import check_choice
 from guardians.engine.rng import SampleRng
 from guardians.engine.state import per_image
 
 __all__ = [
+    "CommonNorm",
     "Norm",
     "annealed",
     "as_norm",
@@ -47,6 +49,8 @@ def as_norm(norm: Any) -> float:
 
 Norm = Annotated[float | str, lambda name, value: as_norm(value)]
 """1, 2, any real p >= 1, inf or "inf"."""
+CommonNorm = Annotated[float | str, lambda name, value: check_choice(name, as_norm(value), (1.0, 2.0, np.inf))]
+"""1, 2, inf or "inf"."""
 
 
 def lp_norm(x: Tensor, p: float) -> Tensor:

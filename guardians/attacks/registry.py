@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from guardians.attacks.norms import as_norm
-from guardians.engine.attack import Attack
 from guardians.engine.checks import check_choice
+from guardians.engine.interfaces import ClassifierAttack
 
 __all__ = ["Agreement", "Family", "Spec", "canonical", "families", "family_of", "named", "register", "usages"]
 
@@ -26,7 +26,7 @@ class Spec:
     """An attack in one threat model, whoever implements it.
 
     Attributes:
-        family: the name of a registered `Family`.
+        family: the name of a registered `Family`, or "toolkit:Class" for an attack that a toolkit has under that name.
         norm: order p of the norm.
         eps: radius of the ball, in the unit of the images; None for attacks that look for the smallest perturbation.
         targeted: whether the labels are targets.
@@ -62,6 +62,8 @@ class Spec:
     @property
     def name(self) -> str:
         """As tables have it: "FGSM", "C&W", and with the steps "PGD-40"."""
+        if ":" in self.family:
+            return self.family
         return f"{self.family}-{self.get('steps')}" if _family(self.family).counts_steps else self.family
 
     @property
@@ -109,7 +111,7 @@ class Family:
     name: str
     norms: tuple[float, ...]
     parameters: tuple[str, ...]
-    native: Callable[[Spec], tuple[type[Attack], dict[str, Any]]]
+    native: Callable[[Spec], tuple[type[ClassifierAttack], dict[str, Any]]]
     counts_steps: bool = False
     minimises_norm: bool = False
     agreements: tuple[Agreement, ...] = ()

@@ -15,7 +15,7 @@ from art.attacks import evasion
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from guardians.attacks.norms import as_norm, ball_bounds, lp_norm, pull_into_ball
+from guardians.attacks.norms import CommonNorm, as_norm, ball_bounds, lp_norm, pull_into_ball
 from guardians.attacks.registry import Family, Spec, register
 from guardians.engine.attack import Attack
 from guardians.engine.checks import ArgumentTypeError, check_choice
@@ -30,10 +30,6 @@ _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Iterations out of 10,000 after which p is halved, as in the paper's experiments."""
 _TILES = 5
 """Along the shorter side of the start of finite norms."""
-
-
-def _check_norm(name: str, value: Any) -> None:
-    check_choice(name, as_norm(value), (1.0, 2.0, np.inf))
 
 
 def _check_criterion(name: str, value: Any) -> None:
@@ -87,7 +83,7 @@ class SquareAttack(Attack):
     """
 
     estimator: Estimator
-    norm: Annotated[float | str, _check_norm] = np.inf
+    norm: CommonNorm = np.inf
     adv_criterion: Annotated[None, _check_criterion] = None
     loss: Annotated[str | None, _check_loss] = None
     max_iter: Count = 100

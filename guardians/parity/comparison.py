@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from guardians.attacks.pgd import SteepestAscent
 from guardians.attacks.registry import Spec, family_of
-from guardians.benchmark.counting import CountingModel
 from guardians.engine.rng import SampleRng
 from guardians.engine.run import evaluate
 from guardians.engine.state import Answer, State
 from guardians.engine.victim import undisturbed
+from guardians.experiments.counting import CountingModel
 from guardians.parity.rules import OneCoordinateStep, native_class
 from guardians.toolkits.build import build_attack
 

@@ -16,13 +16,12 @@ from tqdm.auto import tqdm
 
 from guardians.attacks.norms import lp_norm
 from guardians.attacks.registry import Spec
-from guardians.benchmark.counting import CountingModel
-from guardians.benchmark.overhead import timed
-from guardians.benchmark.statistics import paired_difference
 from guardians.data import Dataset
 from guardians.engine.attack import Attack
 from guardians.engine.checks import check_integer
 from guardians.engine.victim import Victim, predicted_labels
+from guardians.experiments.counting import CountingModel
+from guardians.experiments.overhead import timed
 from guardians.models import digest
 from guardians.parity.cases import Case, cases
 from guardians.parity.comparison import (
@@ -37,6 +36,7 @@ from guardians.parity.comparison import (
 )
 from guardians.parity.rules import goes_step_by_step, rules_for
 from guardians.parity.single_images import is_dominated, largest_difference, runs_of_one
+from guardians.statistics import paired_difference
 from guardians.tables import PARITY_COLUMNS, Table
 from guardians.toolkits.build import build_attack
 

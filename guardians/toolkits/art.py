@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from art.attacks import EvasionAttack, evasion
@@ -15,9 +17,9 @@ from torch.nn.functional import one_hot
 from guardians.attacks.registry import Spec
 from guardians.engine.checks import labels_from
 from guardians.engine.victim import Victim, undisturbed
-from guardians.toolkits.base import Builder, Recipe, TensorAttack, attack_classes
+from guardians.toolkits.base import Builder, Recipe, TensorAttack, attack_classes, check_arguments
 
-__all__ = ["BUILDERS", "PACKAGE", "ArtAttack", "attacks", "logits", "wrap"]
+__all__ = ["BUILDERS", "PACKAGE", "ArtAttack", "attacks", "logits", "own", "wrap"]
 
 PACKAGE = "art"
 
@@ -88,6 +90,14 @@ def attacks() -> list[str]:
     return list(attack_classes(evasion, EvasionAttack))
 
 
+def own(name: str, arguments: dict[str, Any], norm: float, eps: float) -> tuple[bool, dict[str, Any]]:
+    """Whether an attack is confined to a ball, and its arguments, see `guardians.toolkits.build.own_spec`."""
+    known = list(inspect.signature(getattr(evasion, name)).parameters)[1:]
+    check_arguments(name, arguments, known)
+    given = {"eps": eps, "norm": norm}
+    return "eps" in known, {**{key: value for key, value in given.items() if key in known}, **arguments}
+
+
 def wrap(
     recipe: Recipe, spec: Spec, model: nn.Module, batch_size: int, nb_classes: int, input_shape: tuple[int, ...]
 ) -> TensorAttack:
@@ -97,7 +107,9 @@ def wrap(
         arguments = arguments | {"verbose": False}
     if "targeted" in attack.attack_params:
         arguments = arguments | {"targeted": spec.targeted}
-    return ArtAttack(attack(_classifier(model, nb_classes, input_shape), batch_size=batch_size, **arguments))
+    if "batch_size" in attack.attack_params:
+        arguments = {"batch_size": batch_size} | arguments
+    return ArtAttack(attack(_classifier(model, nb_classes, input_shape), **arguments))
 
 
 def logits(model: nn.Module, nb_classes: int, input_shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:

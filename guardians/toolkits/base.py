@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from importlib import import_module
 from typing import Any
@@ -17,7 +17,16 @@ from guardians.attacks.registry import Spec
 from guardians.engine.interfaces import ClassifierAttack
 from guardians.engine.victim import Victim
 
-__all__ = ["Builder", "Logits", "Recipe", "TensorAttack", "ToolkitAttack", "attack_classes", "installed"]
+__all__ = [
+    "Builder",
+    "Logits",
+    "Recipe",
+    "TensorAttack",
+    "ToolkitAttack",
+    "attack_classes",
+    "check_arguments",
+    "installed",
+]
 
 TensorAttack = Callable[[Tensor, Tensor], Tensor]
 Recipe = tuple[str, dict[str, Any]]
@@ -43,6 +52,14 @@ def attack_classes(module: Any, base: type) -> dict[str, type]:
     found = {value.__name__: value for value in vars(module).values() if inspect.isclass(value)}
     kept = {name: value for name, value in found.items() if issubclass(value, base) and not inspect.isabstract(value)}
     return {name: kept[name] for name in sorted(kept) if getattr(module, name, None) is kept[name]}
+
+
+def check_arguments(name: str, arguments: Iterable[str], known: Iterable[str]) -> None:
+    """Raise a ValueError at the first of the arguments of an attack that its class does not take."""
+    known = list(known)
+    for argument in arguments:
+        if argument not in known:
+            raise ValueError(f"{argument}: unknown to {name}; known are {', '.join(known)}")
 
 
 class Logits(nn.Module):

@@ -22,7 +22,15 @@ from guardians.engine.checks import check_choice
 from guardians.toolkits import art, foolbox, torchattacks
 from guardians.toolkits.base import TensorAttack
 
-__all__ = ["IMPLEMENTATIONS", "TOOLKITS", "build_attack", "build_prediction", "is_available", "is_installed"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "TOOLKITS",
+    "build_attack",
+    "build_prediction",
+    "is_available",
+    "is_installed",
+    "own_spec",
+]
 
 TOOLKITS: dict[str, ModuleType] = {"ART": art, "torchattacks": torchattacks, "foolbox": foolbox}
 IMPLEMENTATIONS = ("native", *TOOLKITS)
@@ -42,6 +50,27 @@ def is_available(implementation: str, spec: Spec) -> bool:
     return _recipe(implementation, spec) is not None
 
 
+def own_spec(toolkit: str, name: str, arguments: dict[str, Any], norm: float, eps: float) -> Spec:
+    """The spec of an attack that a toolkit has, under the name of its class and with that class's arguments.
+
+    Args:
+        toolkit: of `TOOLKITS`.
+        name: of the class, see the toolkit's `attacks()`.
+        arguments: of the class.
+        norm: of the threat model; an argument where the class takes one and it is not given.
+        eps: radius of the ball; likewise. The spec has None where the attack is not confined to a ball.
+
+    Raises:
+        ValueError: the toolkit has no such attack, or the attack no such argument.
+        ImportError: the toolkit is not installed.
+    """
+    check_choice("toolkit", toolkit, tuple(TOOLKITS))
+    if name not in (known := TOOLKITS[toolkit].attacks()):
+        raise ValueError(f"attack {toolkit}:{name} is unknown; {toolkit} has {', '.join(known)}")
+    has_radius, params = TOOLKITS[toolkit].own(name, arguments, norm, eps)
+    return Spec(f"{toolkit}:{name}", norm, params.get("eps", eps) if has_radius else None, params=params)
+
+
 def build_attack(
     implementation: str,
     spec: Spec,
@@ -53,6 +82,7 @@ def build_attack(
     seed: int | None = None,
     early_stop: bool = False,
     precision: str = "auto",
+    eot_samples: int = 1,
 ) -> TensorAttack:
     """The attack as a callable on images (N, C, H, W) in [0, 1] and labels or targets (N,).
 
@@ -65,8 +95,9 @@ def build_attack(
         batch_size: images in one forward pass.
         seed: of random starts: every call draws the same, and the global generators are left as they were. None
             draws anew at every call, from the global generators of torch and (ART) numpy.
-        early_stop, precision: of a native attack, see `guardians.engine.attack.Attack`; attacks that minimise a norm
-            have no early_stop. The toolkits stop at no image early and compute in the model's own float32.
+        early_stop, precision, eot_samples: of a native attack, see `guardians.engine.attack.Attack`; attacks that
+            minimise a norm have no early_stop. The toolkits stop at no image early and compute in the model's own
+            float32.
 
     Returns:
         For "native" the attack itself, with its `stream` and its `report`.
@@ -82,8 +113,12 @@ def build_attack(
     if implementation == "native":
         if family_of(spec).minimises_norm and early_stop is not False:
             raise ValueError(f"early_stop={early_stop!r}: must be False for {spec.family}, which looks for the nearest")
-        options = {"targeted": spec.targeted, "batch_size": batch_size, "seed": seed, "early_stop": early_stop}
-        return found[0](model, **found[1], **options, precision=precision, verbose=False)
+        options = {"targeted": spec.targeted, "early_stop": early_stop, "precision": precision}
+        options |= {"eot_samples": eot_samples, "batch_size": batch_size, "seed": seed, "verbose": False}
+        taken = found[0].parameters()  # sequences of attacks have no targets, and stop early anyhow
+        if spec.targeted and "targeted" not in taken:
+            raise ValueError(f"targeted=True: {spec.family} has no targets")
+        return found[0](model, **found[1], **{name: value for name, value in options.items() if name in taken})
     if early_stop is not False:
         raise ValueError(f"early_stop={early_stop!r}: must be False for {implementation}; only native attacks have it")
     if precision not in ("auto", "float32"):
@@ -125,6 +160,9 @@ def build_prediction(
 
 def _recipe(implementation: str, spec: Spec) -> tuple[Any, dict[str, Any]] | None:
     check_choice("implementation", implementation, IMPLEMENTATIONS)
+    if ":" in spec.family:
+        toolkit, _, name = spec.family.partition(":")
+        return (name, dict(spec.params)) if toolkit == implementation else None
     family = family_of(spec)
     if implementation == "native":
         return family.native(spec)

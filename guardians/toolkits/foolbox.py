@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,17 @@ from guardians.attacks.registry import Spec
 from guardians.engine.interfaces import Estimator
 from guardians.engine.parameters import Count, Flag, OptionalNumber
 from guardians.engine.victim import Victim
-from guardians.toolkits.base import Builder, Recipe, TensorAttack, ToolkitAttack, attack_classes, installed
+from guardians.toolkits.base import (
+    Builder,
+    Recipe,
+    TensorAttack,
+    ToolkitAttack,
+    attack_classes,
+    check_arguments,
+    installed,
+)
 
-__all__ = ["BUILDERS", "PACKAGE", "FoolboxAttack", "attacks", "logits", "wrap"]
+__all__ = ["BUILDERS", "PACKAGE", "FoolboxAttack", "attacks", "logits", "own", "wrap"]
 
 PACKAGE = "foolbox"
 
@@ -77,6 +86,14 @@ def attacks() -> list[str]:
     """The names of all attacks in `foolbox.attacks`."""
     found = installed(PACKAGE).attacks
     return list(attack_classes(found, found.base.Attack))
+
+
+def own(name: str, arguments: dict[str, Any], norm: float, eps: float) -> tuple[bool, dict[str, Any]]:
+    """Whether an attack is confined to a ball, and its arguments, see `guardians.toolkits.build.own_spec`."""
+    found = installed(PACKAGE).attacks
+    attack = getattr(found, name)
+    check_arguments(name, arguments, inspect.signature(attack).parameters)
+    return issubclass(attack, found.base.FixedEpsilonAttack), arguments
 
 
 def wrap(recipe: Recipe, spec: Spec, model: nn.Module, batch_size: int, **_: Any) -> TensorAttack:

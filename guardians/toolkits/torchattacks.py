@@ -15,9 +15,17 @@ from guardians.attacks.registry import Spec
 from guardians.engine.interfaces import Estimator
 from guardians.engine.parameters import KW_ONLY, Count, Flag
 from guardians.engine.victim import Victim
-from guardians.toolkits.base import Builder, Recipe, TensorAttack, ToolkitAttack, attack_classes, installed
+from guardians.toolkits.base import (
+    Builder,
+    Recipe,
+    TensorAttack,
+    ToolkitAttack,
+    attack_classes,
+    check_arguments,
+    installed,
+)
 
-__all__ = ["BUILDERS", "PACKAGE", "TorchattacksAttack", "attacks", "logits", "wrap"]
+__all__ = ["BUILDERS", "PACKAGE", "TorchattacksAttack", "attacks", "logits", "own", "wrap"]
 
 PACKAGE = "torchattacks"
 
@@ -99,6 +107,14 @@ def attacks() -> list[str]:
     package = installed(PACKAGE)
     found = attack_classes(package, package.attack.Attack)
     return [name for name, attack in found.items() if next(iter(inspect.signature(attack).parameters)) == "model"]
+
+
+def own(name: str, arguments: dict[str, Any], norm: float, eps: float) -> tuple[bool, dict[str, Any]]:
+    """Whether an attack is confined to a ball, and its arguments, see `guardians.toolkits.build.own_spec`."""
+    known = list(inspect.signature(getattr(installed(PACKAGE), name)).parameters)[1:]
+    check_arguments(name, arguments, known)
+    given = {"eps": eps, "norm": "Linf" if norm == np.inf else f"L{norm:g}"}
+    return "eps" in known, {**{key: value for key, value in given.items() if key in known}, **arguments}
 
 
 def wrap(recipe: Recipe, spec: Spec, model: nn.Module, batch_size: int, **_: Any) -> TensorAttack:

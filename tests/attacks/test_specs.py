@@ -11,8 +11,8 @@ from models_for_tests import CLASSES, SHAPE, small_net, some_images, some_labels
 
 from guardians.attacks import PGD, Spec, registry
 from guardians.attacks.registry import Agreement, Family, families, family_of, named, register, usages
-from guardians.benchmark.runner import run_benchmark
 from guardians.data import Dataset
+from guardians.experiments.bench import run_benchmark
 from guardians.parity import cases, run_parity
 from guardians.toolkits import art, foolbox
 from guardians.toolkits.build import IMPLEMENTATIONS, build_attack, is_available

@@ -27,7 +27,7 @@ foolbox = pytest.importorskip("foolbox")
 from art.attacks import evasion as art  # noqa: E402
 
 from guardians.attacks import FGSM, PGD  # noqa: E402
-from guardians.benchmark.counting import CountingModel  # noqa: E402
+from guardians.experiments.counting import CountingModel  # noqa: E402
 
 INF = float("inf")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "deviations.md"

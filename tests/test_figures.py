@@ -6,7 +6,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
-from guardians.benchmark.figures import (
+from guardians.experiments.throughput import COST_COLUMNS
+from guardians.figures import (
     _PALETTE,
     _accuracy_figure,
     _frontier_figure,
@@ -16,7 +17,6 @@ from guardians.benchmark.figures import (
     plot_frontier,
     plot_perturbations,
 )
-from guardians.benchmark.throughput import COST_COLUMNS
 
 
 @pytest.fixture

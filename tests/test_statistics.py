@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guardians.benchmark.statistics import paired_difference, wilson_interval
+from guardians.statistics import paired_difference, wilson_interval
 
 Z = NormalDist().inv_cdf(0.975)
 

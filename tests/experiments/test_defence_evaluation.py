@@ -15,8 +15,12 @@ from torch import nn
 
 from guardians.attacks import PGD, CarliniWagnerL2
 from guardians.attacks.norms import lp_norm
-from guardians.benchmark import defences
-from guardians.benchmark.defences import (
+from guardians.data import Dataset
+from guardians.defences import MixupInference, RandomSelfEnsemble
+from guardians.engine.search import bfloat16_is_native
+from guardians.engine.victim import predicted_labels
+from guardians.experiments import defences
+from guardians.experiments.defences import (
     ATTACKS,
     DEFENCE_COLUMNS,
     RUN_COLUMNS,
@@ -26,12 +30,8 @@ from guardians.benchmark.defences import (
     evaluate,
     summarise,
 )
-from guardians.benchmark.statistics import wilson_interval
-from guardians.data import Dataset
-from guardians.defences import MixupInference, RandomSelfEnsemble
-from guardians.engine.search import bfloat16_is_native
-from guardians.engine.victim import predicted_labels
 from guardians.models import digest
+from guardians.statistics import wilson_interval
 from guardians.tables import read_csv
 
 N, SEEDS = 8, 2

@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 from guardians.attacks import FGSM, PGD, CarliniWagnerL2
 from guardians.attacks.norms import lp_norm
 from guardians.attacks.objectives import margin
-from guardians.benchmark.statistics import wilson_interval
 from guardians.data import Dataset
 from guardians.defences import AveragedMixturePGD, MixupInference, RandomSelfEnsemble
 from guardians.engine.attack import Attack
@@ -31,6 +30,7 @@ from guardians.engine.search import bfloat16_is_native
 from guardians.engine.state import State
 from guardians.engine.victim import predicted_labels
 from guardians.models import digest, load_model, model_card
+from guardians.statistics import wilson_interval
 from guardians.tables import BENCHMARK_COLUMNS, Table, file_name, write_csv
 
 __all__ = [

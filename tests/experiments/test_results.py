@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from guardians.experiments.runner import outcome_path
 
 from guardians.attacks.registry import named
-from guardians.benchmark import defences, runner
-from guardians.benchmark.defences import DEFENCE_COLUMNS, RUN_COLUMNS, summarise
-from guardians.benchmark.minimum_norm import MINIMUM_NORM_COLUMNS
-from guardians.benchmark.minimum_norm import RUN_COLUMNS as MINIMUM_NORM_RUN_COLUMNS
-from guardians.benchmark.runner import outcome_path
+from guardians.experiments import defences, runner
+from guardians.experiments.defences import DEFENCE_COLUMNS, RUN_COLUMNS, summarise
+from guardians.experiments.minimum_norm import MINIMUM_NORM_COLUMNS
+from guardians.experiments.minimum_norm import RUN_COLUMNS as MINIMUM_NORM_RUN_COLUMNS
 from guardians.models import digest, load_model
 from guardians.parity import cases
 from guardians.tables import BENCHMARK_COLUMNS, PARITY_COLUMNS, read_csv

@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 
 from guardians.attacks import CarliniWagnerL2, Spec
 from guardians.attacks.norms import lp_norm
-from guardians.benchmark.counting import CountingModel
-from guardians.benchmark.overhead import forward_backward, timed
 from guardians.data import Dataset
 from guardians.engine.attack import Attack
 from guardians.engine.checks import check_integer
 from guardians.engine.victim import predicted_labels, undisturbed
+from guardians.experiments.counting import CountingModel
+from guardians.experiments.overhead import forward_backward, timed
 from guardians.models import digest
 from guardians.tables import BENCHMARK_COLUMNS, Table, as_written, file_name, read_csv, write_csv
 from guardians.toolkits.base import TensorAttack

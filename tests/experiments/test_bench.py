@@ -11,16 +11,38 @@ import torch
 from torch import nn
 
 from guardians.attacks import PGD, Attack
-from guardians.benchmark import runner
-from guardians.benchmark.runner import KEY, outcome_path, run_benchmark, summarise
 from guardians.data import Dataset
+from guardians.experiments import run as run_module
+from guardians.experiments.bench import run_benchmark, summarise
+from guardians.experiments.store import OUTCOME_COLUMNS, Store
 from guardians.tables import BENCHMARK_COLUMNS, read_csv
 from guardians.toolkits import build
 
 pytest.importorskip("torchattacks")
 pytest.importorskip("foolbox")
 
-run_quietly = partial(run_benchmark, model_name="tiny", verbose=False, batch_size=8)
+
+def run_quietly(*arguments, **options):
+    """The rows but for the unions."""
+    frame = run_benchmark(*arguments, **{"model_name": "tiny", "verbose": False, "batch_size": 8} | options)
+    kept = without_unions(frame)
+    kept.attrs = frame.attrs
+    return kept
+
+
+def without_unions(frame):
+    return frame[frame["attack"] != "union"].reset_index(drop=True)
+
+
+def written(out):
+    return without_unions(read_csv(out / "benchmark.csv"))
+
+
+def assert_same(first, second):
+    pd.testing.assert_frame_equal(first, second, check_dtype=False)
+
+
+OF_IMAGES = ["attack", "implementation", "n", "clean_accuracy", "robust_accuracy", "l2_mean", "linf_max", "flags"]
 FIGURES = [name for name in BENCHMARK_COLUMNS if name not in ("seconds", "images_per_second", "peak_memory_mb")]
 
 
@@ -62,7 +84,7 @@ def replace_attack(monkeypatch):
             calls.append((implementation, spec))
             return attack
 
-        monkeypatch.setattr(runner, "build_attack", build)
+        monkeypatch.setattr(run_module, "build_attack", build)
         return calls
 
     return replace
@@ -81,7 +103,8 @@ def test_every_attack_in_every_toolkit(model, data, tmp_path):
     assert (frame["flags"] == "").all()
     assert frame["steps"].tolist() == [0] * 4 + [1] * 4 + [3] * 4
     assert frame["eps"].tolist() == [0.0] * 4 + [8 / 255] * 8
-    assert (frame["norm"] == np.inf).all()
+    assert frame["norm"].isna().tolist() == [True] * 4 + [False] * 8
+    assert (frame["norm"][4:] == np.inf).all()
     assert frame["backward_per_image"].tolist() == [0] * 4 + [1] * 4 + [3] * 4
     assert frame["forward_per_image"].tolist() == [1] * 4 + [1, 1, 1, 2] + [3, 5, 3, 4]
     assert (frame["judgement_per_image"] == 0).all()
@@ -94,7 +117,7 @@ def test_every_attack_in_every_toolkit(model, data, tmp_path):
     assert set(json.loads(frame["versions"][0])) == {"guardians", "python", "torch", "art", "torchattacks", "foolbox"}
     assert json.loads(frame["params"][8]) == json.loads(frame["params"][11]) | {"early_stop": False}
     assert frame.attrs == {"interrupted": False}
-    pd.testing.assert_frame_equal(frame, read_csv(tmp_path / "benchmark.csv"))
+    assert_same(frame, written(tmp_path))
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("inf", 8 / 255), (2, 1.0), (1, 4.0)])
@@ -103,11 +126,18 @@ def test_outcomes_recompute_the_row_exactly(model, data, tmp_path, norm, eps, ra
     frame = run_quietly(
         model, data, out=tmp_path, attacks=("clean", "FGSM", "PGD-2"), norm=norm, eps=eps, random_start=random_start
     )
-    for _, row in read_csv(tmp_path / "benchmark.csv").iterrows():
-        outcomes = read_csv(outcome_path(tmp_path, row))
-        assert list(outcomes) == ["index", "label", "clean_prediction", "adversarial_prediction", "l2", "linf"]
+    store = Store(tmp_path)
+    for known, (_, row) in zip(store.runs(), written(tmp_path).iterrows(), strict=True):
+        outcomes = store.outcomes(known["key"])
+        assert list(outcomes) == list(OUTCOME_COLUMNS)
+        assert (known["attack"], known["implementation"]) == (row["attack"], row["implementation"])
         for name, value in summarise(outcomes).items():
             assert row[name] == value, name
+        is_native = row["implementation"] == "native" and row["attack"] != "clean"
+        assert outcomes["forward"].notna().all() == is_native
+        if is_native:
+            assert row["forward_per_image"] == outcomes["forward"].mean()
+            assert row["backward_per_image"] == outcomes["backward"].mean()
         assert outcomes["label"].tolist() == data.labels.tolist()
         robust = (outcomes["clean_prediction"] == outcomes["label"]) & (
             outcomes["adversarial_prediction"] == outcomes["label"]
@@ -117,7 +147,7 @@ def test_outcomes_recompute_the_row_exactly(model, data, tmp_path, norm, eps, ra
         assert row["robust_accuracy_low"] <= row["robust_accuracy"] <= row["robust_accuracy_high"]
         assert row["l2_mean"] == np.mean(outcomes["l2"])
         assert row["l2_median"] == np.median(outcomes["l2"])
-    assert len(list((tmp_path / "outcomes").iterdir())) == len(frame)
+    assert len(store.runs()) == len(frame)
 
 
 def test_robust_is_correct_on_both_images():
@@ -187,81 +217,77 @@ def test_attacks_that_minimise_a_norm_are_found_by_their_name(model, data, tmp_p
         run(norm=1)
 
 
-def test_a_killed_run_continues_where_it_stopped(model, data, tmp_path, monkeypatch):
+def test_a_stopped_call_continues_where_it_stopped(model, data, tmp_path, monkeypatch):
     attacks = ("clean", "FGSM", "PGD-2")
     whole = run_quietly(model, data, out=tmp_path / "whole", attacks=attacks)
-    build, built = runner.build_attack, []
+    build, built = run_module.build_attack, []
 
-    def build_until_killed(implementation, spec, *arguments, **options):
+    def build_until_stopped(implementation, spec, *arguments, **options):
         built.append((implementation, spec.get("steps", 1)))
         if len(built) == 4:
             raise KeyboardInterrupt
         return build(implementation, spec, *arguments, **options)
 
-    monkeypatch.setattr(runner, "build_attack", build_until_killed)
+    monkeypatch.setattr(run_module, "build_attack", build_until_stopped)
     stopped = run_quietly(model, data, out=tmp_path, attacks=attacks)
     assert stopped.attrs["interrupted"]
-    path = tmp_path / "benchmark.csv"
-    before = path.read_text()
-    pd.testing.assert_frame_equal(stopped, read_csv(path))
-    pd.testing.assert_frame_equal(stopped[FIGURES], whole[FIGURES].head(4 + 3))
-    path.write_text(before + "tiny,random images,none,FG")
+    assert_same(stopped, written(tmp_path))
+    assert_same(stopped[FIGURES], whole[FIGURES].head(4 + 3))
 
     resumed = run_quietly(model, data, out=tmp_path, attacks=attacks)
     assert built[4:] == built[3:4] + [(toolkit, 2) for toolkit in ("native", "ART", "torchattacks", "foolbox")]
-    assert path.read_text().startswith(before)
-    assert not resumed.duplicated(KEY).any()
     assert not resumed.attrs["interrupted"]
-    pd.testing.assert_frame_equal(resumed[FIGURES], whole[FIGURES])
+    assert_same(resumed.head(7), stopped)
+    assert_same(resumed[FIGURES], whole[FIGURES])
 
-    again = path.read_bytes()
-    pd.testing.assert_frame_equal(run_quietly(model, data, out=tmp_path, attacks=attacks), resumed)
+    again = (tmp_path / "benchmark.csv").read_bytes()
+    assert_same(run_quietly(model, data, out=tmp_path, attacks=attacks), resumed)
     assert len(built) == 8 + 1
-    assert path.read_bytes() == again
+    assert (tmp_path / "benchmark.csv").read_bytes() == again
 
 
 @pytest.fixture
-def interrupt_stream(monkeypatch):
+def interrupt_search(monkeypatch):
     """Let Ctrl-C arrive once in a native PGD on all images, after so many results; returns what was finished."""
-    stream = Attack.stream
+    search = PGD._search
 
     def interrupt(results):
         finished = []
 
-        def until_interrupted(self, batches):
+        def until_interrupted(self, batches, *arguments, **options):
             batches = list(batches)
-            for part in stream(self, batches):
+            for part in search(self, batches, *arguments, **options):
                 if len(batches) > 1 and type(self) is PGD:
                     if len(finished) == results:
-                        monkeypatch.setattr(Attack, "stream", stream)
+                        monkeypatch.setattr(PGD, "_search", search)
                         raise KeyboardInterrupt
                     finished.append(part)
                 yield part
 
-        monkeypatch.setattr(Attack, "stream", until_interrupted)
+        monkeypatch.setattr(PGD, "_search", until_interrupted)
         return finished
 
     return interrupt
 
 
 @pytest.mark.parametrize("early_stop", [True, False])
-def test_what_a_native_attack_has_finished_survives_an_interrupt(model, data, tmp_path, interrupt_stream, early_stop):
+def test_what_a_native_attack_has_finished_survives_an_interrupt(model, data, tmp_path, interrupt_search, early_stop):
     run = partial(run_quietly, model, data, attacks=("clean", "FGSM", "PGD-4"), early_stop=early_stop)
     run = partial(run, implementations=["native", "foolbox"])
     whole = run(out=tmp_path / "whole")
-    finished = interrupt_stream(2)
+    finished = interrupt_search(2)
     stopped = run(out=tmp_path)
     assert stopped.attrs["interrupted"]
-    pd.testing.assert_frame_equal(stopped[FIGURES].head(4), whole[FIGURES].head(4))
-    pd.testing.assert_frame_equal(stopped.head(4), read_csv(tmp_path / "benchmark.csv"), check_dtype=False)
-    assert len(list((tmp_path / "outcomes").iterdir())) == 4
+    assert_same(stopped[FIGURES].head(4), whole[FIGURES].head(4))
+    assert_same(stopped.head(4), written(tmp_path))
 
     assert list(stopped.columns) == list(BENCHMARK_COLUMNS)
     assert stopped["flags"].tolist() == [""] * 4 + ["interrupted"]
     row = stopped.iloc[4]
     assert (row["attack"], row["implementation"]) == ("PGD-4", "native")
     rows = np.sort(np.concatenate([part.index for part in finished]))
-    outcomes = read_csv(outcome_path(tmp_path / "whole", whole.iloc[4]))
+    store = Store(tmp_path / "whole")
+    outcomes = store.outcomes(store.runs()[4]["key"])
     for name, value in summarise(outcomes.iloc[rows]).items():
         assert row[name] == pytest.approx(value, rel=1e-6, nan_ok=True), name
     assert 0 < row["n"] == len(rows) < 20
@@ -270,30 +296,30 @@ def test_what_a_native_attack_has_finished_survives_an_interrupt(model, data, tm
 
     resumed = run(out=tmp_path)
     assert not resumed.attrs["interrupted"]
-    pd.testing.assert_frame_equal(resumed[FIGURES], whole[FIGURES])
+    assert_same(resumed[OF_IMAGES], whole[OF_IMAGES])
 
 
-def test_an_interrupt_before_the_first_image_is_finished_leaves_no_row(model, data, tmp_path, interrupt_stream):
-    interrupt_stream(0)
+def test_an_interrupt_before_the_first_image_is_finished_leaves_no_row(model, data, tmp_path, interrupt_search):
+    interrupt_search(0)
     stopped = run_quietly(model, data, out=tmp_path, attacks=["FGSM", "PGD-2"], implementations=["native"])
     assert stopped.attrs["interrupted"]
     assert stopped["attack"].tolist() == ["FGSM"]
 
 
 def test_an_interrupt_of_all_images_but_not_of_the_attack_still_ends_the_run(model, data, tmp_path, monkeypatch):
-    stream = Attack.stream
+    search = Attack._search
 
-    def and_interrupt(self, batches):
+    def and_interrupt(self, batches, *arguments, **options):
         batches = list(batches)
-        yield from stream(self, batches)
+        yield from search(self, batches, *arguments, **options)
         if len(batches) > 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Attack, "stream", and_interrupt)
+    monkeypatch.setattr(Attack, "_search", and_interrupt)
     stopped = run_quietly(model, data, out=tmp_path, attacks=["FGSM", "PGD-2"], implementations=["native"])
     assert stopped.attrs["interrupted"]
     assert stopped[["attack", "n", "flags"]].to_numpy().tolist() == [["FGSM", 20, "interrupted"]]
-    assert len(read_csv(tmp_path / "benchmark.csv")) == 0
+    assert len(written(tmp_path)) == 0
 
 
 @pytest.mark.parametrize("again_and_again", [False, True])
@@ -320,42 +346,40 @@ def test_an_interrupt_at_any_pass(model, data, tmp_path, implementation, again_a
         assert stopped.attrs["interrupted"]
         assert all(part.training for part in model.modules())
         assert all(parameter.requires_grad for parameter in model.parameters())
-        written = read_csv(out / "benchmark.csv")
-        assert not written["flags"].str.contains("interrupted").any()
-        is_partial = stopped["flags"] == "interrupted"
-        pd.testing.assert_frame_equal(
-            stopped[~is_partial][FIGURES], whole[FIGURES].head(len(written)), check_dtype=False
-        )
+        on_disk = written(out)
+        assert not on_disk["flags"].astype(str).str.contains("interrupted").any()
+        is_partial = stopped["flags"].astype(str) == "interrupted"
+        assert_same(stopped[~is_partial][FIGURES], whole[FIGURES].head(len(on_disk)))
         partial_rows += stopped["n"][is_partial].tolist()
     assert partial_rows == sorted(partial_rows)
     assert bool(partial_rows) == (implementation == "native" and not again_and_again)
     stop = None
-    pd.testing.assert_frame_equal(run(out=out)[FIGURES], whole[FIGURES])
+    assert_same(run(out=out)[OF_IMAGES], whole[OF_IMAGES])
 
 
 def test_other_settings_are_other_rows(model, data, tmp_path):
     run = partial(run_quietly, model, data, out=tmp_path, attacks=["FGSM", "PGD-1"], implementations=["native"])
     run()
-    for change in ({"seed": 1}, {"eps": 4 / 255}, {"norm": 2}, {"model_name": "other"}, {"batch_size": 4}):
+    for change in ({"seed": 1}, {"eps": 4 / 255}, {"norm": 2}, {"batch_size": 4}):
         assert len(run(**change)) == 2
-    assert len(read_csv(tmp_path / "benchmark.csv")) == 12
+    assert len(written(tmp_path)) == 10
     run(random_start=True)  # concerns PGD alone
-    assert len(read_csv(tmp_path / "benchmark.csv")) == 13
-    assert len(list((tmp_path / "outcomes").iterdir())) == 13
+    assert len(written(tmp_path)) == 11
+    assert run(model_name="other")["model"].tolist() == ["other"] * 2  # another name is the same model
+    assert len(Store(tmp_path).runs()) == 11
 
 
 def test_other_ways_to_search_are_other_rows_of_native_attacks_alone(model, data, tmp_path):
     run = partial(run_quietly, model, data, out=tmp_path, attacks=["clean", "FGSM"], implementations=["native", "ART"])
     run()
-    assert len(read_csv(tmp_path / "benchmark.csv")) == 4
+    assert len(written(tmp_path)) == 4
     for count, change in enumerate(({"early_stop": False}, {"precision": "float32"}, {"precision": "bfloat16"}), 5):
         assert len(run(**change)) == 4
-        frame = read_csv(tmp_path / "benchmark.csv")
+        frame = written(tmp_path)
         assert len(frame) == count
         assert tuple(frame.iloc[-1][["attack", "implementation"]]) == ("FGSM", "native")
         assert frame["precision"].iloc[-1] == change.get("precision", "auto")
         assert json.loads(frame["params"].iloc[-1])["early_stop"] == change.get("early_stop", True)
-    assert len(list((tmp_path / "outcomes").iterdir())) == 7
     again = (tmp_path / "benchmark.csv").read_bytes()
     run()
     assert (tmp_path / "benchmark.csv").read_bytes() == again
@@ -380,13 +404,13 @@ def test_the_fast_search_is_never_weaker_and_asks_less(model, data, tmp_path, pr
 
 @pytest.mark.parametrize(("early_stop", "precision"), [(True, "auto"), (False, "float32"), (False, "bfloat16")])
 def test_what_native_attacks_cost_is_what_they_report(model, data, tmp_path, monkeypatch, early_stop, precision):
-    build, built, seen = runner.build_attack, [], []
+    build, built, seen = run_module.build_attack, [], []
 
     def remember(*arguments, **options):
         built.append(build(*arguments, **options))
         return built[-1]
 
-    monkeypatch.setattr(runner, "build_attack", remember)
+    monkeypatch.setattr(run_module, "build_attack", remember)
     model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))  # no copy is made of it
     row = run_quietly(
         model,
@@ -411,8 +435,8 @@ def test_rows_of_other_code_are_kept_with_a_warning(model, data, tmp_path, caplo
     run = partial(run_quietly, model, data, out=tmp_path, attacks=["FGSM"], implementations=["native", "ART"])
     first = run()
     assert caplog.text == ""
-    monkeypatch.setattr(runner, "_commit", lambda: "another")
-    pd.testing.assert_frame_equal(run(), first)
+    monkeypatch.setattr(run_module, "_commit", lambda: "another")
+    assert_same(run(), first)
     assert "2 of the rows" in caplog.text
 
 
@@ -424,11 +448,8 @@ def test_another_model_under_the_same_name_is_measured(model, data, tmp_path):
     first, second = run(model, out=tmp_path), run(other, out=tmp_path)
     assert first["clean_accuracy"].tolist() == [0.8]
     assert second["clean_accuracy"].item() < 0.8
-    pd.testing.assert_frame_equal(run(model, out=tmp_path), first)
-    pd.testing.assert_frame_equal(run(other, out=tmp_path), second)
-    for frame in (first, second):
-        outcomes = read_csv(outcome_path(tmp_path, frame.iloc[0]))
-        assert summarise(outcomes)["clean_accuracy"] == frame["clean_accuracy"].item()
+    assert_same(run(model, out=tmp_path), first)
+    assert_same(run(other, out=tmp_path), second)
 
 
 def test_random_starts_repeat_with_the_seed(model, data, tmp_path):
@@ -571,15 +592,9 @@ def test_models_and_data_that_do_not_fit_are_refused(model, data, tmp_path):
 def test_a_folder_that_cannot_be_written_is_refused_before_any_work(model, data, tmp_path, replace_attack):
     (tmp_path / "file").write_text("")
     calls = replace_attack(None)
-    with pytest.raises(ValueError, match=r"file/benchmark\.csv' cannot be written"):
+    with pytest.raises(ValueError, match=r"file/store\.sqlite' cannot be written"):
         run_quietly(model, data, out=tmp_path / "file")
     assert calls == []
-
-
-def test_a_table_of_another_kind_is_refused(model, data, tmp_path):
-    (tmp_path / "benchmark.csv").write_text("model,accuracy\na,1\n")
-    with pytest.raises(ValueError, match="missing: model_digest"):
-        run_quietly(model, data, out=tmp_path)
 
 
 @pytest.fixture
@@ -602,22 +617,22 @@ def repository(tmp_path):
 
 def test_the_commit_is_that_of_the_package_wherever_it_runs(repository, monkeypatch, tmp_path):
     folder, git = repository
-    here = runner._commit()
+    here = run_module._commit()
     for place in (folder, tmp_path):
         monkeypatch.chdir(place)
         monkeypatch.setenv("GIT_DIR", str(folder / ".git"))
-        assert runner._commit() == here
+        assert run_module._commit() == here
     monkeypatch.delenv("GIT_DIR")
-    assert runner._commit(folder / "package") == git("rev-parse", "HEAD")
+    assert run_module._commit(folder / "package") == git("rev-parse", "HEAD")
 
 
 def test_a_commit_whose_package_was_changed_is_dirty(repository):
     folder, git = repository
     (folder / "table.csv").write_text("of another folder\n")
     (folder / "package" / "new.py").write_text("not tracked\n")
-    assert runner._commit(folder / "package") == git("rev-parse", "HEAD")
+    assert run_module._commit(folder / "package") == git("rev-parse", "HEAD")
     (folder / "package" / "__init__.py").write_text("changed\n")
-    assert runner._commit(folder / "package") == git("rev-parse", "HEAD") + "-dirty"
+    assert run_module._commit(folder / "package") == git("rev-parse", "HEAD") + "-dirty"
 
 
 def test_an_installed_package_has_no_commit(repository, monkeypatch, tmp_path):
@@ -625,7 +640,130 @@ def test_an_installed_package_has_no_commit(repository, monkeypatch, tmp_path):
     installed = folder / "installed" / "package"
     installed.mkdir(parents=True)
     (installed / "__init__.py").write_text("")
-    assert runner._commit(installed) == ""
-    assert runner._commit(tmp_path) == ""
+    assert run_module._commit(installed) == ""
+    assert run_module._commit(tmp_path) == ""
     monkeypatch.setenv("PATH", "")
-    assert runner._commit(folder / "package") == ""
+    assert run_module._commit(folder / "package") == ""
+
+
+def test_the_union_is_the_worst_case_of_each_image(model, data, tmp_path, replace_attack):
+    """Two attacks, each of which moves other images: in the union all of them are moved."""
+    x = data.as_floats()
+    with torch.no_grad():
+        wrong = [model(x + step).argmax(1) != data.labels for step in (-8 / 255, 8 / 255)]
+    steps = iter([-8 / 255] * 3 + [8 / 255] * 3)
+    replace_attack(lambda x, _: x + next(steps))
+    options = {"model_name": "tiny", "verbose": False, "attacks": ["FGSM", "PGD-1"], "implementations": ["ART"]}
+    frame = run_benchmark(model, data, out=tmp_path, batch_size=20, **options)
+    assert frame["attack"].tolist() == ["FGSM", "PGD-1", "union"]
+    first, second, union = frame["robust_accuracy"]
+    correct = predicted(model, x) == data.labels
+    standing = correct & ~wrong[0] & ~wrong[1]
+    assert union == standing.double().mean().item() <= min(first, second)
+    row = frame.iloc[2]
+    assert (row["implementation"], row["norm"], row["eps"], row["n"]) == ("all", np.inf, 8 / 255, 20)
+    assert row["seconds"] == frame["seconds"][:2].sum()
+    assert np.isnan(row["l2_mean"])
+
+
+def predicted(model, x):
+    with torch.no_grad():
+        return model(x).argmax(1)
+
+
+def test_attacks_of_other_balls_have_no_union(model, data, tmp_path):
+    run = partial(run_benchmark, model, data, out=tmp_path, model_name="tiny", verbose=False, batch_size=8)
+    for eps in (0.01, 0.02):
+        assert run(attacks=["clean", "FGSM"], implementations=["native"], eps=eps)["attack"].tolist() == [
+            "clean",
+            "FGSM",
+        ]
+    assert "union" not in read_csv(tmp_path / "benchmark.csv")["attack"].tolist()
+    assert run(attacks=["FGSM", "DDN-5"], implementations=["native"], norm=2)["attack"].tolist() == ["FGSM", "DDN-5"]
+
+
+def test_attacks_of_the_toolkits_under_their_own_names(model, data, tmp_path):
+    attacks = ["torchattacks:PGD(alpha=2/255, steps=3, random_start=False)", "PGD-3", "foolbox:LinfPGD(steps=3)"]
+    attacks += ["art:ProjectedGradientDescent(max_iter=3, eps_step=2/255)", "foolbox:L2DeepFoolAttack"]
+    frame = run_quietly(model, data, out=tmp_path, attacks=attacks, eps_step=2 / 255)
+    of = {(row["attack"], row["implementation"]): row for _, row in frame.iterrows()}
+    assert of["torchattacks:PGD", "torchattacks"]["l2_mean"] == of["PGD-3", "torchattacks"]["l2_mean"]
+    assert of["ART:ProjectedGradientDescent", "ART"]["l2_mean"] == pytest.approx(of["PGD-3", "ART"]["l2_mean"])
+    assert of["foolbox:LinfPGD", "foolbox"]["eps"] == 8 / 255
+    assert of["foolbox:L2DeepFoolAttack", "foolbox"]["eps"] == np.inf
+    assert json.loads(of["torchattacks:PGD", "torchattacks"]["params"]) == {
+        "alpha": 2 / 255,
+        "batch_size": 8,
+        "eps": 8 / 255,
+        "random_start": False,
+    }
+    assert (frame["flags"] == "").all()
+
+
+def test_sequences_of_attacks_say_which_stage_felled_an_image(model, data, tmp_path):
+    attacks = ["evaluate(budget='fast')", "AutoAttack(steps=3, n_queries=5)", "PGD-3"]
+    frame = run_quietly(model, data, out=tmp_path, attacks=attacks, implementations=["native"])
+    assert frame["attack"].tolist() == ["evaluate", "AutoAttack", "PGD-3"]
+    assert (frame["clean_accuracy"] == 0.8).all()
+    store = Store(tmp_path)
+    for known, (_, row) in zip(store.runs(), frame.iterrows(), strict=True):
+        outcomes = store.outcomes(known["key"])
+        if row["attack"] == "PGD-3":
+            continue
+        stands = outcomes["stage"] == ""
+        assert stands.mean() == row["robust_accuracy"]
+        assert ((outcomes["stage"] == "clean") == (outcomes["clean_prediction"] != outcomes["label"])).all()
+        assert row["backward_per_image"] == outcomes["backward"].mean()
+        assert row["judgement_per_image"] > 0
+
+
+def test_arguments_of_attacks_are_other_rows(model, data, tmp_path):
+    attacks = ["PGD-3", "PGD-3(eps_step=0.001)", "APGD-3(loss='margin')", "APGD-3"]
+    frame = run_quietly(model, data, out=tmp_path, attacks=attacks, implementations=["native"])
+    assert [json.loads(params).get("eps_step") for params in frame["params"]] == [2 / 255, 0.001, None, None]
+    assert [json.loads(params).get("loss") for params in frame["params"]] == [None, None, "margin", None]
+    with pytest.raises(ValueError, match="gamma=1: PGD has only"):
+        run_quietly(model, data, out=tmp_path, attacks=["PGD-3(gamma=1)"])
+
+
+def test_a_defence_is_attacked_and_judged_by_draws_of_their_own(model, data, tmp_path):
+    run = partial(run_quietly, model, data, out=tmp_path, implementations=["native"], attacks=["clean", "PGD-3"])
+    plain = run()
+    weak, strong = run(defence="rse(sigma_init=0.01, sigma_inner=0)"), run(defence="rse(sigma_init=5, sigma_inner=0)")
+    assert weak["defence"].tolist() == ["rse(n=10, search_passes=2, sigma_init=0.01, sigma_inner=0)"] * 2
+    assert weak["clean_accuracy"][0] == plain["clean_accuracy"][0] == 0.8 > strong["clean_accuracy"][0]
+    averaged = run(defence="rse(sigma_init=0.01, sigma_inner=0)", eot_samples=3)
+    assert averaged["eot"].tolist() == [1, 3]
+    assert averaged["backward_per_image"][1] > weak["backward_per_image"][1]
+    mixed = run(defence="mi-ol(num_samples=3)", pool=data)
+    assert mixed["clean_accuracy"].nunique() == 1
+    assert len(Store(tmp_path).runs()) == 2 + 2 + 2 + 1 + 2
+
+
+def test_other_data_is_measured_whatever_its_name(model, data, tmp_path):
+    run = partial(run_quietly, model, out=tmp_path, implementations=["native"], attacks=["FGSM"])
+    images = data.images.clone()
+    images[0, 0, 0, 0] ^= 1
+    others = [Dataset(images, data.labels, data.classes, data.source)]
+    others.append(Dataset(data.images, data.labels.roll(1), data.classes, data.source))
+    others.append(Dataset(data.images.flatten(2).unflatten(2, (4, 16)), data.labels, data.classes, data.source))
+    for count, each in enumerate([data, *others], 1):
+        run(data=each)
+        assert len(Store(tmp_path).runs()) == count
+    run(data=Dataset(data.images, data.labels, data.classes, "another name"))
+    assert len(Store(tmp_path).runs()) == len(others) + 1
+
+
+@pytest.mark.parametrize(
+    ("attack", "message"),
+    [
+        ("torchattacks:PGD(step=3)", "step: unknown to PGD; known are eps, alpha, steps"),
+        ("torchattacks:Pgd", "attack torchattacks:Pgd is unknown; torchattacks has .*PGD"),
+        ("advlib:PGD", "toolkit='advlib': must be one of ART, torchattacks, foolbox"),
+        ("evaluate(budget='slow')", "budget='slow': must be one of fast, standard, thorough"),
+        ("PGD-3(", "must be a name, or a name and arguments"),
+    ],
+)
+def test_what_is_no_attack_is_refused(model, data, tmp_path, attack, message):
+    with pytest.raises(ValueError, match=message):
+        run_quietly(model, data, out=tmp_path, attacks=[attack], implementations=["native"])

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from guardians.attacks import Spec
-from guardians.benchmark.counting import CountingModel, peak_memory
+from guardians.experiments.counting import CountingModel, peak_memory
 from guardians.toolkits.build import build_attack
 
 
@@ -89,7 +89,7 @@ def test_peak_memory_sees_what_the_block_freed_again():
 
 
 def test_peak_memory_without_a_peak_to_reset(monkeypatch):
-    monkeypatch.setattr("guardians.benchmark.counting._reset_resident_peak", lambda: False)
+    monkeypatch.setattr("guardians.experiments.counting._reset_resident_peak", lambda: False)
     with peak_memory() as peak:
         assert math.isnan(peak.mb)
     assert 10 < peak.mb < 1e6

@@ -19,15 +19,15 @@ from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
 from guardians.attacks import PGD, Spec
-from guardians.benchmark.counting import CountingModel, peak_memory
-from guardians.benchmark.overhead import bare_loop, forward_backward, timed
-from guardians.benchmark.statistics import paired_difference, wilson_interval
 from guardians.data import Dataset, class_balanced_subset
 from guardians.engine.checks import check_integer, check_number
 from guardians.engine.report import Report
 from guardians.engine.run import PROBE, Run
 from guardians.engine.victim import predicted_labels, undisturbed
+from guardians.experiments.counting import CountingModel, peak_memory
+from guardians.experiments.overhead import bare_loop, forward_backward, timed
 from guardians.models import load_model
+from guardians.statistics import paired_difference, wilson_interval
 from guardians.toolkits.build import TOOLKITS, build_attack
 
 __all__ = [

@@ -1,7 +1,7 @@
 import pytest
 from models_for_tests import small_net, some_images, some_labels
 
-from guardians.benchmark.overhead import OVERHEAD_COLUMNS, measure_overhead
+from guardians.experiments.overhead import OVERHEAD_COLUMNS, measure_overhead
 from guardians.toolkits.build import IMPLEMENTATIONS
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from models_for_tests import is_fooled, small_net, some_images
 
 from guardians.attacks import CarliniWagnerL2
-from guardians.benchmark.minimum_norm import (
+from guardians.data import Dataset
+from guardians.experiments.minimum_norm import (
     CONST_COLUMNS,
     CONTENDERS,
     MINIMUM_NORM_COLUMNS,
@@ -21,7 +22,6 @@ from guardians.benchmark.minimum_norm import (
     perturb,
     summarise,
 )
-from guardians.data import Dataset
 from guardians.tables import read_csv
 
 INF = float("inf")

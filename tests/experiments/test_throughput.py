@@ -10,9 +10,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from guardians.attacks import PGD
-from guardians.benchmark import throughput
-from guardians.benchmark.statistics import paired_difference, wilson_interval
-from guardians.benchmark.throughput import (
+from guardians.data import Dataset
+from guardians.experiments import throughput
+from guardians.experiments.throughput import (
     COST_COLUMNS,
     MEMORY_COLUMNS,
     THROUGHPUT_COLUMNS,
@@ -21,7 +21,7 @@ from guardians.benchmark.throughput import (
     measure_memory,
     measure_throughput,
 )
-from guardians.data import Dataset
+from guardians.statistics import paired_difference, wilson_interval
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["bare loop", "ART", "torchattacks", "foolbox", "native", "native", "native"]
@@ -49,7 +49,7 @@ def clocked(monkeypatch):
     net = small_net()
     net.__class__ = ClockedNet
     ClockedNet.clock = Clock()
-    monkeypatch.setattr("guardians.benchmark.overhead.time.perf_counter", ClockedNet.clock)
+    monkeypatch.setattr("guardians.experiments.overhead.time.perf_counter", ClockedNet.clock)
     return net
 
 

@@ -1,0 +1,352 @@
+"""The benchmark: attacks of every implementation on the same subject and the same images, one row of a table each."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from guardians.attacks.norms import as_norm
+from guardians.attacks.registry import Spec, canonical, family_of, named, usages
+from guardians.data import Dataset
+from guardians.engine.checks import check_choice, check_flag, check_integer, check_number
+from guardians.engine.parameters import PRECISIONS
+from guardians.engine.victim import Victim
+from guardians.experiments.names import parsed
+from guardians.experiments.run import Run, code, perform
+from guardians.experiments.store import Store
+from guardians.experiments.subject import Subject, defended
+from guardians.statistics import wilson_interval
+from guardians.tables import BENCHMARK_COLUMNS, write_csv
+from guardians.toolkits.build import IMPLEMENTATIONS, TOOLKITS, is_available, is_installed, own_spec
+
+__all__ = ["ATTACKS", "benchmark_table", "run_benchmark", "summarise"]
+
+logger = logging.getLogger(__name__)
+
+ATTACKS = ("clean", "FGSM", "PGD-10", "PGD-40")
+"""Those that run unless others are asked for."""
+_WEAKEST = "FGSM"
+"""No other attack in the same ball should be weaker."""
+_NAMES = ("model", "defence", "data")
+_SAME_BALL = ("model_digest", "data", "seed", "norm", "eps")
+
+
+def run_benchmark(
+    model: nn.Module,
+    data: Dataset,
+    *,
+    model_name: str,
+    out: str | os.PathLike[str],
+    defence: str = "none",
+    pool: Dataset | None = None,
+    attacks: Sequence[str] = ATTACKS,
+    implementations: Sequence[str] = IMPLEMENTATIONS,
+    norm: float | str = np.inf,
+    eps: float = 8 / 255,
+    eps_step: float | None = None,
+    random_start: bool = False,
+    batch_size: int = 128,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    early_stop: bool = True,
+    precision: str = "auto",
+    eot_samples: int = 1,
+    verbose: bool = True,
+) -> pd.DataFrame:
+    """Run attacks of several implementations on the same images, and write `out/benchmark.csv`, a row for each.
+
+    Each attack runs once on a batch for warm-up and then, timed and counted, on all images. Its images are judged by
+    the subject itself, in evaluation mode and float32, a random one by draws that no attack has seen. What was run and
+    what became of each image is kept in a `Store` in `out`; a run that is there is not done again, so a killed call is
+    continued by the same call. Rows that other versions or commits made are kept with a warning.
+
+    "clean" rows hold the predictions on the images as they are, each through the implementation's own prediction path.
+    A last row "union" is the worst case of all attacks in the ball, image by image.
+
+    Ctrl-C (`KeyboardInterrupt`) ends the call but not the program: what is finished comes back. A native attack that it
+    stops has a row of the images that were finished by then, with the flag "interrupted"; the same call goes on with
+    the others.
+
+    Args:
+        model: returns logits for images in [0, 1]; it comes back as it was.
+        data: images and labels.
+        model_name: for the table.
+        out: folder of store and tables, created where it does not exist.
+        defence: around the model, such as "rse(sigma_init=0.8)", see `guardians.experiments.subject.defended`.
+        pool: images for a defence that mixes with some.
+        attacks: "clean", and
+            - those that are registered, as "FGSM", "PGD-40", of at most 1,000,000 steps, "C&W", "AutoAttack" and
+              "evaluate", in upper or lower case, also with arguments, as "APGD-20(loss='margin')". Those that minimise
+              a norm are run at the defaults of each implementation;
+            - any attack of a toolkit under the name of its class, as "torchattacks:APGD(steps=20)",
+              "foolbox:L2DeepFoolAttack" and "ART:SquareAttack(max_iter=500)", with its own arguments; norm and eps are
+              those of the call where the class has such arguments and they are not given.
+        implementations: of `IMPLEMENTATIONS`, in upper or lower case. What a toolkit does not have, or a toolkit that
+            is not installed, is skipped with a line in the log.
+        norm: 1, 2, inf or "inf".
+        eps: radius of the ball, in the unit of the images; inf in the rows of attacks that minimise a norm.
+        eps_step: step size of PGD; None takes eps / 4, or 1 / 255 where eps is 0. FGSM's is eps.
+        random_start: start attacks of several steps at a random point of the ball; FGSM always starts at the image.
+        batch_size: images in one forward pass.
+        seed: of the random starts, and of the draws of a defence.
+        device: of the model, where images are sent; None takes the model's.
+        early_stop: let native attacks in a ball leave an image as soon as the model is fooled by it; see
+            `guardians.engine.attack.Attack`. The toolkits take all steps.
+        precision: what native attacks search in: "auto", "float32", "bfloat16" or "float16"; see there.
+        eot_samples: draws whose mean gradient native attacks follow; see there.
+        verbose: show a progress bar.
+
+    Returns:
+        The rows of this call, also those that were there before; columns as in `guardians.tables.BENCHMARK_COLUMNS`.
+        Its `attrs["interrupted"]` says whether Ctrl-C ended the call.
+
+    Raises:
+        TypeError, ValueError: an argument is outside what is allowed, or `out` cannot be written; before any work.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model of type {type(model).__name__}: must be a torch.nn.Module")
+    if not isinstance(data, Dataset):
+        raise TypeError(f"data of type {type(data).__name__}: must be a guardians.data.Dataset, see load_data")
+    if not isinstance(model_name, str) or not model_name.strip():
+        raise ValueError(f"model_name={model_name!r}: must be a name for the table")
+    norm = as_norm(norm)
+    eps, eps_step = _sizes(eps, eps_step)
+    if not isinstance(random_start, bool):
+        raise TypeError(f"random_start={random_start!r}: must be True or False")
+    check_integer("batch_size", batch_size, low=1)
+    check_integer("seed", seed, low=0)
+    check_integer("eot_samples", eot_samples, low=1)
+    if not isinstance(implementations, str):
+        implementations = [canonical(name, IMPLEMENTATIONS) for name in implementations]
+    if not implementations or not set(implementations) <= set(IMPLEMENTATIONS):
+        raise ValueError(f"implementations={implementations!r}: known are {', '.join(IMPLEMENTATIONS)}")
+    specs = _specs(attacks, norm, eps, eps_step, random_start)
+    check_flag("early_stop", early_stop)
+    check_choice("precision", precision, PRECISIONS)
+    device = _device_of(model, device)
+    if len(data) == 0:
+        raise ValueError("data has no images")
+    subject = defended(model_name, model, defence, pool)
+    options = {"early_stop": early_stop, "precision": precision, "eot_samples": eot_samples}
+    runs = _runs(
+        subject, data, specs, list(dict.fromkeys(implementations)), options, int(batch_size), int(seed), device
+    )
+
+    store = Store(out)
+    _warn_of_others(runs, store)
+    interrupted = perform(runs, store, verbose=verbose)
+    write_csv(benchmark_table(store), Path(out) / "benchmark.csv")
+    store.export(out)
+    frame = benchmark_table(store, runs)
+    frame.attrs["interrupted"] = interrupted
+    return frame
+
+
+def benchmark_table(store: Store, runs: Sequence[Run] | None = None) -> pd.DataFrame:
+    """Rows of `BENCHMARK_COLUMNS`: all that are complete, or of these runs, also of one that was interrupted.
+
+    The last rows are the "union" of all attacks in one ball, where there are several.
+    """
+    found = {known["key"]: known for known in store.runs(unfinished=runs is not None)}
+    outcomes = {key: store.outcomes(key) for key in found}
+    rows = {key: _row(known, outcomes[key]) for key, known in found.items()}
+    _flag_weaker(list(rows.values()))
+    if runs is not None:  # under the names of this call
+        names = {run.key: {name: run.known[name] for name in _NAMES} for run in runs if run.key in rows}
+        rows = {key: rows[key] | names[key] for key in names}
+    return pd.DataFrame([*rows.values(), *_unions(rows, outcomes)], columns=list(BENCHMARK_COLUMNS))
+
+
+def summarise(outcomes: pd.DataFrame) -> dict[str, float]:
+    """The figures of a row that follow from the outcomes of its images, under their column names."""
+    n = len(outcomes)
+    clean = outcomes["clean_prediction"] == outcomes["label"]
+    robust = clean & (outcomes["adversarial_prediction"] == outcomes["label"])
+    correct, standing = int(clean.sum()), int(robust.sum())
+    low, high = wilson_interval(standing, n)
+    return {
+        "n": n,
+        "clean_accuracy": correct / n,
+        "robust_accuracy": standing / n,
+        "robust_accuracy_low": low,
+        "robust_accuracy_high": high,
+        "success_rate": (correct - standing) / correct if correct else float("nan"),
+        "l2_median": float(outcomes["l2"].median()),
+        "l2_mean": float(outcomes["l2"].mean()),
+        "linf_max": float(outcomes["linf"].max()),
+    }
+
+
+def _row(known: Mapping[str, Any], outcomes: pd.DataFrame) -> dict[str, Any]:
+    spec, options, n = known["spec"], known["options"], len(outcomes)
+    params: dict[str, Any] = {"batch_size": known["batch_size"]}
+    norm, eps, steps = float("nan"), 0.0, 0
+    if spec is not None:
+        norm, eps = float(spec["norm"]), np.inf if spec["eps"] is None else spec["eps"]
+        params |= {name: value for name, value in spec["params"].items() if name != "steps"}
+        steps = spec["params"].get("steps", int(spec["eps"] is not None and spec["family"] == _WEAKEST))
+    if "early_stop" in options:
+        params["early_stop"] = options["early_stop"]
+    flags = known["flags"] if known["is_complete"] else [*known["flags"], "interrupted"]
+    return {
+        **{name: known[name] for name in BENCHMARK_COLUMNS if name in known},
+        **summarise(outcomes),
+        "norm": norm,
+        "eps": eps,
+        "steps": steps,
+        "params": json.dumps(params, sort_keys=True),
+        "eot": options.get("eot_samples", 1),
+        "precision": options.get("precision", "float32"),
+        **{f"{kind}_per_image": known[kind] / n for kind in ("forward", "backward", "judgement")},
+        "images_per_second": n / known["seconds"],
+        "flags": ";".join(flags),
+        "versions": json.dumps(known["versions"]),
+    }
+
+
+def _unions(rows: Mapping[str, Mapping[str, Any]], outcomes: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
+    """A row for each ball in which several attacks are complete."""
+    balls: dict[tuple[Any, ...], list[str]] = {}
+    for key, row in rows.items():
+        if row["attack"] != "clean" and np.isfinite(row["eps"]) and "interrupted" not in row["flags"]:
+            balls.setdefault(tuple(row[name] for name in _SAME_BALL), []).append(key)
+    unions = []
+    for keys in balls.values():
+        if len(keys) < 2:
+            continue
+        same, first = rows[keys[0]], outcomes[keys[0]]
+        felled = np.logical_or.reduce([outcomes[key]["adversarial_prediction"] != first["label"] for key in keys])
+        # Which of the wrong labels it is does not matter.
+        images = first.assign(adversarial_prediction=first["label"].where(~felled, -1))
+        figures = summarise(images) | dict.fromkeys(("l2_median", "l2_mean", "linf_max"), float("nan"))
+        known = {"attack": "union", "implementation": "all", "params": "{}", "precision": "", "search": "", "flags": ""}
+        known |= {"steps": 0, "eot": 1, "seconds": sum(rows[key]["seconds"] for key in keys)}
+        kept = {name: same[name] for name in (*_SAME_BALL, "model", "defence", "device", "versions", "commit")}
+        unions.append(dict.fromkeys(BENCHMARK_COLUMNS, float("nan")) | kept | figures | known)
+    return unions
+
+
+def _flag_weaker(rows: Sequence[dict[str, Any]]) -> None:
+    """Flag rows where FGSM of the same implementation and settings leaves fewer images."""
+
+    def setting(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        params = json.loads(row["params"])
+        same = (*_SAME_BALL, "implementation", "device", "precision", "eot")
+        return (*(row[name] for name in same), params["batch_size"], params.get("early_stop"))
+
+    weakest = {setting(row): row["robust_accuracy"] for row in rows if row["attack"] == _WEAKEST}
+    for row in rows:
+        if "interrupted" not in row["flags"] and row["robust_accuracy"] > weakest.get(setting(row), 1.0):
+            row["flags"] = ";".join(filter(None, [row["flags"], "weaker_than_fgsm"]))
+
+
+def _runs(
+    subject: Subject,
+    data: Dataset,
+    specs: Sequence[tuple[Spec | None, str | None]],
+    implementations: Sequence[str],
+    options: Mapping[str, Any],
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+) -> list[Run]:
+    """One for each attack and implementation that has it; otherwise the log says why not."""
+    runs = []
+    for spec, only in specs:
+        for implementation in implementations if only is None else [only]:
+            if not _has(implementation, spec):
+                continue
+            given: dict[str, Any] = {}
+            if implementation == "native" and spec is not None:
+                given = {"precision": options["precision"], "eot_samples": options["eot_samples"]}
+                given |= {} if family_of(spec).minimises_norm else {"early_stop": options["early_stop"]}
+            runs.append(Run(subject, data, spec, implementation, batch_size, seed, given, device))
+    return runs
+
+
+def _specs(
+    attacks: Sequence[str], norm: float, eps: float, eps_step: float, random_start: bool
+) -> list[tuple[Spec | None, str | None]]:
+    """The attacks under these names, None for "clean", in the order in which they run, and whose they are alone."""
+    known = ", ".join(("clean", *usages(), *(f"{toolkit}:NAME" for toolkit in TOOLKITS)))
+    if isinstance(attacks, str) or not attacks:
+        raise ValueError(f"attacks={attacks!r}: must be a list; known are {known}")
+    specs: dict[tuple[Spec | None, str | None], tuple[int, int]] = {}
+    for attack in attacks:
+        name, arguments = parsed(str(attack))
+        toolkit, colon, own = name.partition(":")
+        if colon:
+            toolkit = canonical(toolkit, TOOLKITS)
+            check_choice("toolkit", toolkit, tuple(TOOLKITS))
+            specs[own_spec(toolkit, own, arguments, norm, eps), toolkit] = (2, 0)
+            continue
+        spec = named(name, norm, eps, eps_step=eps_step, random_start=random_start)
+        if spec is None and canonical(name, ("clean",)) != "clean":
+            raise ValueError(f"attack {attack!r} is unknown; known are {known}")
+        if spec is not None and arguments:
+            spec = spec.having(**arguments)
+        if spec is not None:
+            family_of(spec)
+        # FGSM comes before the others, which are compared with it.
+        specs[spec, None] = (0, 0) if spec is None else (1 + (spec.family != _WEAKEST), spec.get("steps", 0))
+    return sorted(specs, key=lambda spec: specs[spec])
+
+
+def _has(implementation: str, spec: Spec | None) -> bool:
+    """Whether the attack can be run; otherwise the log says why not."""
+    name = "clean" if spec is None else spec.name
+    if not is_installed(implementation):
+        logger.warning("skipped: %s of %s, which is not installed", name, implementation)
+        return False
+    if spec is not None and not is_available(implementation, spec):
+        logger.warning("skipped: %s does not have %s for norm %g", implementation, name, spec.norm)
+        return False
+    return True
+
+
+def _sizes(eps: Any, eps_step: Any) -> tuple[float, float]:
+    """Radius and step size."""
+    check_number("eps", eps, low=0)
+    if not isinstance(eps, Real):
+        raise TypeError(f"eps={eps!r}: must be one number")
+    if eps_step is None:
+        return float(eps), float(eps) / 4 or 1 / 255
+    check_number("eps_step", eps_step, low=0, exclusive=True)
+    if not isinstance(eps_step, Real):
+        raise TypeError(f"eps_step={eps_step!r}: must be one number")
+    return float(eps), float(eps_step)
+
+
+def _device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    victim = Victim(model)
+    if victim.dtype not in (None, torch.float32):
+        raise ValueError(f"the model is in {victim.dtype}: must be in torch.float32")
+    if device is None:
+        return victim.device or torch.device("cpu")
+    place = torch.empty(0, device=device).device  # with the index of the GPU
+    if victim.device not in (None, place):
+        raise ValueError(f"device={str(device)!r}: the model is on {victim.device}; they must be the same")
+    return place
+
+
+def _warn_of_others(runs: Sequence[Run], store: Store) -> None:
+    """Say in the log which rows come from other code."""
+    here = code()
+    others = [known for known in store.runs([run.key for run in runs]) if {name: known[name] for name in here} != here]
+    if others:
+        logger.warning(
+            "%d of the rows in %s were made with other versions or at another commit and are kept; "
+            "another folder measures anew",
+            len(others),
+            store.path,
+        )

@@ -1,0 +1,387 @@
+"""A run: an attack of an implementation on a subject and its data; how it is told from others, and how it is done."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+
+import guardians
+from guardians.attacks.auto_attack import AutoAttack
+from guardians.attacks.norms import lp_norm
+from guardians.attacks.registry import Spec
+from guardians.data import Dataset
+from guardians.engine.attack import Attack
+from guardians.engine.report import Finished, Report
+from guardians.engine.victim import Victim, predicted_labels, undisturbed
+from guardians.evaluation import Cascade
+from guardians.experiments.counting import CountingModel, peak_memory
+from guardians.experiments.store import OUTCOME_COLUMNS, Store
+from guardians.experiments.subject import Subject
+from guardians.toolkits.build import build_attack, build_prediction
+
+__all__ = ["Run", "code", "perform"]
+
+_SAVED_EVERY = 30.0
+"""Seconds after which what an attack has finished is on disk."""
+_ZERO_GRADIENT_SHARE = 0.01
+_NORMS = {"l1": 1.0, "l2": 2.0, "linf": np.inf}
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One attack on one subject.
+
+    Attributes:
+        subject: in evaluation mode or not; it comes back as it was.
+        data: images and labels.
+        attack: None for the subject's predictions of the images as they are.
+        implementation: whose code runs.
+        batch_size: images in one forward pass.
+        seed: of the draws of attack and defence.
+        options: of a native attack: early_stop, precision and eot_samples.
+        device: of the subject.
+    """
+
+    subject: Subject
+    data: Dataset
+    attack: Spec | None
+    implementation: str
+    batch_size: int = 128
+    seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    device: torch.device = field(default_factory=partial(torch.device, "cpu"))
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """All that can change the answer, which names and paths cannot."""
+        return {
+            "model_digest": self.subject.digest,
+            "data_digest": self.data.digest,
+            "spec": None if self.attack is None else json.loads(self.attack.json),
+            "implementation": self.implementation,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "options": dict(self.options),
+            "device": _name_of(self.device),
+        }
+
+    @cached_property
+    def key(self) -> str:
+        """The first digits of a SHA-256 digest of the identity."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """The identity, and the names under which tables show it."""
+        return {
+            **self.identity,
+            "model": self.subject.name,
+            "defence": self.subject.defence,
+            "data": self.data.identity,
+            "attack": "clean" if self.attack is None else self.attack.name,
+            "n": len(self.data),
+        }
+
+
+def perform(runs: Sequence[Run], store: Store, *, verbose: bool = True) -> bool:
+    """Do the runs that the store does not have, each once, whoever else works on the same store.
+
+    What another process is at is waited for at the end. Ctrl-C leaves in the store what is finished, of a native attack
+    image by image, and the same call goes on from there.
+
+    Returns:
+        Whether Ctrl-C ended it.
+    """
+    try:
+        with tqdm(runs, desc="runs", unit="run", disable=not verbose) as progress:
+            postponed = [run for run in progress if not _perform_once(run, store, progress)]
+        for run in postponed:
+            _perform_once(run, store, None, wait=True)
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def _perform_once(run: Run, store: Store, progress: Any, *, wait: bool = False) -> bool:
+    """Whether the run is done; False where another process is at it."""
+    if run.key in store:
+        return True
+    with store.claim(run.key, wait=wait) as is_mine:
+        if not is_mine:
+            return False
+        if run.key not in store:
+            if progress is not None:
+                progress.set_postfix_str(f"{run.known['attack']} {run.implementation} on {run.subject.name}")
+            with torch.inference_mode(False), torch.enable_grad():
+                _Performance(run, store).perform()
+    return True
+
+
+class _Performance:
+    """A run that is being done."""
+
+    def __init__(self, run: Run, store: Store) -> None:
+        self.run, self.store, self.about = run, store, _about(run.subject, run.data, run.device, run.batch_size)
+        self.setting: dict[str, Any] = {
+            "nb_classes": self.about.nb_classes,
+            "input_shape": tuple(self.about.x.shape[1:]),
+            "batch_size": run.batch_size,
+        }
+        self.flags: set[str] = set()
+
+    def perform(self) -> None:
+        """Do it, and write it."""
+        run, about = self.run, self.about
+        module = run.subject.answering(run.seed, 0) if run.attack is None else run.subject.attacked(run.seed)
+        with undisturbed(module):
+            if run.attack is None:
+                self._predict(module)
+                return
+            counting = CountingModel(module)  # of which a native attack could make no cheaper copy
+            asked = module if run.implementation == "native" else counting
+            attack = build_attack(run.implementation, run.attack, asked, seed=run.seed, **self.setting, **run.options)
+            if isinstance(attack, Attack):
+                self._stream(attack)
+                return
+            if run.implementation != "native":
+                attack(about.x[: run.batch_size], about.y[: run.batch_size])  # kernels are prepared
+                counting.reset()
+            with _measured(run.device) as cost:
+                x_adv = attack(about.x, about.y).detach()
+        outcomes = self._judged(np.arange(len(about.x)), x_adv)
+        if run.implementation != "native":
+            self._write(outcomes, cost | _counts(counting))
+            return
+        assert isinstance(attack, (AutoAttack, Cascade))  # all that is native and no `Attack`
+        ledger = attack.ledger
+        assert ledger is not None
+        names = np.array([*attack.stages, ""])  # the last where it stands
+        outcomes = outcomes.assign(forward=ledger.forward, backward=ledger.backward, stage=names[ledger.stage])
+        self._write(outcomes, cost | _counts(ledger.report))
+
+    def _predict(self, module: nn.Module) -> None:
+        """The prediction path of an implementation."""
+        run, x = self.run, self.about.x
+        counting = CountingModel(module)
+        predict = build_prediction(run.implementation, counting, **self.setting)
+        predict(x[: run.batch_size])  # kernels are prepared
+        counting.reset()
+        with _measured(run.device) as cost:
+            predictions = predict(x).argmax(1)
+        self._write(self._outcomes(np.arange(len(x)), x, predictions, predictions), cost | _counts(counting))
+
+    def _stream(self, attack: Attack) -> None:
+        """A native attack, which counts for itself; from where an earlier call was stopped."""
+        run, about = self.run, self.about
+        for _ in attack.stream([(about.x[: run.batch_size], about.y[: run.batch_size])]):  # kernels are prepared
+            pass
+        found = [self.store.outcomes(run.key)]
+        before = dict.fromkeys(("forward", "backward", "judgement", "seconds"), 0.0)
+        for known in self.store.runs([run.key], unfinished=True):
+            before = {name: known[name] for name in before}
+            self.flags |= set(known["flags"])
+        waiting = np.setdiff1d(np.arange(len(about.x)), found[0]["image"])
+        inputs = [{"x": about.x[part], "y": about.y[part]} for part in torch.from_numpy(waiting).split(run.batch_size)]
+        pieces: list[Finished] = []
+        seconds, started = before["seconds"], time.perf_counter()
+
+        def write(peak_memory_mb: float | None = None) -> None:
+            nonlocal seconds, started
+            seconds += _since(started, run.device)
+            if pieces:
+                rows = waiting[np.concatenate([piece.index for piece in pieces])]
+                judged = self._judged(rows, torch.cat([piece.x_adv for piece in pieces]).to(about.x.device))
+                counts = {name: [getattr(piece, name) for piece in pieces] for name in ("forward", "backward")}
+                found.append(judged.assign(**{name: np.concatenate(count) for name, count in counts.items()}))
+                pieces.clear()
+            report = attack.report
+            assert report is not None
+            cost = _counts(report)
+            cost = {name: before[name] + count for name, count in cost.items()} | {"seconds": seconds}
+            cost |= {"peak_memory_mb": peak_memory_mb, "search": report.search}
+            self._write(pd.concat(found, ignore_index=True), cost, is_complete=peak_memory_mb is not None)
+            started = time.perf_counter()
+
+        with peak_memory(run.device) as peak:
+            try:
+                for piece in attack._search(inputs, run.device, first_index=waiting):
+                    pieces.append(piece)
+                    if time.perf_counter() - started > _SAVED_EVERY:
+                        write()
+            except BaseException:
+                if pieces:
+                    write()
+                raise
+        write(peak.mb)
+
+    def _judged(self, rows: np.ndarray, x_adv: Tensor) -> pd.DataFrame:
+        """Outcomes of the images that an attack returned for these rows, and flags of what is wrong with them."""
+        run, about = self.run, self.about
+        x, spec = about.x[torch.from_numpy(rows)], run.attack
+        assert spec is not None
+        predictions = predicted_labels(run.subject.answering(run.seed, 1), x_adv, run.batch_size)
+        outcomes = self._outcomes(rows, x_adv, about.clean_predictions(run.seed)[torch.from_numpy(rows)], predictions)
+        if x_adv.isnan().any():
+            self.flags.add("nan")
+        if spec.eps is not None:
+            size = lp_norm(x_adv.double() - x.double(), spec.norm).flatten()
+            if (size > _with_rounding(spec.eps, spec.norm, x[0].numel())).any():
+                self.flags.add("outside_ball")
+        if ((x_adv < 0) | (x_adv > 1)).any():
+            self.flags.add("outside_clip")
+        if about.zero_gradient_share > _ZERO_GRADIENT_SHARE:
+            self.flags.add("zero_gradient")
+        return outcomes
+
+    def _outcomes(self, rows: np.ndarray, x_adv: Tensor, clean: Tensor, adversarial: Tensor) -> pd.DataFrame:
+        """Columns `OUTCOME_COLUMNS` for the images of these rows."""
+        x = self.about.x[torch.from_numpy(rows)]
+        pairs = list(zip(x_adv.split(self.run.batch_size), x.split(self.run.batch_size), strict=True))
+        norms = {
+            name: torch.cat([lp_norm(one.double() - two.double(), p).flatten() for one, two in pairs]).cpu().numpy()
+            for name, p in _NORMS.items()
+        }
+        columns = {
+            "image": rows,
+            "label": self.about.y.cpu().numpy()[rows],
+            "clean_prediction": clean.cpu().numpy(),
+            "adversarial_prediction": adversarial.cpu().numpy(),
+            **norms,
+        }
+        return pd.DataFrame(columns).reindex(columns=list(OUTCOME_COLUMNS))
+
+    def _write(self, outcomes: pd.DataFrame, cost: Mapping[str, Any], *, is_complete: bool = True) -> None:
+        figures = {"search": "model", "flags": sorted(self.flags), **cost, **code()}
+        self.store.write(self.run.key, self.run.known, figures, outcomes, is_complete=is_complete)
+
+
+class _About:
+    """What the runs on one subject and its data share."""
+
+    def __init__(self, subject: Subject, data: Dataset, device: torch.device, batch_size: int) -> None:
+        self.subject, self.batch_size = subject, batch_size
+        self.x, self.y = data.as_floats().to(device), data.labels.to(device)
+        with torch.no_grad():
+            self.nb_classes = Victim(subject.base).logits(self.x[:1]).shape[1]
+        if data.labels.min() < 0 or data.labels.max() >= self.nb_classes:
+            span = f"{int(data.labels.min())} to {int(data.labels.max())}"
+            raise ValueError(f"data has labels from {span}: the model has {self.nb_classes} classes")
+        self._clean: dict[int, Tensor] = {}
+
+    def clean_predictions(self, seed: int) -> Tensor:
+        """Of the images as they are, by draws that no attack has seen."""
+        if self.subject.make is None:
+            seed = 0
+        if seed not in self._clean:
+            self._clean[seed] = predicted_labels(self.subject.answering(seed, 0), self.x, self.batch_size)
+        return self._clean[seed]
+
+    @cached_property
+    def zero_gradient_share(self) -> float:
+        """Fraction of the images at which the gradient of the loss is zero in every pixel."""
+        module, zero = self.subject.attacked(0), 0
+        with undisturbed(module):
+            for x, y in zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True):
+                inputs = x.clone().requires_grad_(True)
+                (gradient,) = torch.autograd.grad(cross_entropy(module(inputs), y, reduction="sum"), inputs)
+                zero += int((gradient == 0).flatten(1).all(1).sum())
+        return zero / len(self.x)
+
+
+_about = functools.lru_cache(maxsize=4)(_About)
+
+
+@contextmanager
+def _measured(device: torch.device) -> Iterator[dict[str, Any]]:
+    """The seconds and the peak memory that a block takes, known after it."""
+    cost: dict[str, Any] = {}
+    with peak_memory(device) as peak:
+        started = time.perf_counter()
+        yield cost
+        cost["seconds"] = _since(started, device)
+    cost["peak_memory_mb"] = peak.mb
+
+
+def _since(started: float, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _counts(counted: Report | CountingModel) -> dict[str, int]:
+    """Samples forward, backward and for judgement."""
+    if isinstance(counted, CountingModel):
+        return {"forward": counted.forward_samples, "backward": counted.backward_samples, "judgement": 0}
+    return {
+        "forward": counted.search_forward,
+        "backward": counted.search_backward,
+        "judgement": counted.judgement_forward,
+    }
+
+
+def _with_rounding(eps: float, norm: float, pixels: int) -> float:
+    """The radius, and what float32's rounding of the pixels and of a norm may add to it."""
+    return float(eps * (1 + 1e-6) + torch.finfo(torch.float32).eps * pixels ** (1 / norm))
+
+
+def _name_of(device: torch.device) -> str:
+    return device.type if device.type != "cuda" else f"cuda ({torch.cuda.get_device_name(device)})"
+
+
+def code() -> dict[str, Any]:
+    """Whose answers they are: versions of the packages, and the commit of this one."""
+    return {"versions": _versions(), "commit": _commit()}
+
+
+def _versions() -> dict[str, str | None]:
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return {
+        "guardians": guardians.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "art": version("adversarial-robustness-toolbox"),
+        "torchattacks": version("torchattacks"),
+        "foolbox": version("foolbox"),
+    }
+
+
+def _commit(package: Path = Path(guardians.__file__).parent) -> str:
+    """Of the package's source tree, with -dirty where tracked files of it differ; empty where it is in none."""
+    # Git says in these, as within its hooks, which repository a command is for.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(package), *arguments]
+        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10, "env": environment}
+        return subprocess.run(command, check=True, **options).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # an installed package may lie within a repository
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
