@@ -3,7 +3,7 @@
     python benchmarks/attack_cost.py --data PATH --model NAME --model ADVERSARIALLY-TRAINED-NAME
 
 Writes results/attack_cost.csv and results/attack_cost.png; columns in
-guardians.experiments.throughput.COST_COLUMNS. The images of the last model are the ones mixed by share.
+guardians.experiments.attack_cost.COST_COLUMNS. The images of the last model are the ones mixed by share.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ import pandas as pd
 import typer
 
 from guardians.data import ENVIRONMENT_VARIABLE, load_data
-from guardians.experiments.throughput import measure_cost_of_images, measure_cost_of_robustness
+from guardians.experiments.attack_cost import measure_cost_of_images, measure_cost_of_robustness
 from guardians.figures import plot_cost
 from guardians.models import load_model
 from guardians.tables import print_table, write_csv

@@ -20,6 +20,7 @@ from guardians.engine.victim import Victim
 from guardians.evaluation import BUDGETS
 from guardians.evaluation import evaluate as run_evaluation
 from guardians.experiments.bench import ATTACKS, run_benchmark
+from guardians.experiments.study import find_studies, load_study, perform_study
 from guardians.experiments.subject import DEFENCES
 from guardians.models import (
     ARCHITECTURES,
@@ -288,6 +289,37 @@ def bench(
     if frame.attrs["interrupted"]:
         typer.echo(f"interrupted; the finished rows are in {out}, and the same command goes on from there", err=True)
         sys.exit(130)  # typer.Exit would let `run` say it again
+
+
+@app.command()
+def study(
+    file: Annotated[Path | None, typer.Argument(help="A YAML file, as those in benchmarks/.")] = None,
+    list_studies: Annotated[bool, typer.Option("--list", help="List the studies in a folder.")] = False,
+    folder: Annotated[Path, typer.Option(help="Of the studies to list.")] = Path("benchmarks"),
+    data: Data = None,
+    n: Annotated[int | None, typer.Option("--n", "--images", help="Images.", show_default="the study's")] = None,
+    device: Device = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder for the store, tables and figures.")] = Path("runs"),
+) -> None:
+    """Do what a study says, as far as it is not done yet, and write its tables and figures.
+
+    Example: guardians study benchmarks/carlini_wagner.yaml --data folder --out results
+    """
+    if list_studies:
+        for path, found in find_studies(folder).items():
+            typer.echo(f"{path}: {found.title}")
+        return
+    if file is None:
+        raise ValueError("FILE is missing: must be a YAML file, or --list")
+    _check_run(1, device, 0)
+    chosen = load_study(file)
+    _announced_data(data, n or chosen.n, 0, False)
+    frame, interrupted = perform_study(chosen, data, out, n=n, device=device)
+    print_table(frame, title=chosen.title)
+    typer.echo(f"tables and figures: {out}")
+    if interrupted:
+        typer.echo(f"interrupted; what is finished is in {out}, and the same command goes on from there", err=True)
+        sys.exit(130)
 
 
 @app.command("train")

@@ -44,7 +44,7 @@ def plot_cost(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
     """Time against the number of images, and time per image against the share of robust ones, as a PNG file.
 
     Args:
-        frame: a table with the columns `guardians.experiments.throughput.COST_COLUMNS`.
+        frame: a table with the columns `guardians.experiments.attack_cost.COST_COLUMNS`.
         path: of the PNG file; the same table gives the same bytes.
 
     Raises:

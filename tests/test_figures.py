@@ -6,7 +6,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
-from guardians.experiments.throughput import COST_COLUMNS
+from guardians.experiments.attack_cost import COST_COLUMNS
 from guardians.figures import (
     _PALETTE,
     _accuracy_figure,

@@ -539,7 +539,7 @@ def _native(spec: Spec) -> tuple[type[Attack], dict[str, Any]]:
     arguments = spec.arguments("confidence", "learning_rate", steps="max_iter", const="initial_const")
     if spec.norm == float("inf"):
         return CarliniWagnerLinf, arguments
-    return CarliniWagnerL2, arguments | spec.arguments("abort_early", searches="binary_search_steps")
+    return CarliniWagnerL2, arguments | spec.arguments("abort_early", "adaptive", searches="binary_search_steps")
 
 
 # Exact where a toolkit is right, which is each image alone and with no abort. torchattacks has no switch for it; its
@@ -551,7 +551,7 @@ register(
     Family(
         "C&W",
         norms=(2, float("inf")),
-        parameters=("confidence", "steps", "searches", "const", "learning_rate", "abort_early"),
+        parameters=("confidence", "steps", "searches", "const", "learning_rate", "abort_early", "adaptive"),
         native=_native,
         minimises_norm=True,
         agreements=(

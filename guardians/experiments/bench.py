@@ -22,14 +22,14 @@ from guardians.engine.checks import check_choice, check_flag, check_integer, che
 from guardians.engine.parameters import PRECISIONS
 from guardians.engine.victim import Victim
 from guardians.experiments.names import parsed
-from guardians.experiments.run import Run, code, perform
+from guardians.experiments.run import BARE_LOOP, Run, code, perform
 from guardians.experiments.store import Store
 from guardians.experiments.subject import Subject, defended
 from guardians.statistics import wilson_interval
 from guardians.tables import BENCHMARK_COLUMNS, write_csv
 from guardians.toolkits.build import IMPLEMENTATIONS, TOOLKITS, is_available, is_installed, own_spec
 
-__all__ = ["ATTACKS", "benchmark_table", "run_benchmark", "summarise"]
+__all__ = ["ATTACKS", "benchmark_table", "run_benchmark", "runs_of", "summarise"]
 
 logger = logging.getLogger(__name__)
 
@@ -119,28 +119,13 @@ def run_benchmark(
         raise TypeError(f"data of type {type(data).__name__}: must be a guardians.data.Dataset, see load_data")
     if not isinstance(model_name, str) or not model_name.strip():
         raise ValueError(f"model_name={model_name!r}: must be a name for the table")
-    norm = as_norm(norm)
-    eps, eps_step = _sizes(eps, eps_step)
-    if not isinstance(random_start, bool):
-        raise TypeError(f"random_start={random_start!r}: must be True or False")
-    check_integer("batch_size", batch_size, low=1)
-    check_integer("seed", seed, low=0)
-    check_integer("eot_samples", eot_samples, low=1)
-    if not isinstance(implementations, str):
-        implementations = [canonical(name, IMPLEMENTATIONS) for name in implementations]
-    if not implementations or not set(implementations) <= set(IMPLEMENTATIONS):
-        raise ValueError(f"implementations={implementations!r}: known are {', '.join(IMPLEMENTATIONS)}")
-    specs = _specs(attacks, norm, eps, eps_step, random_start)
-    check_flag("early_stop", early_stop)
-    check_choice("precision", precision, PRECISIONS)
     device = _device_of(model, device)
     if len(data) == 0:
         raise ValueError("data has no images")
-    subject = defended(model_name, model, defence, pool)
-    options = {"early_stop": early_stop, "precision": precision, "eot_samples": eot_samples}
-    runs = _runs(
-        subject, data, specs, list(dict.fromkeys(implementations)), options, int(batch_size), int(seed), device
-    )
+    settings: dict[str, Any] = {"norm": norm, "eps": eps, "eps_step": eps_step, "random_start": random_start}
+    settings |= {"batch_size": batch_size, "seed": seed, "early_stop": early_stop, "precision": precision}
+    settings |= {"attacks": attacks, "implementations": implementations, "eot_samples": eot_samples}
+    runs = runs_of(defended(model_name, model, defence, pool), data, device, **settings)
 
     store = Store(out)
     _warn_of_others(runs, store)
@@ -250,27 +235,50 @@ def _flag_weaker(rows: Sequence[dict[str, Any]]) -> None:
             row["flags"] = ";".join(filter(None, [row["flags"], "weaker_than_fgsm"]))
 
 
-def _runs(
+def runs_of(
     subject: Subject,
     data: Dataset,
-    specs: Sequence[tuple[Spec | None, str | None]],
-    implementations: Sequence[str],
-    options: Mapping[str, Any],
-    batch_size: int,
-    seed: int,
     device: torch.device,
+    *,
+    attacks: Sequence[str] = ATTACKS,
+    implementations: Sequence[str] = IMPLEMENTATIONS,
+    norm: float | str = np.inf,
+    eps: float = 8 / 255,
+    eps_step: float | None = None,
+    random_start: bool = False,
+    batch_size: int = 128,
+    seed: int = 0,
+    early_stop: bool = True,
+    precision: str = "auto",
+    eot_samples: int = 1,
+    repetition: int = 0,
 ) -> list[Run]:
-    """One for each attack and implementation that has it; otherwise the log says why not."""
+    """A run for each attack and implementation that has it, otherwise the log says why not; see `run_benchmark`."""
+    norm = as_norm(norm)
+    eps, eps_step = _sizes(eps, eps_step)
+    if not isinstance(random_start, bool):
+        raise TypeError(f"random_start={random_start!r}: must be True or False")
+    check_integer("batch_size", batch_size, low=1)
+    check_integer("seed", seed, low=0)
+    check_integer("eot_samples", eot_samples, low=1)
+    if not isinstance(implementations, str):
+        implementations = [canonical(name, (*IMPLEMENTATIONS, BARE_LOOP)) for name in implementations]
+    if not implementations or not set(implementations) <= {*IMPLEMENTATIONS, BARE_LOOP}:
+        raise ValueError(f"implementations={implementations!r}: known are {', '.join(IMPLEMENTATIONS)}")
+    specs = _specs(attacks, norm, eps, eps_step, random_start)
+    check_flag("early_stop", early_stop)
+    check_choice("precision", precision, PRECISIONS)
     runs = []
     for spec, only in specs:
-        for implementation in implementations if only is None else [only]:
+        for implementation in dict.fromkeys(implementations) if only is None else [only]:
             if not _has(implementation, spec):
                 continue
-            given: dict[str, Any] = {}
+            options: dict[str, Any] = {}
             if implementation == "native" and spec is not None:
-                given = {"precision": options["precision"], "eot_samples": options["eot_samples"]}
-                given |= {} if family_of(spec).minimises_norm else {"early_stop": options["early_stop"]}
-            runs.append(Run(subject, data, spec, implementation, batch_size, seed, given, device))
+                options = {"precision": precision, "eot_samples": int(eot_samples)}
+                options |= {} if family_of(spec).minimises_norm else {"early_stop": early_stop}
+            run = Run(subject, data, spec, implementation, int(batch_size), int(seed), options, device, repetition)
+            runs.append(run)
     return runs
 
 
@@ -305,6 +313,8 @@ def _specs(
 def _has(implementation: str, spec: Spec | None) -> bool:
     """Whether the attack can be run; otherwise the log says why not."""
     name = "clean" if spec is None else spec.name
+    if implementation == BARE_LOOP:
+        return spec is not None
     if not is_installed(implementation):
         logger.warning("skipped: %s of %s, which is not installed", name, implementation)
         return False

@@ -17,7 +17,7 @@ from guardians.attacks import FGSM, PGD
 from guardians.defences import AdversarialTrainer, MixupInference, RandomSelfEnsemble
 from guardians.engine.checks import check_integer
 from guardians.engine.victim import undisturbed
-from guardians.experiments.overhead import paired_times
+from guardians.experiments.timing import paired_times
 
 __all__ = ["SPEED_COLUMNS", "measure_inference", "measure_training"]
 

@@ -36,9 +36,13 @@ from guardians.evaluation import Cascade
 from guardians.experiments.counting import CountingModel, peak_memory
 from guardians.experiments.store import OUTCOME_COLUMNS, Store
 from guardians.experiments.subject import Subject
+from guardians.experiments.timing import bare_loop, price
 from guardians.toolkits.build import build_attack, build_prediction
 
-__all__ = ["Run", "code", "perform"]
+__all__ = ["BARE_LOOP", "Run", "code", "perform"]
+
+BARE_LOOP = "bare loop"
+"""In the place of an implementation: forward and backward passes alone, as many as the attack has steps."""
 
 _SAVED_EVERY = 30.0
 """Seconds after which what an attack has finished is on disk."""
@@ -59,6 +63,7 @@ class Run:
         seed: of the draws of attack and defence.
         options: of a native attack: early_stop, precision and eot_samples.
         device: of the subject.
+        repetition: number, from 1, of a run that is made several times for its time; 0 for others.
     """
 
     subject: Subject
@@ -69,6 +74,7 @@ class Run:
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
     device: torch.device = field(default_factory=partial(torch.device, "cpu"))
+    repetition: int = 0
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -82,6 +88,7 @@ class Run:
             "seed": self.seed,
             "options": dict(self.options),
             "device": _name_of(self.device),
+            "repetition": self.repetition,
         }
 
     @cached_property
@@ -156,6 +163,9 @@ class _Performance:
             if run.attack is None:
                 self._predict(module)
                 return
+            if run.implementation == BARE_LOOP:
+                self._loop(module, run.attack.get("steps", 1))
+                return
             counting = CountingModel(module)  # of which a native attack could make no cheaper copy
             asked = module if run.implementation == "native" else counting
             attack = build_attack(run.implementation, run.attack, asked, seed=run.seed, **self.setting, **run.options)
@@ -177,6 +187,15 @@ class _Performance:
         names = np.array([*attack.stages, ""])  # the last where it stands
         outcomes = outcomes.assign(forward=ledger.forward, backward=ledger.backward, stage=names[ledger.stage])
         self._write(outcomes, cost | _counts(ledger.report))
+
+    def _loop(self, module: nn.Module, steps: int) -> None:
+        """The model's passes alone, of as many steps."""
+        about, n = self.about, len(self.about.x)
+        bare_loop(module, about.x[: self.run.batch_size], about.y[: self.run.batch_size], 1)  # kernels are prepared
+        with _measured(self.run.device) as cost:
+            bare_loop(module, about.x, about.y, steps, self.run.batch_size)
+        counts = {"forward": steps * n, "backward": steps * n, "judgement": 0}
+        self._write(self._judged(np.arange(n), about.x), cost | counts)
 
     def _predict(self, module: nn.Module) -> None:
         """The prediction path of an implementation."""
@@ -218,6 +237,9 @@ class _Performance:
             cost = _counts(report)
             cost = {name: before[name] + count for name, count in cost.items()} | {"seconds": seconds}
             cost |= {"peak_memory_mb": peak_memory_mb, "search": report.search}
+            if run.repetition and peak_memory_mb is not None:
+                counts = (cost["forward"], cost["backward"], cost["judgement"])
+                cost["price"] = price(attack, about.x[: run.batch_size], about.y[: run.batch_size], counts)
             self._write(pd.concat(found, ignore_index=True), cost, is_complete=peak_memory_mb is not None)
             started = time.perf_counter()
 

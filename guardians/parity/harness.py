@@ -21,7 +21,7 @@ from guardians.engine.attack import Attack
 from guardians.engine.checks import check_integer
 from guardians.engine.victim import Victim, predicted_labels
 from guardians.experiments.counting import CountingModel
-from guardians.experiments.overhead import timed
+from guardians.experiments.timing import timed
 from guardians.models import digest
 from guardians.parity.cases import Case, cases
 from guardians.parity.comparison import (

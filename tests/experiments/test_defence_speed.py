@@ -11,7 +11,7 @@ from models_for_tests import CLASSES, small_net, snapshot, some_images, some_lab
 from guardians.defences import training_loop
 from guardians.experiments import overhead
 from guardians.experiments.defence_speed import SPEED_COLUMNS, measure_inference, measure_training
-from guardians.experiments.overhead import paired_times
+from guardians.experiments.timing import paired_times
 
 N, BATCH_SIZE, ROUNDS, SEED = 6, 4, 3, 11
 FGSM, PGD = "FGSM, ratio 0.5", "PGD-7, ratio 1"

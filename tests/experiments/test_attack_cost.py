@@ -11,20 +11,16 @@ from torch.utils.data import DataLoader
 
 from guardians.attacks import PGD
 from guardians.data import Dataset
-from guardians.experiments import throughput
-from guardians.experiments.throughput import (
+from guardians.experiments import attack_cost
+from guardians.experiments.attack_cost import (
     COST_COLUMNS,
     MEMORY_COLUMNS,
-    THROUGHPUT_COLUMNS,
     measure_cost_of_images,
     measure_cost_of_robustness,
     measure_memory,
-    measure_throughput,
 )
-from guardians.statistics import paired_difference, wilson_interval
 
 ROOT = Path(__file__).parents[2]
-NAMES = ["bare loop", "ART", "torchattacks", "foolbox", "native", "native", "native"]
 
 
 class Clock:
@@ -49,104 +45,8 @@ def clocked(monkeypatch):
     net = small_net()
     net.__class__ = ClockedNet
     ClockedNet.clock = Clock()
-    monkeypatch.setattr("guardians.experiments.overhead.time.perf_counter", ClockedNet.clock)
+    monkeypatch.setattr("guardians.experiments.timing.time.perf_counter", ClockedNet.clock)
     return net
-
-
-@pytest.fixture
-def measured(clocked):
-    n = 12
-    images, labels = some_images(n), clocked(some_images(n)).argmax(1)
-    labels[:3] = (labels[:3] + 1) % CLASSES
-    return measure_throughput(clocked, images, labels, model_name="net", steps=4, batch_size=5, rounds=2)
-
-
-def test_every_implementation_has_a_row(measured):
-    assert list(measured.columns) == list(THROUGHPUT_COLUMNS)
-    assert measured["implementation"].tolist() == NAMES
-    natives = measured[measured["implementation"] == "native"]
-    assert natives[["early_stop", "precision"]].values.tolist() == [
-        [False, "float32"],
-        [True, "float32"],
-        [True, "auto"],
-    ]
-    assert (measured[["model", "steps", "n", "batch_size", "rounds"]] == ["net", 4, 12, 5, 2]).all(axis=None)
-
-
-def test_times_and_ratios(measured):
-    forward = measured["forward_per_image"] + measured["judgement_per_image"]
-    assert measured["forward_per_image"][:5].tolist() == [4, 6, 4, 5, 4]  # ART predicts twice more, foolbox once
-    np.testing.assert_allclose(measured["seconds"], 12 * forward)
-    np.testing.assert_allclose(measured["images_per_second"], 1 / forward)
-    np.testing.assert_allclose(measured["bare_loop_ratio"], forward / 4)
-    for column in ("speedup", "speedup_low", "speedup_high"):  # torchattacks is the fastest toolkit
-        np.testing.assert_allclose(measured[column], 4 / forward)
-
-
-def test_the_engine_costs_what_its_passes_cost(measured):
-    is_native = measured["implementation"] == "native"
-    np.testing.assert_allclose(measured["engine_overhead"][is_native], 1)
-    assert measured["engine_overhead"][~is_native].isna().all()
-
-
-def test_passes_are_those_of_the_report(measured):
-    net = small_net()
-    images, labels = some_images(12), net(some_images(12)).argmax(1)
-    labels[:3] = (labels[:3] + 1) % CLASSES
-    for row in measured[measured["implementation"] == "native"].itertuples():
-        attack = PGD(net, np.inf, 8 / 255, 2 / 255, max_iter=4, batch_size=5, verbose=False)
-        attack.set_params(early_stop=row.early_stop, precision=row.precision)
-        attack(images, labels)
-        report = attack.report
-        assert row.search == report.search
-        assert row.forward_per_image * 12 == pytest.approx(report.search_forward)
-        assert row.backward_per_image * 12 == pytest.approx(report.search_backward)
-        assert row.judgement_per_image * 12 == pytest.approx(report.judgement_forward)
-
-
-def test_robust_accuracy_is_the_models_verdict(measured):
-    net = small_net()
-    images, labels = some_images(12), net(some_images(12)).argmax(1)
-    labels[:3] = (labels[:3] + 1) % CLASSES
-    adversarial = PGD(net, np.inf, 8 / 255, 2 / 255, max_iter=4, verbose=False)(images, labels)
-    robust = (net(images).argmax(1) == labels) & (net(adversarial).argmax(1) == labels)
-    rows = measured[measured["implementation"] != "bare loop"]
-    np.testing.assert_allclose(rows["robust_accuracy"][:4], float(robust.float().mean()))
-    low, high = wilson_interval(int(robust.sum()), 12)
-    assert rows["robust_accuracy_low"].iloc[0] == low
-    assert rows["robust_accuracy_high"].iloc[0] == high
-    assert measured.loc[0, ["robust_accuracy", "difference"]].isna().all()
-
-
-def test_differences_are_paired():
-    robust, reference = np.array([True, True, True, False]), np.array([True, False, False, False])
-    row = throughput._robustness(robust, reference)
-    assert (row["difference"], row["difference_low"], row["difference_high"]) == paired_difference(robust, reference)
-    assert row["difference"] == 0.5
-    assert throughput._robustness(None, reference) == {}
-
-
-def test_ratios_are_taken_within_a_round(monkeypatch):
-    seconds = {
-        "bare loop": [10.0, 20.0, 30.0],
-        "ART": [40.0, 80.0, 120.0],
-        "torchattacks": [20.0, 60.0, 90.0],
-        "foolbox": [30.0, 40.0, 90.0],
-        "native": [5.0, 20.0, 10.0],
-    }
-
-    def race(contenders, images, labels, *, after, **options):
-        for contender in contenders:
-            after(contender, contender.run(images, labels), 1.0)
-        return pd.DataFrame({contender: seconds[contender.known["implementation"]] for contender in contenders})
-
-    monkeypatch.setattr(throughput, "_race", race)
-    frame = measure_throughput(small_net(), some_images(6), some_labels(6), model_name="net", steps=2, rounds=3)
-    native = frame.iloc[4]
-    assert native["seconds"] == 10
-    assert (native["speedup"], native["speedup_low"], native["speedup_high"]) == (4, 2, 9)  # of 20/5, 40/20, 90/10
-    assert native["bare_loop_ratio"] == 0.5  # of 5/10, 20/20, 10/30
-    assert frame.loc[1, "speedup"] == 0.5
 
 
 @pytest.fixture
@@ -166,18 +66,18 @@ def test_memory_of_lazily_read_images(few_data):
 
 
 def test_a_process_attacks_the_images_that_were_written(tmp_path, few_data):
-    throughput._write_images(tmp_path, few_data, 16)
+    attack_cost._write_images(tmp_path, few_data, 16)
     net = small_net()
     attack = PGD(net, np.inf, 8 / 255, 2 / 255, max_iter=2, batch_size=4, verbose=False, early_stop=True)
     attack(few_data.as_floats(), few_data.labels)
-    row = throughput._attack_files("models_for_tests:small_net", str(tmp_path), 16, 2, 4, "cpu", 1)
+    row = attack_cost._attack_files("models_for_tests:small_net", str(tmp_path), 16, 2, 4, "cpu", 1)
     assert row["robust_accuracy"] == pytest.approx(1 - attack.report.fooled.mean())
 
 
 def test_images_are_written_piece_by_piece_and_again_where_too_few(tmp_path, few_data, monkeypatch):
-    monkeypatch.setattr(throughput, "_CHUNK", 3)
-    throughput._write_images(tmp_path, few_data, 20)
-    batches = list(DataLoader(throughput._MappedImages(tmp_path, 19), batch_size=4))
+    monkeypatch.setattr(attack_cost, "_CHUNK", 3)
+    attack_cost._write_images(tmp_path, few_data, 20)
+    batches = list(DataLoader(attack_cost._MappedImages(tmp_path, 19), batch_size=4))
     images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
     assert images.shape == (19, 3, 8, 8)
     assert images.dtype == torch.float32
@@ -186,7 +86,7 @@ def test_images_are_written_piece_by_piece_and_again_where_too_few(tmp_path, few
     for image, label in zip(images[:8], labels[:8], strict=True):
         same = (few_data.as_floats() == image).flatten(1).all(1)
         assert few_data.labels[same].tolist() == [label]
-    assert torch.equal(throughput._MappedImages(tmp_path, 19)[2][0], images[2])
+    assert torch.equal(attack_cost._MappedImages(tmp_path, 19)[2][0], images[2])
 
 
 def test_cost_by_number_of_images(clocked):
@@ -224,7 +124,7 @@ def test_mixes_are_as_large_as_the_smaller_kind(clocked):
     with pytest.raises(ValueError, match="0 of 40 withstand"):
         measure_cost_of_robustness(clocked, images, labels, model_name="net", steps=2)
     labels[:] = clocked(images).argmax(1)
-    robust = throughput._is_correct(
+    robust = attack_cost._is_correct(
         clocked,
         PGD(clocked, np.inf, 8 / 255, 2 / 255, max_iter=3, verbose=False, early_stop=True)(images, labels),
         labels,
@@ -237,8 +137,6 @@ def test_mixes_are_as_large_as_the_smaller_kind(clocked):
 @pytest.mark.parametrize("name", ["steps", "batch_size", "rounds"])
 def test_bad_counts_are_refused(name):
     options = {"model_name": "net", name: 0}
-    with pytest.raises(ValueError, match=f"{name}=0"):
-        measure_throughput(small_net(), some_images(4), some_labels(4), **options)
     with pytest.raises(ValueError, match=f"{name}=0"):
         measure_cost_of_robustness(small_net(), some_images(4), some_labels(4), **options)
     with pytest.raises(ValueError, match=f"{name}=0"):
@@ -286,14 +184,6 @@ def script(name):
 
 
 MODEL = "models_for_tests:small_net"
-
-
-def test_throughput_script(tree, tmp_path, capsys):
-    script("attack_throughput")([MODEL], tree, n=12, batch_size=8, steps=2, rounds=1, out=tmp_path / "out")
-    frame = pd.read_csv(tmp_path / "out" / "attack_throughput.csv")
-    assert list(frame.columns) == list(THROUGHPUT_COLUMNS)
-    assert frame["implementation"].tolist() == NAMES
-    assert MODEL in capsys.readouterr().out
 
 
 def test_memory_script(tree, tmp_path):

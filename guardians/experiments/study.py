@@ -1,0 +1,184 @@
+"""Studies: files that say what to run on what, and which tables and figures are made of it."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+
+from guardians.data import Dataset, load_data
+from guardians.engine.checks import check_choice, check_integer
+from guardians.engine.victim import predicted_labels
+from guardians.experiments.bench import benchmark_table, runs_of
+from guardians.experiments.minimum_norm import consts_view, minimum_norm_view
+from guardians.experiments.run import Run, perform
+from guardians.experiments.store import Store
+from guardians.experiments.subject import Subject, defended
+from guardians.experiments.throughput import throughput_view
+from guardians.models import load_model
+from guardians.tables import write_csv
+
+__all__ = ["VIEWS", "Study", "find_studies", "load_study", "perform_study"]
+
+
+def benchmark_view(store: Store, runs: Sequence[tuple[Run, str]], out: Path) -> pd.DataFrame:
+    """Each run as a row of `benchmark.csv`."""
+    write_csv(benchmark_table(store), out / "benchmark.csv")
+    frame = benchmark_table(store, [run for run, _ in runs])
+    columns = ["model", "defence", "attack", "implementation", "norm", "n", "robust_accuracy", "l2_mean"]
+    return frame[[*columns, "forward_per_image", "backward_per_image", "judgement_per_image", "seconds", "flags"]]
+
+
+VIEWS: dict[str, Callable[[Store, Sequence[tuple[Run, str]], Path], pd.DataFrame]] = {
+    "benchmark": benchmark_view,
+    "minimum_norm": minimum_norm_view,
+    "consts": consts_view,
+    "throughput": throughput_view,
+}
+"""Of the runs of a study, with their labels: writes tables and figures into a folder, and returns what is printed."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What to run, as a YAML file says it.
+
+    Attributes:
+        title: one line.
+        view: of `VIEWS`.
+        subjects: names of models, or for each a mapping with `model` and `defence`.
+        runs: mappings of arguments of `guardians.experiments.bench.runs_of`, such as `attacks` and `implementations`,
+            and a `label` for tables.
+        n: images, class-balanced.
+        split: "test" or "train".
+        correct: only the first so many images that each model gets right; None for all.
+        pool: training images of defences that mix with some.
+        rounds: how often each run is made, in random order within a round.
+    """
+
+    title: str
+    view: str
+    subjects: list[str | dict[str, str]]
+    runs: list[dict[str, Any]]
+    n: int = 1000
+    split: str = "test"
+    correct: int | None = None
+    pool: int = 1000
+    rounds: int = 1
+
+    def __post_init__(self) -> None:
+        check_choice("view", self.view, tuple(VIEWS))
+        check_choice("split", self.split, ("test", "train"))
+        for name in ("n", "pool", "rounds"):
+            check_integer(name, getattr(self, name), low=1)
+        if self.correct is not None:
+            check_integer("correct", self.correct, low=1)
+        if not self.subjects or not self.runs:
+            raise ValueError("a study needs at least one of subjects and one of runs")
+        for entry in self.subjects:
+            if not isinstance(entry, str) and not {"model"} <= set(entry) <= {"model", "defence"}:
+                raise ValueError(f"subjects: {entry!r} must be a name, or have model and defence")
+
+
+def find_studies(folder: str | os.PathLike[str]) -> dict[Path, Study]:
+    """The studies in a folder, by their files."""
+    return {path: load_study(path) for path in sorted(Path(folder).glob("*.yaml"))}
+
+
+def load_study(path: str | os.PathLike[str]) -> Study:
+    """Read a study.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no YAML, or says what a `Study` does not know.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"study {str(path)!r} is no YAML: {error}") from error
+    known = {field.name for field in fields(Study)}
+    if not isinstance(content, Mapping) or not {"title", "view", "subjects", "runs"} <= set(content) <= known:
+        got = sorted(content) if isinstance(content, Mapping) else type(content).__name__
+        raise ValueError(f"study {str(path)!r} has {got}: must have title, view, subjects and runs; known are {known}")
+    try:
+        return Study(**content)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"study {str(path)!r}: {error}") from error
+
+
+def perform_study(
+    study: Study,
+    data: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] = "results",
+    *,
+    n: int | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    verbose: bool = True,
+) -> tuple[pd.DataFrame, bool]:
+    """Do what is not in the store of `out` yet, and write the tables and figures of the study.
+
+    Args:
+        study: see `load_study`.
+        data: of `load_data`.
+        out: folder of store, tables and figures.
+        n: images, in place of the study's; `correct` in proportion.
+        device: of the models.
+        seed: of the order of runs within a round.
+        verbose: show a progress bar.
+
+    Returns:
+        What the view shows, and whether Ctrl-C ended it; then the view is of what is there.
+
+    Raises:
+        TypeError, ValueError: something in the study is outside what is allowed; before any run.
+    """
+    images = load_data(data, study.split, study.n if n is None else n)
+    correct = study.correct if study.correct is None or n is None else max(1, study.correct * n // study.n)
+    device = torch.empty(0, device=device).device
+    labelled: list[tuple[Run, str]] = []
+    rounds = range(1, study.rounds + 1) if study.rounds > 1 else [0]
+    for entry in study.subjects:
+        subject = _subject(entry, study, data, device)
+        attacked = images if correct is None else _right_ones(subject, images, correct, device)
+        for settings in study.runs:
+            label = str(settings.get("label", ""))
+            options = {name: value for name, value in settings.items() if name != "label"}
+            try:
+                for repetition in rounds:
+                    runs = runs_of(subject, attacked, device, **options, repetition=repetition)
+                    labelled += [(run, label) for run in runs]
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"runs: {settings!r}: {error}") from error
+    store = Store(out)
+    shuffle = random.Random(seed).shuffle
+    order = []
+    for repetition in rounds:
+        runs = [run for run, _ in labelled if run.repetition == repetition]
+        if study.rounds > 1:
+            shuffle(runs)
+        order += runs
+    interrupted = perform(order, store, verbose=verbose)
+    store.export(out)
+    return VIEWS[study.view](store, labelled, Path(out)), interrupted
+
+
+def _subject(entry: str | dict[str, str], study: Study, data: Any, device: torch.device) -> Subject:
+    model, defence = (entry, "none") if isinstance(entry, str) else (entry["model"], entry.get("defence", "none"))
+    pool = load_data(data, "train", study.pool) if defence.casefold().startswith("mi") else None
+    return defended(model, load_model(model, device=device), defence, pool)
+
+
+def _right_ones(subject: Subject, data: Dataset, n: int, device: torch.device) -> Dataset:
+    """The first `n` images that the model gets right."""
+    right = predicted_labels(subject.base, data.as_floats().to(device)).cpu() == data.labels
+    if int(right.sum()) < n:
+        raise ValueError(f"correct={n}: {subject.name} gets {int(right.sum())} of the {len(data)} images right")
+    source = f"{data.source}, that {subject.name} gets right"
+    return Dataset(data.images[right][:n], data.labels[right][:n], data.classes, source)
