@@ -100,9 +100,8 @@ def _rows(
         run, known = made[last], found[made[last].key]
         n, spec = known["n"], known["spec"]
         speedup = fastest / seconds[name]
-        overheads = [
-            found[one.key]["seconds"] / found[one.key]["price"] for one in made.values() if name[0] == "native"
-        ]
+        natives = [found[one.key] for one in made.values() if name[0] == "native"]
+        overheads = [one["seconds"] / one["price"] for one in natives]
         row = {"model": run.subject.name, "implementation": name[0], "early_stop": name[1], "precision": name[2]}
         row |= {"search": known["search"], "steps": spec["params"]["steps"], "eps": spec["eps"], "n": n}
         row |= {"batch_size": known["batch_size"], "rounds": len(seconds), "seconds": seconds[name].median()}
