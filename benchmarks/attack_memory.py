@@ -2,7 +2,7 @@
 
     python benchmarks/attack_memory.py --data PATH
 
-Writes results/attack_memory.csv; columns in guardians.experiments.attack_cost.MEMORY_COLUMNS.
+Writes results/attack_memory.csv; columns in guardians.experiments.memory.MEMORY_COLUMNS.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from guardians.data import ENVIRONMENT_VARIABLE, load_data
-from guardians.experiments.attack_cost import measure_memory
+from guardians.experiments.memory import measure_memory
 from guardians.tables import print_table, write_csv
 
 

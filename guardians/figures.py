@@ -41,10 +41,10 @@ _HOLLOW = "hollow: does not fool all images"
 
 
 def plot_cost(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
-    """Time against the number of images, and time per image against the share of robust ones, as a PNG file.
+    """Time against the number of images, as a PNG file.
 
     Args:
-        frame: a table with the columns `guardians.experiments.attack_cost.COST_COLUMNS`.
+        frame: a table with the columns `guardians.experiments.throughput.THROUGHPUT_COLUMNS`.
         path: of the PNG file; the same table gives the same bytes.
 
     Raises:
@@ -55,23 +55,19 @@ def plot_cost(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"frame holds {len(settings)} combinations of steps and eps: must be one")
     steps, eps = int(settings["steps"].iloc[0]), float(settings["eps"].iloc[0])
     markers = _markers(frame["model"])
-
-    figure = _new_figure(11, 5)
-    left, right = figure.subplots(1, 2)
-    figure.suptitle(rf"Cost of PGD-{steps} ($\ell_\infty$, $\varepsilon$ = {255 * eps:g}/255)")
-
-    by_number = frame[frame["study"] == "images"]
-    _draw(left, by_number, x="n", y="seconds", markers=markers)
-    left.set(xscale="log", yscale="log", xlabel="number of images", ylabel="time (s)")
-    left.set_title("Time by number of images", fontsize="medium")
-
-    by_share = frame[frame["study"] == "robustness"]
-    by_share = by_share.assign(percent=100 * by_share["robust_share"], ms=1000 * by_share["seconds_per_image"])
-    _draw(right, by_share, x="percent", y="ms", markers=markers)
-    right.set(xlabel="share of images that withstand (%)", ylabel="time per image (ms)")
-    right.set_ylim(bottom=0)
-    names = ", ".join(by_share["model"].unique())
-    right.set_title(f"Time per image by share of robust images ({names})", fontsize="medium")
+    figure = _new_figure(7, 5)
+    axes = figure.subplots()
+    for key, line in frame.groupby(["model", "implementation", "precision"], sort=False):
+        model, implementation, precision = map(str, key)
+        colour, dashes = _STYLES.get((implementation, precision), ("0.5", ":"))
+        name = f"{implementation}, {precision}" if implementation == "native" else implementation
+        line = line.sort_values("n")
+        style = {"color": colour, "linestyle": dashes, "marker": markers[model], "markerfacecolor": "white"}
+        axes.plot(line["n"], line["seconds"], **style, markersize=5, label=f"{name}: {model}")
+    axes.set(xscale="log", yscale="log", xlabel="number of images", ylabel="time (s)")
+    axes.set_title(rf"Cost of PGD-{steps} ($\ell_\infty$, $\varepsilon$ = {255 * eps:g}/255)", fontsize="medium")
+    _tidy(axes)
+    axes.legend(fontsize="small", frameon=False)
     _save(figure, path)
 
 
@@ -89,30 +85,6 @@ def plot_curve(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
     axes.set_ylim(bottom=0)
     _tidy(axes)
     _save(figure, path)
-
-
-def _draw(axes: Axes, frame: pd.DataFrame, *, x: str, y: str, markers: Mapping[str, str]) -> None:
-    """A line for each model and implementation."""
-    for key, line in frame.groupby(["model", "implementation", "precision"], sort=False):
-        model, implementation, precision = map(str, key)
-        colour, dashes = _STYLES[implementation, precision]
-        line = line.sort_values(x)
-        label = (
-            f"{implementation}, {precision}: {model}" if implementation == "native" else f"{implementation}: {model}"
-        )
-        axes.plot(
-            line[x],
-            line[y],
-            color=colour,
-            linestyle=dashes,
-            marker=markers[model],
-            markerfacecolor="white",
-            markersize=5,
-            label=label,
-        )
-    _tidy(axes)
-    if axes.lines:
-        axes.legend(fontsize="small", frameon=False)
 
 
 def plot_frontier(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:

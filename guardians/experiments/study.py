@@ -54,7 +54,7 @@ class Study:
         view: of `VIEWS`.
         subjects: names of models, or for each a mapping with `model` and `defence`.
         runs: mappings of arguments of `guardians.experiments.bench.runs_of`, such as `attacks` and `implementations`,
-            and a `label` for tables.
+            and `label`, for tables, and `n`, the first so many of the images.
         n: images, class-balanced.
         split: "test" or "train".
         correct: only the first so many images that each model gets right; None for all.
@@ -149,10 +149,11 @@ def perform_study(
         attacked = images if correct is None else _right_ones(subject, images, correct, device)
         for settings in study.runs:
             label = str(settings.get("label", ""))
-            options = {name: value for name, value in settings.items() if name != "label"}
+            options = {name: value for name, value in settings.items() if name not in ("label", "n")}
+            few = _first(attacked, settings.get("n", len(attacked)))
             try:
                 for repetition in rounds:
-                    runs = runs_of(subject, attacked, device, **options, repetition=repetition)
+                    runs = runs_of(subject, few, device, **options, repetition=repetition)
                     labelled += [(run, label) for run in runs]
             except (TypeError, ValueError) as error:
                 raise ValueError(f"runs: {settings!r}: {error}") from error
@@ -173,6 +174,12 @@ def _subject(entry: str | dict[str, str], study: Study, data: Any, device: torch
     model, defence = (entry, "none") if isinstance(entry, str) else (entry["model"], entry.get("defence", "none"))
     pool = load_data(data, "train", study.pool) if defence.casefold().startswith("mi") else None
     return defended(model, load_model(model, device=device), defence, pool)
+
+
+def _first(data: Dataset, n: int) -> Dataset:
+    """The first `n` images, or all where there are fewer; as they are prefixes, those that fewer were drawn as."""
+    check_integer("n", n, low=1)
+    return data if n >= len(data) else Dataset(data.images[:n], data.labels[:n], data.classes, data.source)
 
 
 def _right_ones(subject: Subject, data: Dataset, n: int, device: torch.device) -> Dataset:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from guardians.experiments.run import BARE_LOOP, Run
 from guardians.experiments.store import Store
+from guardians.figures import plot_cost
 from guardians.statistics import paired_difference, wilson_interval
 from guardians.tables import write_csv
 from guardians.toolkits.build import TOOLKITS
@@ -53,22 +54,24 @@ _REFERENCE = ("native", True, "float32")
 
 
 def throughput_view(store: Store, runs: Sequence[tuple[Run, str]], out: Path) -> pd.DataFrame:
-    """`attack_throughput.csv`, or under the study's first label as its name."""
-    frame = throughput_table(store, [run for run, _ in runs])
-    write_csv(frame, out / f"{runs[0][1] or 'attack_throughput'}.csv")
-    shown = ["model", "implementation", "early_stop", "precision", "robust_accuracy", "seconds", "speedup"]
+    """A table under the study's first label as its name, and where it has several numbers of images a figure."""
+    frame, name = throughput_table(store, [run for run, _ in runs]), runs[0][1] or "attack_throughput"
+    write_csv(frame, out / f"{name}.csv")
+    if frame["n"].nunique() > 1:
+        plot_cost(frame, out / f"{name}.png")
+    shown = ["model", "n", "implementation", "early_stop", "precision", "robust_accuracy", "seconds", "speedup"]
     shown += ["bare_loop_ratio", "forward_per_image", "backward_per_image", "judgement_per_image", "engine_overhead"]
     return frame[shown]
 
 
 def throughput_table(store: Store, runs: Sequence[Run]) -> pd.DataFrame:
-    """A row for each contender on each model, of the rounds in which all are complete: `THROUGHPUT_COLUMNS`."""
+    """A row for each contender, model and number of images, of the rounds that are complete: `THROUGHPUT_COLUMNS`."""
     found = {known["key"]: known for known in store.runs([run.key for run in runs])}
     rows = []
-    for model in dict.fromkeys(run.subject.name for run in runs):
+    for same in dict.fromkeys((run.subject.name, len(run.data)) for run in runs):
         of: dict[tuple[Any, ...], dict[int, Run]] = {}
         for run in runs:
-            if run.subject.name == model:
+            if (run.subject.name, len(run.data)) == same:
                 of.setdefault(_contender(run), {})[run.repetition] = run
         rounds = [
             number for number in next(iter(of.values())) if all(made[number].key in found for made in of.values())
@@ -101,7 +104,7 @@ def _rows(
         n, spec = known["n"], known["spec"]
         speedup = fastest / seconds[name]
         natives = [found[one.key] for one in made.values() if name[0] == "native"]
-        overheads = [one["seconds"] / one["price"] for one in natives]
+        overheads = [one["seconds"] / one["price"] for one in natives if "price" in one]
         row = {"model": run.subject.name, "implementation": name[0], "early_stop": name[1], "precision": name[2]}
         row |= {"search": known["search"], "steps": spec["params"]["steps"], "eps": spec["eps"], "n": n}
         row |= {"batch_size": known["batch_size"], "rounds": len(seconds), "seconds": seconds[name].median()}
