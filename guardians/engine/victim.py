@@ -8,7 +8,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
 from guardians.engine.own_gradients import EstimatorModule, is_plain
+from guardians.engine.rng import row_keys
 
 __all__ = ["Victim", "isolated", "predicted_labels", "undisturbed"]
 
@@ -278,10 +279,17 @@ def _clip_tensors(clip_values: Any, shape: tuple[int, ...]) -> tuple[Tensor, Ten
     return (low.reshape(()), high.reshape(())) if low.numel() == high.numel() == 1 else (low, high)
 
 
-def predicted_labels(module: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
-    """Labels (N,) that a module, in evaluation mode, gives to images (N, ...)."""
+def predicted_labels(
+    module: nn.Module, images: Tensor, batch_size: int = 256, keys: np.ndarray | None = None
+) -> Tensor:
+    """Labels (N,) that a module, in evaluation mode, gives to images (N, ...); `keys` (N,) are of its draws."""
+    found = []
     with undisturbed(module), torch.no_grad():
-        return torch.cat([_found_in(module(batch))[0].argmax(1) for batch in images.split(batch_size)])
+        for first in range(0, len(images), batch_size):
+            part = slice(first, first + batch_size)
+            with nullcontext() if keys is None else row_keys(keys[part]):
+                found.append(_found_in(module(images[part]))[0].argmax(1))
+    return torch.cat(found)
 
 
 def _found_in(output: Any) -> tuple[Any, str]:

@@ -31,11 +31,12 @@ from guardians.attacks.registry import Spec
 from guardians.data import Dataset
 from guardians.engine.attack import Attack
 from guardians.engine.report import Finished, Report
-from guardians.engine.victim import Victim, predicted_labels, undisturbed
+from guardians.engine.rng import row_keys
+from guardians.engine.victim import Victim, undisturbed
 from guardians.evaluation import Cascade
 from guardians.experiments.counting import CountingModel, peak_memory
 from guardians.experiments.store import OUTCOME_COLUMNS, Store
-from guardians.experiments.subject import Subject
+from guardians.experiments.subject import Subject, draws
 from guardians.experiments.timing import bare_loop, price
 from guardians.toolkits.build import build_attack, build_prediction
 
@@ -158,7 +159,7 @@ class _Performance:
     def perform(self) -> None:
         """Do it, and write it."""
         run, about = self.run, self.about
-        module = run.subject.answering(run.seed, 0) if run.attack is None else run.subject.attacked(run.seed)
+        module = run.subject.module(run.seed) if run.attack is None else run.subject.attacked(run.seed)
         with undisturbed(module):
             if run.attack is None:
                 self._predict(module)
@@ -204,9 +205,14 @@ class _Performance:
         predict = build_prediction(run.implementation, counting, **self.setting)
         predict(x[: run.batch_size])  # kernels are prepared
         counting.reset()
+        found, rows = [], np.arange(len(x))
         with _measured(run.device) as cost:
-            predictions = predict(x).argmax(1)
-        self._write(self._outcomes(np.arange(len(x)), x, predictions, predictions), cost | _counts(counting))
+            for first in range(0, len(x), run.batch_size):
+                part = slice(first, first + run.batch_size)
+                with row_keys(draws(run.seed, 0, rows[part])):
+                    found.append(predict(x[part]).argmax(1))
+        predictions = torch.cat(found)
+        self._write(self._outcomes(rows, x, predictions, predictions), cost | _counts(counting))
 
     def _stream(self, attack: Attack) -> None:
         """A native attack, which counts for itself; from where an earlier call was stopped."""
@@ -229,17 +235,17 @@ class _Performance:
             if pieces:
                 rows = waiting[np.concatenate([piece.index for piece in pieces])]
                 judged = self._judged(rows, torch.cat([piece.x_adv for piece in pieces]).to(about.x.device))
-                counts = {name: [getattr(piece, name) for piece in pieces] for name in ("forward", "backward")}
-                found.append(judged.assign(**{name: np.concatenate(count) for name, count in counts.items()}))
+                by_image = {name: [getattr(piece, name) for piece in pieces] for name in ("forward", "backward")}
+                found.append(judged.assign(**{name: np.concatenate(parts) for name, parts in by_image.items()}))
                 pieces.clear()
             report = attack.report
             assert report is not None
-            cost = _counts(report)
-            cost = {name: before[name] + count for name, count in cost.items()} | {"seconds": seconds}
-            cost |= {"peak_memory_mb": peak_memory_mb, "search": report.search}
+            counts = {name: before[name] + count for name, count in _counts(report).items()}
+            cost: dict[str, Any] = {**counts, "seconds": seconds, "search": report.search}
+            cost["peak_memory_mb"] = peak_memory_mb
             if run.repetition and peak_memory_mb is not None:
-                counts = (cost["forward"], cost["backward"], cost["judgement"])
-                cost["price"] = price(attack, about.x[: run.batch_size], about.y[: run.batch_size], counts)
+                full = about.x[: run.batch_size], about.y[: run.batch_size]
+                cost["price"] = price(attack, *full, (counts["forward"], counts["backward"], counts["judgement"]))
             self._write(pd.concat(found, ignore_index=True), cost, is_complete=peak_memory_mb is not None)
             started = time.perf_counter()
 
@@ -260,7 +266,7 @@ class _Performance:
         run, about = self.run, self.about
         x, spec = about.x[torch.from_numpy(rows)], run.attack
         assert spec is not None
-        predictions = predicted_labels(run.subject.answering(run.seed, 1), x_adv, run.batch_size)
+        predictions = run.subject.predictions(x_adv, rows, run.batch_size, run.seed, 1)
         outcomes = self._outcomes(rows, x_adv, about.clean_predictions(run.seed)[torch.from_numpy(rows)], predictions)
         if x_adv.isnan().any():
             self.flags.add("nan")
@@ -302,7 +308,7 @@ class _About:
     def __init__(self, subject: Subject, data: Dataset, device: torch.device, batch_size: int) -> None:
         self.subject, self.batch_size = subject, batch_size
         self.x, self.y = data.as_floats().to(device), data.labels.to(device)
-        with torch.no_grad():
+        with undisturbed(subject.base), torch.no_grad():
             self.nb_classes = Victim(subject.base).logits(self.x[:1]).shape[1]
         if data.labels.min() < 0 or data.labels.max() >= self.nb_classes:
             span = f"{int(data.labels.min())} to {int(data.labels.max())}"
@@ -314,7 +320,8 @@ class _About:
         if self.subject.make is None:
             seed = 0
         if seed not in self._clean:
-            self._clean[seed] = predicted_labels(self.subject.answering(seed, 0), self.x, self.batch_size)
+            rows = np.arange(len(self.x))
+            self._clean[seed] = self.subject.predictions(self.x, rows, self.batch_size, seed, 0)
         return self._clean[seed]
 
     @cached_property

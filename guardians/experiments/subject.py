@@ -8,16 +8,18 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 from guardians.data import Dataset
 from guardians.defences import MixupInference, RandomSelfEnsemble
 from guardians.engine.checks import check_choice, check_integer
 from guardians.engine.rng import hashed
+from guardians.engine.victim import predicted_labels
 from guardians.experiments.names import parsed, written
 from guardians.models import bundled_models, digest, model_card
 
-__all__ = ["DEFENCES", "Subject", "defended"]
+__all__ = ["DEFENCES", "Subject", "defended", "draws"]
 
 DEFENCES = ("rse", "mi-pl", "mi-ol", "mi-combined")
 """Random Self-Ensemble, and the methods of Mixup Inference."""
@@ -49,18 +51,31 @@ class Subject:
         """The defence with draws of its own, or the network; by default with all its passes."""
         return self.base if self.make is None else self.make(seed, self.passes if passes is None else passes)
 
-    def answering(self, seed: int, number: int) -> nn.Module:
-        """The subject as it answers, for the `number`-th time with this seed: with draws that nothing else has seen."""
-        return self.module(int(hashed(seed, number)) // 2)
+    def attacked(self, seed: int) -> nn.Module:
+        """The subject as an attack asks it."""
+        return self.module(seed, self.search_passes)
 
-    def attacked(self, seed: int, passes: int | None = None) -> nn.Module:
-        """The subject as an attack asks it, likewise; by default with `search_passes`."""
-        return self.module(int(hashed(seed, 2)) // 2, self.search_passes if passes is None else passes)
+    def predictions(self, x: Tensor, rows: np.ndarray, batch_size: int, seed: int, number: int) -> Tensor:
+        """Labels (N,) of images (N, ...), by draws that no attack has seen, and that depend on an image's row alone.
+
+        Args:
+            x: images.
+            rows: int64 (N,), their positions in the data.
+            batch_size: images in one forward pass.
+            seed: of the draws.
+            number: for which time they are asked with this seed.
+        """
+        return predicted_labels(self.module(seed), x, batch_size, draws(seed, number, rows))
 
     @cached_property
     def digest(self) -> str:
         """Of all that it is made of, see `guardians.models.digest`."""
         return digest(self.module(0))
+
+
+def draws(seed: int, number: int, rows: np.ndarray) -> np.ndarray:
+    """Keys of draws, see `guardians.engine.rng.row_keys`: uint64 (N,)."""
+    return hashed(seed, number, rows)
 
 
 def defended(name: str, model: nn.Module, defence: str, pool: Dataset | None = None) -> Subject:

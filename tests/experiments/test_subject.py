@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from models_for_tests import small_net
@@ -19,22 +20,27 @@ def pool():
 def test_a_model_is_its_own_defence():
     net = small_net()
     subject = defended("net", net, "none")
-    assert subject.module(0) is subject.module(1, 5) is subject.attacked(0) is subject.answering(3, 1) is net
+    assert subject.module(0) is subject.module(1, 5) is subject.attacked(0) is net
     assert subject.defence == "none"
 
 
 def test_random_self_ensemble():
     subject = defended("net", small_net(), "RSE(sigma_init=0.3, n=4, search_passes=3)")
     assert subject.defence == "rse(n=4, search_passes=3, sigma_init=0.3)"
-    answers, asked = subject.answering(0, 1), subject.attacked(0)
+    answers, asked = subject.module(0), subject.attacked(0)
     assert isinstance(answers, RandomSelfEnsemble)
     assert (answers.n, asked.n) == (4, 3)
-    x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    again = subject.answering(0, 1)
-    with torch.no_grad():
-        assert torch.equal(answers.eval()(x), again.eval()(x))
-        assert not torch.equal(answers(x), subject.answering(0, 0).eval()(x))
-        assert not torch.equal(answers(x), subject.answering(1, 1).eval()(x))
+
+
+def test_predictions_depend_on_seed_number_and_row_alone():
+    subject = defended("net", small_net(), "rse(sigma_init=2, n=1)")
+    x, rows = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0)), np.arange(40)
+    first = subject.predictions(x, rows, 40, 0, 1)
+    assert torch.equal(first, subject.predictions(x, rows, 7, 0, 1))
+    chosen = np.array([31, 4, 15])
+    assert torch.equal(first[chosen], subject.predictions(x[chosen], chosen, 2, 0, 1))
+    for seed, number in ((1, 1), (0, 0)):
+        assert not torch.equal(first, subject.predictions(x, rows, 40, seed, number))
 
 
 def test_the_noise_of_a_bundled_model_is_that_of_its_card():
@@ -45,7 +51,7 @@ def test_the_noise_of_a_bundled_model_is_that_of_its_card():
 @pytest.mark.parametrize("method", ["mi-pl", "MI-OL", "mi-combined"])
 def test_mixup_inference(pool, method):
     subject = defended("net", small_net(), f"{method}(lam=0.6, num_samples=3)", pool)
-    answers = subject.answering(0, 0)
+    answers = subject.module(0)
     assert isinstance(answers, MixupInference)
     assert (answers.num_samples, subject.attacked(0).num_samples, answers.lam) == (3, 2, 0.6)
     assert answers.method.casefold() == method.casefold()
