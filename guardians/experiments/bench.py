@@ -207,7 +207,7 @@ def _unions(rows: Mapping[str, Mapping[str, Any]], outcomes: Mapping[str, pd.Dat
             balls.setdefault(tuple(row[name] for name in _SAME_BALL), []).append(key)
     unions = []
     for keys in balls.values():
-        if len(keys) < 2:
+        if len({tuple(rows[key][name] for name in ("attack", "implementation", "params")) for key in keys}) < 2:
             continue
         same, first = rows[keys[0]], outcomes[keys[0]]
         felled = np.logical_or.reduce([outcomes[key]["adversarial_prediction"] != first["label"] for key in keys])

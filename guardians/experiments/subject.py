@@ -92,10 +92,12 @@ def defended(name: str, model: nn.Module, defence: str, pool: Dataset | None = N
         TypeError, ValueError: the defence or an argument is unknown, or there is no pool.
     """
     kind, given = parsed(defence)
-    if kind.casefold() == "none" and not given:
-        return Subject(name, model)
     kind = kind.casefold()
     check_choice("defence", kind, ("none", *DEFENCES))
+    if kind == "none":
+        if given:
+            raise ValueError(f"defence={defence!r}: none takes no arguments")
+        return Subject(name, model)
     arguments, passes_name = dict(given), "n" if kind == "rse" else "num_samples"
     passes, search_passes = arguments.pop(passes_name, _PASSES), arguments.pop("search_passes", _SEARCH_PASSES)
     check_integer(passes_name, passes, low=1)

@@ -82,7 +82,8 @@ def throughput_table(store: Store, runs: Sequence[Run]) -> pd.DataFrame:
             {name: [found[made[number].key]["seconds"] for number in rounds] for name, made in of.items()},
         )
         seconds.columns = pd.Index(list(of), tupleize_cols=False)
-        rows += _rows(store, found, of, seconds, rounds[-1])
+        whole = {name: {number: made[number] for number in rounds} for name, made in of.items()}
+        rows += _rows(store, found, whole, seconds)
     return pd.DataFrame(rows, columns=list(THROUGHPUT_COLUMNS))
 
 
@@ -91,13 +92,13 @@ def _rows(
     found: dict[str, dict[str, Any]],
     of: dict[tuple[Any, ...], dict[int, Run]],
     seconds: pd.DataFrame,
-    last: int,
 ) -> list[dict[str, Any]]:
     """Of one model; accuracies and counts are those of the last round."""
     toolkits = [name for name in of if name[0] in TOOLKITS]
     fastest = seconds[toolkits].min(axis=1) if toolkits else pd.Series(np.nan, seconds.index)
     bare = next((seconds[name] for name in of if name[0] == BARE_LOOP), pd.Series(np.nan, seconds.index))
     reference = of.get(_REFERENCE)
+    last = max(next(iter(of.values())))
     rows = []
     for name, made in of.items():
         run, known = made[last], found[made[last].key]

@@ -9,7 +9,7 @@ import torch
 from models_for_tests import CLASSES, small_net, snapshot, some_images, some_labels, traceable_net
 
 from guardians.defences import training_loop
-from guardians.experiments import overhead
+from guardians.experiments import timing
 from guardians.experiments.defence_speed import SPEED_COLUMNS, measure_inference, measure_training
 from guardians.experiments.timing import paired_times
 
@@ -40,7 +40,7 @@ def script(monkeypatch, seconds, seed):
     """Let the runs (columns) of each round (rows) take these seconds, by a clock that does not run them."""
     played = zip(seconds, orders(len(seconds[0]), len(seconds), seed), strict=True)
     readings = iter([row[i] for row, order in played for i in order])
-    monkeypatch.setattr(overhead, "timed", lambda run: (None, next(readings)))
+    monkeypatch.setattr(timing, "timed", lambda run: (None, next(readings)))
     return readings
 
 
@@ -148,7 +148,7 @@ def test_inference_is_as_many_passes_as_it_says(monkeypatch):
 @pytest.mark.parametrize("name", ["batch_size", "rounds"])
 @pytest.mark.parametrize("value", [0, 1.5])
 def test_bad_counts_are_refused(measure, name, value, monkeypatch):
-    monkeypatch.setattr(overhead, "timed", None)
+    monkeypatch.setattr(timing, "timed", None)
     with pytest.raises((TypeError, ValueError), match=f"{name}={value}"):
         measure(**{name: value})
 
@@ -170,7 +170,7 @@ def test_all_runs_warm_up_and_run_once_a_round_in_shuffled_order(monkeypatch):
         round_, i = played[next(readings)]
         return None, seconds[round_][i]
 
-    monkeypatch.setattr(overhead, "timed", timed)
+    monkeypatch.setattr(timing, "timed", timed)
     frame = paired_times(runs, 4, SEED, "")
     assert calls[:5] == names
     rounds = [calls[first : first + 5] for first in range(5, 25, 5)]

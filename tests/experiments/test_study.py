@@ -43,7 +43,7 @@ def test_the_studies_of_this_repository_are_read():
         assert study.title
         subject, images = Subject("small", small_net()), study_module.load_data(None, "test", 12)
         for settings in study.runs:
-            options = {name: value for name, value in settings.items() if name != "label"}
+            options = {name: value for name, value in settings.items() if name not in ("label", "n")}
             assert runs_of(subject, images, torch.device("cpu"), **options)
 
 
