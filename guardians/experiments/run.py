@@ -40,7 +40,20 @@ from guardians.experiments.subject import Subject, draws
 from guardians.experiments.timing import bare_loop, price
 from guardians.toolkits.build import build_attack, build_prediction
 
-__all__ = ["BARE_LOOP", "Run", "code", "perform"]
+__all__ = ["BARE_LOOP", "IDENTITY", "Run", "code", "key_of", "perform"]
+
+IDENTITY = (
+    "model_digest",
+    "data_digest",
+    "spec",
+    "implementation",
+    "batch_size",
+    "seed",
+    "options",
+    "device",
+    "repetition",
+)
+"""What tells a run from others."""
 
 BARE_LOOP = "bare loop"
 """In the place of an implementation: forward and backward passes alone, as many as the attack has steps."""
@@ -95,7 +108,7 @@ class Run:
     @cached_property
     def key(self) -> str:
         """The first digits of a SHA-256 digest of the identity."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+        return key_of(self.identity)
 
     @property
     def known(self) -> dict[str, Any]:
@@ -108,6 +121,11 @@ class Run:
             "attack": "clean" if self.attack is None else self.attack.name,
             "n": len(self.data),
         }
+
+
+def key_of(identity: Mapping[str, Any]) -> str:
+    """The key of a run with this identity."""
+    return hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def perform(runs: Sequence[Run], store: Store, *, verbose: bool = True) -> bool:

@@ -29,9 +29,9 @@ __all__ = ["VIEWS", "Study", "find_studies", "load_study", "perform_study"]
 
 
 def benchmark_view(store: Store, runs: Sequence[tuple[Run, str]], out: Path) -> pd.DataFrame:
-    """Each run as a row of `benchmark.csv`."""
-    write_csv(benchmark_table(store), out / "benchmark.csv")
+    """`benchmark.csv`, a row for each run."""
     frame = benchmark_table(store, [run for run, _ in runs])
+    write_csv(frame, out / "benchmark.csv")
     columns = ["model", "defence", "attack", "implementation", "norm", "n", "robust_accuracy", "l2_mean"]
     return frame[[*columns, "forward_per_image", "backward_per_image", "judgement_per_image", "seconds", "flags"]]
 

@@ -684,7 +684,11 @@ def test_attacks_of_other_balls_have_no_union(model, data, tmp_path):
 
 
 def test_attacks_of_the_toolkits_under_their_own_names(model, data, tmp_path):
-    attacks = ["torchattacks:PGD(alpha=2/255, steps=3, random_start=False)", "PGD-3", "foolbox:LinfProjectedGradientDescentAttack(steps=3)"]
+    attacks = [
+        "torchattacks:PGD(alpha=2/255, steps=3, random_start=False)",
+        "PGD-3",
+        "foolbox:LinfProjectedGradientDescentAttack(steps=3)",
+    ]
     attacks += ["art:ProjectedGradientDescent(max_iter=3, eps_step=2/255)", "foolbox:L2DeepFoolAttack"]
     frame = run_quietly(model, data, out=tmp_path, attacks=attacks, eps_step=2 / 255)
     of = {(row["attack"], row["implementation"]): row for _, row in frame.iterrows()}

@@ -143,7 +143,9 @@ def test_runs_keep_their_outcomes_in_whatever_order_they_were_made(tmp_path):
 def test_a_larger_const_fools_more(tmp_path):
     runs = [
         {
-            "attacks": [f"C&W(const={const}, searches=1, steps=50, learning_rate=0.01, adaptive=False, abort_early=False)"],
+            "attacks": [
+                f"C&W(const={const}, searches=1, steps=50, learning_rate=0.01, adaptive=False, abort_early=False)"
+            ],
             "implementations": ["native"],
             "norm": 2,
         }

@@ -1,27 +1,33 @@
-"""The committed tables are of the bundled models, and a command that wrote them finds its rows."""
+"""The committed tables are of the bundled models, and a command that wrote them finds its runs."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from guardians.experiments.runner import outcome_path
 
-from guardians.attacks.registry import named
-from guardians.experiments import defences, runner
-from guardians.experiments.defences import DEFENCE_COLUMNS, RUN_COLUMNS, summarise
-from guardians.experiments.minimum_norm import MINIMUM_NORM_COLUMNS
-from guardians.experiments.minimum_norm import RUN_COLUMNS as MINIMUM_NORM_RUN_COLUMNS
+from guardians.experiments import defences
+from guardians.experiments.bench import summarise
+from guardians.experiments.defences import DEFENCE_COLUMNS, RUN_COLUMNS
+from guardians.experiments.defences import summarise as summarise_defences
+from guardians.experiments.minimum_norm import CONST_COLUMNS, MINIMUM_NORM_COLUMNS
+from guardians.experiments.run import IDENTITY, key_of
+from guardians.experiments.store import Store
+from guardians.experiments.throughput import THROUGHPUT_COLUMNS
 from guardians.models import digest, load_model
 from guardians.parity import cases
 from guardians.tables import BENCHMARK_COLUMNS, PARITY_COLUMNS, read_csv
 
 RESULTS = Path(__file__).parents[2] / "results"
 TABLES = {
+    "attack_cost": THROUGHPUT_COLUMNS,
+    "attack_overhead": THROUGHPUT_COLUMNS,
+    "attack_throughput": THROUGHPUT_COLUMNS,
     "benchmark": BENCHMARK_COLUMNS,
+    "carlini_wagner": MINIMUM_NORM_COLUMNS,
+    "carlini_wagner_consts": CONST_COLUMNS,
     "parity": PARITY_COLUMNS,
     "deviations": PARITY_COLUMNS,
-    "carlini_wagner": MINIMUM_NORM_COLUMNS,
-    "carlini_wagner_runs": MINIMUM_NORM_RUN_COLUMNS,
     "defences": DEFENCE_COLUMNS,
     "defences_runs": RUN_COLUMNS,
 }
@@ -32,11 +38,38 @@ def test_tables_have_the_columns_of_the_code(name):
     assert list(read_csv(RESULTS / f"{name}.csv").columns) == list(TABLES[name])
 
 
-@pytest.mark.parametrize("name", ["benchmark", "parity", "deviations", "carlini_wagner", "carlini_wagner_runs"])
+@pytest.mark.parametrize("name", ["benchmark", "parity", "deviations", "carlini_wagner", "evaluation"])
 def test_rows_are_of_the_bundled_models(name):
     frame = read_csv(RESULTS / f"{name}.csv")
     for model, rows in frame.groupby("model"):
         assert set(rows["model_digest"]) == {digest(load_model(model))}
+
+
+@pytest.fixture
+def store(tmp_path):
+    for name in ("runs.csv", "outcomes.csv.xz"):
+        shutil.copy(RESULTS / name, tmp_path)
+    return Store(tmp_path)
+
+
+def test_the_store_has_whole_runs_under_their_keys(store):
+    assert store.runs()
+    for run in store.runs():
+        assert run["key"] == key_of({name: run[name] for name in IDENTITY})
+        assert len(store.outcomes(run["key"])) == run["n"]
+        assert run["model_digest"] == digest(load_model(run["model"]))
+
+
+def test_the_benchmark_is_a_view_of_the_store(store):
+    committed = read_csv(RESULTS / "benchmark.csv")
+    runs = {
+        (run["attack"], run["implementation"]): store.outcomes(run["key"])
+        for run in store.runs()
+        if (run["n"], run["repetition"], run["model"]) == (1000, 0, "resnet9-16-standard")
+    }
+    for _, row in committed[committed["attack"] != "union"].iterrows():
+        figures = summarise(runs[row["attack"], row["implementation"]])
+        assert figures == pytest.approx({name: row[name] for name in figures}, nan_ok=True)
 
 
 def test_rows_are_of_the_bundled_defences():
@@ -50,22 +83,6 @@ def test_rows_are_of_the_bundled_defences():
         assert set(rows["attack"]) == set(defended.attacks)
         for attack, params in zip(rows["attack"], rows["params"], strict=True):
             assert params == json.dumps(defences._params(defended, attack, surrogate))
-
-
-def test_outcomes_are_found():
-    for _, row in read_csv(RESULTS / "benchmark.csv").iterrows():
-        assert outcome_path(RESULTS, row).is_file()
-
-
-def test_rows_are_those_that_the_commands_ask_for():
-    for _, row in read_csv(RESULTS / "benchmark.csv").iterrows():
-        params = json.loads(row["params"])
-        ball = {name: params.get(name) for name in ("eps_step", "random_start")}
-        spec = None if row["attack"] == "clean" else named(row["attack"], row["norm"], row["eps"], **ball)
-        options = {"precision": row["precision"]}
-        options |= {"early_stop": params["early_stop"]} if "early_stop" in params else {}
-        columns = runner._columns_of(row["implementation"], spec, params["batch_size"], options)
-        assert columns == {name: row[name] for name in columns}
 
 
 @pytest.mark.parametrize("name", ["parity", "deviations"])
@@ -82,4 +99,4 @@ def test_deviations_are_called_so():
 
 
 def test_the_summary_is_of_the_runs():
-    assert read_csv(RESULTS / "defences.csv").equals(summarise(read_csv(RESULTS / "defences_runs.csv")))
+    assert read_csv(RESULTS / "defences.csv").equals(summarise_defences(read_csv(RESULTS / "defences_runs.csv")))
