@@ -129,7 +129,8 @@ class Store:
         """Of the images of a run, in their order; none of one that is not there."""
         columns = list(OUTCOME_COLUMNS)
         query = f"SELECT {', '.join(columns)} FROM outcomes WHERE key = ? ORDER BY image"
-        return pd.DataFrame(self._database.execute(query, (key,)).fetchall(), columns=columns)
+        found = pd.DataFrame(self._database.execute(query, (key,)).fetchall(), columns=columns)
+        return found.assign(stage=found["stage"].fillna(""), **{name: pd.to_numeric(found[name]) for name in columns[:-1]})
 
     @contextmanager
     def claim(self, key: str, *, wait: bool = False) -> Iterator[bool]:
@@ -156,7 +157,7 @@ class Store:
         """Write complete runs and their outcomes as `runs.csv` and `outcomes.csv.xz`, which `read` takes in again."""
         complete = "SELECT key, known, figures FROM runs WHERE is_complete ORDER BY rowid"
         runs = pd.DataFrame(self._database.execute(complete).fetchall(), columns=["key", "known", "figures"])
-        outcomes = pd.concat([self.outcomes(key).assign(key=key) for key in runs["key"]] or [self.outcomes("")])
+        outcomes = pd.concat([self.outcomes(key).assign(key=key) for key in ["", *runs["key"]]])
         write_csv(runs, Path(folder) / _NAMES[0])
         temporary = Path(folder) / f".{_NAMES[1]}.{os.getpid()}"
         outcomes.to_csv(temporary, index=False, compression="xz", lineterminator="\n")
@@ -165,7 +166,7 @@ class Store:
     def read(self, folder: str | os.PathLike[str]) -> None:
         """Take in what `export` has written; runs that are here stay."""
         runs = pd.read_csv(Path(folder) / _NAMES[0], dtype=str)
-        outcomes = pd.read_csv(Path(folder) / _NAMES[1], compression="xz", float_precision="round_trip")
+        outcomes = pd.read_csv(Path(folder) / _NAMES[1], compression="xz", dtype={"key": str}, float_precision="round_trip")
         of = dict(tuple(outcomes.groupby("key")))
         for row in runs.itertuples():
             self.write(row.key, json.loads(row.known), json.loads(row.figures), of.get(row.key, outcomes[:0]))

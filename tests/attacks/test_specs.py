@@ -127,8 +127,8 @@ def test_a_new_attack_is_found_by_its_registration(data, tmp_path):
     common = {"model_name": "small", "out": tmp_path, "verbose": False}
     assert run_parity(small_net(), data, attacks=["Toy-4"], **common)["verdict"].tolist() == ["exact"]
     frame = run_benchmark(small_net(), data, attacks=["Toy-4"], eps=0.05, **common)
-    assert frame["attack"].tolist() == ["Toy-4"] * 2
-    assert frame["implementation"].tolist() == ["native", "ART"]
+    assert frame["attack"].tolist() == ["Toy-4", "Toy-4", "union"]
+    assert frame["implementation"].tolist() == ["native", "ART", "all"]
     assert frame["robust_accuracy"].nunique() == 1
 
 

@@ -66,6 +66,7 @@ def test_the_benchmark_is_a_view_of_the_store(store):
         (run["attack"], run["implementation"]): store.outcomes(run["key"])
         for run in store.runs()
         if (run["n"], run["repetition"], run["model"]) == (1000, 0, "resnet9-16-standard")
+        and run["options"].get("precision", "auto") == "auto"
     }
     for _, row in committed[committed["attack"] != "union"].iterrows():
         figures = summarise(runs[row["attack"], row["implementation"]])

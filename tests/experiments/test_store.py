@@ -21,7 +21,7 @@ def outcomes(n=3, prediction=1):
     columns = dict.fromkeys(OUTCOME_COLUMNS, np.arange(n))
     columns |= {"adversarial_prediction": np.full(n, prediction), "l2": np.linspace(0.1, 1 / 3, n)}
     frame = pd.DataFrame(columns).astype({"forward": float})
-    return frame.assign(forward=np.nan, stage=["a"] * (n - 1) + [None])
+    return frame.assign(forward=np.nan, stage=["a"] * (n - 1) + [""])
 
 
 def test_a_run_comes_back_as_it_was_written(tmp_path):
@@ -150,19 +150,19 @@ BENCH = """
     from guardians.experiments.bench import run_benchmark
 
     class Logged(torch.nn.Module):
-        def __init__(self, log):
+        def __init__(self):
             super().__init__()
-            self.net, self.log = models_for_tests.small_net(), log
+            self.net = models_for_tests.small_net()
 
         def forward(self, x):
-            with open(self.log, "a") as file:
+            with open(sys.argv[2], "a") as file:
                 file.write(f"{len(x)}\\n")
             return self.net(x)
 
     images = torch.randint(0, 256, (12, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     data = Dataset(images, torch.arange(12) % 5, tuple("abcde"), "noise")
     attacks = ["clean", "FGSM", *(f"PGD-{steps}" for steps in range(1, int(sys.argv[3])))]
-    frame = run_benchmark(Logged(sys.argv[2]), data, model_name="logged", out=sys.argv[1], attacks=attacks,
+    frame = run_benchmark(Logged(), data, model_name="logged", out=sys.argv[1], attacks=attacks,
                           implementations=["native", "ART"], verbose=False, batch_size=4)
     assert not frame.attrs["interrupted"]
 """
