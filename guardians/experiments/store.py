@@ -130,7 +130,9 @@ class Store:
         columns = list(OUTCOME_COLUMNS)
         query = f"SELECT {', '.join(columns)} FROM outcomes WHERE key = ? ORDER BY image"
         found = pd.DataFrame(self._database.execute(query, (key,)).fetchall(), columns=columns)
-        return found.assign(stage=found["stage"].fillna(""), **{name: pd.to_numeric(found[name]) for name in columns[:-1]})
+        return found.assign(
+            stage=found["stage"].fillna(""), **{name: pd.to_numeric(found[name]) for name in columns[:-1]}
+        )
 
     @contextmanager
     def claim(self, key: str, *, wait: bool = False) -> Iterator[bool]:
@@ -166,7 +168,9 @@ class Store:
     def read(self, folder: str | os.PathLike[str]) -> None:
         """Take in what `export` has written; runs that are here stay."""
         runs = pd.read_csv(Path(folder) / _NAMES[0], dtype=str)
-        outcomes = pd.read_csv(Path(folder) / _NAMES[1], compression="xz", dtype={"key": str}, float_precision="round_trip")
+        outcomes = pd.read_csv(
+            Path(folder) / _NAMES[1], compression="xz", dtype={"key": str}, float_precision="round_trip"
+        )
         of = dict(tuple(outcomes.groupby("key")))
         for row in runs.itertuples():
             self.write(row.key, json.loads(row.known), json.loads(row.figures), of.get(row.key, outcomes[:0]))
