@@ -63,7 +63,13 @@ Data = Annotated[
 ]
 Download = Annotated[bool, typer.Option("--download", help="Let torchvision download CIFAR-10 into the data folder.")]
 Count = Annotated[int | None, typer.Option("--n", "--images", help="Images, class-balanced.", show_default="all")]
-Model = Annotated[str, typer.Option(help="A bundled model (`guardians models`), or package.module:callable.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="A bundled model (`guardians models`), torchvision:NAME, timm:NAME, hf:ORG/NAME or hf:FOLDER, "
+        "robustbench:NAME, or package.module:callable."
+    ),
+]
 Weights = Annotated[Path | None, typer.Option(help=".safetensors or .pt file with the model's state dict.")]
 Device = Annotated[str, typer.Option(help="For example cpu or cuda.")]
 BatchSize = Annotated[int, typer.Option(help="Images in one forward pass.")]

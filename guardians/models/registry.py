@@ -1,4 +1,4 @@
-"""Models by name: bundled weights with their cards, and a user's own `package.module:callable`."""
+"""Models by name: bundled weights with their cards, other libraries', and a user's own `package.module:callable`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from guardians.models.architectures import resnet9, resnet18, wide_resnet
+from guardians.models.loaders import LOADERS
 
 __all__ = [
     "ARCHITECTURES",
@@ -51,7 +52,8 @@ def model_card(name: str) -> dict[str, Any]:
     if name not in bundled_models():
         raise ValueError(
             f"model={name!r}: unknown; bundled are {', '.join(bundled_models()) or 'none'}; "
-            "a model of your own is named package.module:callable"
+            f"those of libraries are named {', '.join(f'{prefix}:NAME' for prefix in LOADERS)}, "
+            "and a model of your own package.module:callable"
         )
     card: dict[str, Any] = json.loads((_WEIGHTS / f"{name}.json").read_text())
     return card
@@ -79,23 +81,39 @@ def load_model(
     """A model in evaluation mode.
 
     Args:
-        name: a bundled model (see `bundled_models`), or `package.module:callable`, where the callable takes no
-            arguments and returns an `nn.Module` that gives logits for images in [0, 1]. The working directory is
-            searched for the module as well; it is on `sys.path` until the callable has returned.
+        name: a bundled model (see `bundled_models`), a pretrained one of another library, or `package.module:callable`.
+
+            - `torchvision:NAME`, any classifier of `torchvision.models.list_models()`, with its `DEFAULT` weights.
+            - `timm:NAME`, any name that `timm.create_model` takes.
+            - `hf:ORG/NAME`, or `hf:FOLDER` with what `save_pretrained` of a model and of its image processor wrote:
+              transformers' `AutoModelForImageClassification`.
+            - `robustbench:NAME`, the first of RobustBench's registry, or `robustbench:cifar10/Linf/NAME`; what is
+              downloaded goes where `torch.hub` keeps its files.
+            - `package.module:callable`: the callable takes no arguments and returns an `nn.Module`. The working
+              directory is searched for the module as well; it is on `sys.path` until the callable has returned.
+
+            All give logits for images in [0, 1]: the normalisation that a library has for the weights is put in front.
+            Nothing resizes images.
         weights: a `.safetensors` file, or a file of `torch.save` holding a state dict, which is read with
-            `weights_only=True`. It replaces the bundled weights, or those that the callable set.
+            `weights_only=True`. It replaces the bundled weights, those that the callable set, or those of the library,
+            of whose network it is the state dict. Then none are downloaded; of `hf:` the configuration must be there.
         device: where the model goes.
 
     Raises:
-        ValueError: the name is unknown, the callable cannot be imported, fails or returns something else, the weights
-            cannot be read (a pickle that needs more than tensors is refused), or do not fit the model; the message
-            then names the tensors.
+        ValueError: the name is unknown, the library cannot load or download the model, the callable cannot be imported,
+            fails or returns something else, the weights cannot be read (a pickle that needs more than tensors is
+            refused), or do not fit the model; the message then names the tensors.
+        ImportError: the library is not installed.
         FileNotFoundError: the weights file does not exist.
     """
     if ":" in name:
-        model = _import_model(name)
+        prefix = name.partition(":")[0]
+        if prefix in LOADERS:
+            network, model = LOADERS[prefix](name, weights is None)
+        else:
+            network = model = _import_model(name)
         if weights is not None:
-            load_weights(model, weights)
+            load_weights(network, weights)
     else:
         architecture = dict(model_card(name)["architecture"])
         model = build_model(architecture.pop("name"), **architecture)
