@@ -56,9 +56,9 @@ Data = Annotated[
     Path | None,
     typer.Option(
         envvar=ENVIRONMENT_VARIABLE,
-        help="Folder of torchvision's CIFAR-10, CIFAR-100, SVHN, MNIST, FashionMNIST, KMNIST or USPS, an "
-        "ImageFolder tree with train/ and test/ or val/, or what Hugging Face's datasets saved; where it holds several, "
-        "one as mnist:FOLDER.",
+        help="Folder of torchvision's CIFAR-10, CIFAR-100, SVHN, MNIST, FashionMNIST, KMNIST or USPS, an ImageFolder "
+        "tree with train/ and test/ or val/, or what Hugging Face's datasets saved; where it holds "
+        "several, mnist:FOLDER names one.",
         show_default="20 sample images",
     ),
 ]
