@@ -325,17 +325,18 @@ def _image_folder(path: Path, split: str) -> _Split:
 
 def _hugging_face(path: Path, split: str) -> _Split:
     try:
-        import datasets
+        from datasets import ClassLabel, load_from_disk
+        from datasets import Image as ImageFeature
     except ImportError as error:
         raise ImportError(f"data path {str(path)!r} is of Hugging Face: pip install guardians[datasets]") from error
     try:
-        saved = datasets.load_from_disk(str(path))
+        saved = load_from_disk(str(path))
     except Exception as error:  # files are missing or changed, in more than one format
         raise ValueError(f"data path {str(path)!r} is not what Hugging Face's datasets saves: {error}") from error
     if not isinstance(saved, dict):
         saved = {re.sub(r"\[[^]]*\]", "", str(saved.split or "test")): saved}  # it may be of a split as "test[:100]"
     names = {"train": ("train",), "test": ("test", "validation")}[split]
-    name = next((name for name in names if name in saved), None)
+    name = next(filter(saved.__contains__, names), None)
     if name is None:
         allowed = " or ".join(map(repr, names))
         raise ValueError(f"data path {str(path)!r} has no split {allowed}, only {', '.join(map(repr, saved))}")
@@ -345,18 +346,18 @@ def _hugging_face(path: Path, split: str) -> _Split:
         columns = [column for column, feature in rows.features.items() if isinstance(feature, kind)]
         if len(columns) != 1:
             raise ValueError(
-                f"data path {str(path)!r}: must have one column of type {kind.__name__}, has {columns}; "
-                f"select_columns before save_to_disk leaves the one that is meant"
+                f"data path {str(path)!r}: must have one column of type {kind.__name__}, has {columns}: "
+                "select_columns before save_to_disk leaves those that are meant"
             )
         return str(columns[0])
 
-    image, label = column_of(datasets.Image), column_of(datasets.ClassLabel)
+    image, label = column_of(ImageFeature), column_of(ClassLabel)
     found = rows.select_columns(label)[:][label]
     labels = np.asarray([-1 if value is None else value for value in found], dtype=np.int64)
     if not len(labels) or labels.min() < 0:
         what = f"no label of image {labels.argmin()}" if len(labels) else "no images"
         raise ValueError(f"data path {str(path)!r}: {what} in the split {name!r}")
-    encoded = rows.select_columns(image).cast_column(image, datasets.Image(decode=False))
+    encoded = rows.select_columns(image).cast_column(image, ImageFeature(decode=False))
 
     def read(chosen: np.ndarray, size: _Size) -> Tensor:
         files: dict[str, str | BytesIO] = {}

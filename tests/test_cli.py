@@ -252,7 +252,7 @@ def test_greyscale_images_reach_the_model_with_one_channel(command, tree):
     "arguments",
     [
         ("evaluate", *SMALL, "--budget", "fast"),
-        ("bench", *SMALL, "--attack", "clean", "--defence", "mi(n=1)", "--pool", 3),
+        ("bench", *SMALL, "--attack", "clean", "--defence", "mi-ol(num_samples=1)", "--pool", 3),
         ("parity", *SMALL, "--attack", "FGSM", "--reference", "foolbox"),
         ("train", *TINY),
     ],
