@@ -260,7 +260,7 @@ def test_greyscale_images_reach_the_model_with_one_channel(command, tree):
 )
 def test_images_of_several_shapes_are_brought_to_one(command, tree, arguments):
     for i, file in enumerate(sorted(tree.rglob("*.png"))):
-        Image.new("RGB", (10 + i, 12)).save(file)
+        Image.fromarray(np.random.default_rng(i).integers(256, size=(12, 10 + i, 3), dtype=np.uint8)).save(file)
     assert "all must agree: resize and crop (--resize, --crop)" in command(*arguments, "--data", tree).error
     result = command(*arguments, "--data", tree, "--resize", 9, "--crop", 8)
     assert result.code == 0
