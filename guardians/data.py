@@ -301,10 +301,10 @@ def _split_folder(path: Path, split: str) -> Path | None:
 def _image_folder(path: Path, split: str) -> _Split:
     place = _split_folder(path, split)
     if place is None:
-        first, *others = dict.fromkeys(_place(kind, split) for kind in _TORCHVISION)
+        first, *more = dict.fromkeys(_place(kind, split) for kind in _TORCHVISION)
         raise ValueError(
             f"data path {str(path)!r} has neither {first!r} nor a folder {' or '.join(map(repr, _FOLDERS[split]))}, "
-            f"nor any of {', '.join(map(repr, (*others, *_HUGGING_FACE)))}"
+            f"nor any of {', '.join(map(repr, (*more, *_HUGGING_FACE)))}"
         )
     try:
         folder = ImageFolder(str(place))

@@ -527,7 +527,8 @@ class TestHuggingFace:
 
     def test_a_split_without_rows(self, tmp_path: Path, save) -> None:
         save(tmp_path / "pets", {"test": rows([], [])})
-        with pytest.raises(ValueError, match="pets': no images in the split 'test'"):
+        # datasets 5 cannot load such a folder itself.
+        with pytest.raises(ValueError, match=r"pets'(: no images in the split 'test'| is not what .* saves)"):
             load_data(tmp_path / "pets")
 
     def test_n_above_the_number_of_images(self, tmp_path: Path, save) -> None:
