@@ -57,11 +57,17 @@ Data = Annotated[
     Path | None,
     typer.Option(
         envvar=ENVIRONMENT_VARIABLE,
-        help="Folder of torchvision's CIFAR-10, or of an ImageFolder tree with train/ and test/.",
+        help="Folder of torchvision's CIFAR-10, CIFAR-100, SVHN, MNIST, FashionMNIST, KMNIST or USPS, an ImageFolder "
+        "tree with train/ and test/ or val/, or what Hugging Face's datasets saved; where it holds "
+        "several, mnist:FOLDER names one.",
         show_default="20 sample images",
     ),
 ]
-Download = Annotated[bool, typer.Option("--download", help="Let torchvision download CIFAR-10 into the data folder.")]
+Download = Annotated[
+    bool, typer.Option("--download", help="Let torchvision download CIFAR-10, or the KIND of --data KIND:FOLDER.")
+]
+Resize = Annotated[int | None, typer.Option(help="Pixels of the shorter side of each image.", show_default="as it is")]
+Crop = Annotated[int | None, typer.Option(help="Side of the square cut out of the centre.", show_default="none")]
 Count = Annotated[int | None, typer.Option("--n", "--images", help="Images, class-balanced.", show_default="all")]
 Model = Annotated[
     str,
@@ -108,6 +114,8 @@ def evaluate(
     weights: Weights = None,
     data: Data = None,
     download: Download = False,
+    resize: Resize = None,
+    crop: Crop = None,
     n: Count = None,
     norm: Annotated[str, typer.Option(help="inf, 2 or 1.")] = "inf",
     eps: Annotated[
@@ -135,7 +143,7 @@ def evaluate(
     check_choice("budget", budget, BUDGETS)
     _check_run(1 if batch_size is None else batch_size, device, seed, data_seed)
     classifier = load_model(model, weights, device)
-    images = _announced_data(data, n, data_seed, download)
+    images = _announced_data(data, n, data_seed, download, resize, crop)
     _check_fit(model, classifier, images, device)
     found = run_evaluation(
         classifier,
@@ -165,6 +173,8 @@ def parity(
     weights: Weights = None,
     data: Data = None,
     download: Download = False,
+    resize: Resize = None,
+    crop: Crop = None,
     n: Count = None,
     attack: Annotated[list[str], typer.Option(help=f"Only this one, repeatable: {', '.join(compared())}.")] = [],  # noqa: B006
     reference: Annotated[list[str], typer.Option(help=f"Only this one, repeatable: {', '.join(TOOLKITS)}.")] = [],  # noqa: B006
@@ -182,7 +192,7 @@ def parity(
 
     _check_run(batch_size, device, seed, data_seed)
     classifier = load_model(model, weights, device)
-    images = _announced_data(data, n, data_seed, download)
+    images = _announced_data(data, n, data_seed, download, resize, crop)
     _check_fit(model, classifier, images, device)
     frame = run_parity(
         classifier,
@@ -219,6 +229,8 @@ def bench(
     weights: Weights = None,
     data: Data = None,
     download: Download = False,
+    resize: Resize = None,
+    crop: Crop = None,
     n: Count = None,
     defence: Annotated[
         str, typer.Option(help=f"Around the model, as in rse(sigma_init=0.8, n=10): {', '.join(DEFENCES)}.")
@@ -267,13 +279,14 @@ def bench(
         raise ValueError(f"norm={norm!r}: must be inf, 2 or 1")
     _check_run(batch_size, device, seed, data_seed)
     classifier = load_model(model, weights, device)
-    images = _announced_data(data, n, data_seed, download)
+    images = _announced_data(data, n, data_seed, download, resize, crop)
     _check_fit(model, classifier, images, device)
+    mixes = defence.casefold().startswith("mi")
     frame = run_benchmark(
         classifier,
         images,
         defence=defence,
-        pool=load_data(data, "train", pool, seed=data_seed) if defence.casefold().startswith("mi") else None,
+        pool=load_data(data, "train", pool, seed=data_seed, resize=resize, crop=crop) if mixes else None,
         attacks=attack,
         implementations=implementation or IMPLEMENTATIONS,
         model_name=_name_in_tables(model, weights),
@@ -337,6 +350,8 @@ def train_command(
     weights: Annotated[Path | None, typer.Option(help="Start from these weights.", show_default="fresh ones")] = None,
     data: Data = None,
     download: Download = False,
+    resize: Resize = None,
+    crop: Crop = None,
     recipe: Annotated[str, typer.Option(help=f"{', '.join(RECIPES)}; the options below change it.")] = "standard",
     epochs: Annotated[int | None, _of_recipe("Passes over the training images.")] = None,
     batch_size: Annotated[int | None, _of_recipe("Images in a training step.")] = None,
@@ -392,7 +407,9 @@ def train_command(
     # An option of another architecture is passed on as well, for build_model to refuse it.
     shape = defaults.get(architecture, {}) | {key: value for key, value in options.items() if value is not None}
     name = "-".join([architecture, *map(str, shape.values()), recipe])
-    train_data, test_data = (_announced_data(data, None, seed, download, split) for split in ("train", "test"))
+    train_data, test_data = (
+        _announced_data(data, None, seed, download, resize, crop, split) for split in ("train", "test")
+    )
     torch.manual_seed(seed)
     model = build_model(architecture, **shape, num_classes=len(train_data.classes))
     if weights is not None:
@@ -416,8 +433,16 @@ def train_command(
     typer.echo(f"accuracy {accuracy:.2%}; wrote {save_model(model, card, out)}")
 
 
-def _announced_data(data: Path | None, n: int | None, seed: int, download: bool, split: str = "test") -> Dataset:
-    images = load_data(data, split, n, seed=seed, download=download)
+def _announced_data(
+    data: Path | None,
+    n: int | None,
+    seed: int,
+    download: bool,
+    resize: int | None,
+    crop: int | None,
+    split: str = "test",
+) -> Dataset:
+    images = load_data(data, split, n, seed=seed, download=download, resize=resize, crop=crop)
     typer.echo(f"data: {len(images)} images, {images.source}" + (f", in {data}" if data else ""))
     if data is None and split == "test":
         note = f"note: without --data or {ENVIRONMENT_VARIABLE}, a sample stands in that is too small for conclusions"

@@ -248,6 +248,28 @@ def test_greyscale_images_reach_the_model_with_one_channel(command, tree):
     assert command("train", "--data", tree, *TINY).code == 0
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("evaluate", *SMALL, "--budget", "fast"),
+        ("bench", "--model", "a_net:build", "--attack", "clean", "--defence", "mi-ol(num_samples=1)", "--pool", 3),
+        ("parity", *SMALL, "--attack", "FGSM", "--reference", "foolbox"),
+        ("train", *TINY),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_images_of_several_shapes_are_brought_to_one(command, tree, arguments):
+    Path("a_net.py").write_text(  # Mixup Inference needs training images of every class
+        "from torch import nn\n\ndef build():\n    return nn.Sequential(nn.Flatten(), nn.Linear(192, 3))\n"
+    )
+    for i, file in enumerate(sorted(tree.rglob("*.png"))):
+        Image.fromarray(np.random.default_rng(i).integers(256, size=(12, 10 + i, 3), dtype=np.uint8)).save(file)
+    assert "all must agree: resize and crop (--resize, --crop)" in command(*arguments, "--data", tree).error
+    result = command(*arguments, "--data", tree, "--resize", 9, "--crop", 8)
+    assert result.code == 0
+    assert f"data: 6 images, tree (test), resize=9, crop=8, in {tree}" in result.lines
+
+
 @pytest.mark.parametrize("name", ["parity", "bench"])
 def test_greyscale_beside_colours(command, tree, name):
     Image.new("L", (8, 8)).save(tree / "test" / "bee" / "1.png")
@@ -591,6 +613,8 @@ def test_train_another_recipe_in_the_same_folder(command, tree):
         (("--n", "0"), ["n=0", "at least 1"]),
         (("--n", "many"), ["--n", "integer"]),
         (("--n", "7"), ["n=7", "6 images"]),
+        (("--resize", "0"), ["resize=0", "at least 1"]),
+        (("--crop", "9"), ["8 x 8 pixels", "crop=9"]),
         (("--batch-size", "0"), ["batch_size=0", "at least 1"]),
         (("--seed", "-1"), ["seed=-1", "at least 0"]),
         (("--seed", str(2**63)), [f"seed={2**63}", "2**63"]),
@@ -669,6 +693,8 @@ def test_error_of_one_command(command, tree, arguments, named):
         (("--device", "nonsense"), ["device='nonsense'"]),
         (("--device", "meta"), ["device='meta'", "can compute"]),
         (("--data", "missing"), ["'missing'", "does not exist"]),
+        (("--data", "mnist:missing"), ["'missing'", "does not exist"]),
+        (("--resize", "4", "--crop", "5"), ["crop=5", "resize=4"]),
     ],
 )
 def test_error_of_train(command, tree, options, named):
