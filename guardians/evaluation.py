@@ -318,7 +318,12 @@ class Cascade(ClassifierAttack):
     def _run(self, inputs: dict[str, Tensor], device: torch.device, first_index: int) -> Tensor:
         x, y = inputs["x"], inputs.get("y")
         y = self.victim.predict(x.to(device)) if y is None else y
-        run = {"norm": self.norm, "eps": float(self.eps), "budget": self.budget, "batch_size": self.batch_size}
+        run: dict[str, Any] = {
+            "norm": self.norm,
+            "eps": float(self.eps),
+            "budget": self.budget,
+            "batch_size": self.batch_size,
+        }
         seed = fresh_seed() if self.seed is None else int(self.seed)
         found = evaluate(self.estimator, x, y, **run, seed=seed, verbose=self.verbose)
         assert isinstance(found, Evaluation)

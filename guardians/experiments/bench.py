@@ -214,7 +214,14 @@ def _unions(rows: Mapping[str, Mapping[str, Any]], outcomes: Mapping[str, pd.Dat
         # Which of the wrong labels it is does not matter.
         images = first.assign(adversarial_prediction=first["label"].where(~felled, -1))
         figures = summarise(images) | dict.fromkeys(("l2_median", "l2_mean", "linf_max"), float("nan"))
-        known = {"attack": "union", "implementation": "all", "params": "{}", "precision": "", "search": "", "flags": ""}
+        known: dict[str, Any] = {
+            "attack": "union",
+            "implementation": "all",
+            "params": "{}",
+            "precision": "",
+            "search": "",
+            "flags": "",
+        }
         known |= {"steps": 0, "eot": 1, "seconds": sum(rows[key]["seconds"] for key in keys)}
         kept = {name: same[name] for name in (*_SAME_BALL, "model", "defence", "device", "versions", "commit")}
         unions.append(dict.fromkeys(BENCHMARK_COLUMNS, float("nan")) | kept | figures | known)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -102,7 +103,11 @@ def _show(runs: Sequence[Run], path: Path) -> None:
     adversarial, predictions = {}, {}
     for run in runs:
         assert run.attack is not None
-        setting = {"nb_classes": len(data.classes), "input_shape": tuple(x.shape[1:]), "batch_size": len(x)}
+        setting: dict[str, Any] = {
+            "nb_classes": len(data.classes),
+            "input_shape": tuple(x.shape[1:]),
+            "batch_size": len(x),
+        }
         attack = build_attack(run.implementation, run.attack, subject.base, seed=run.seed, **setting, **run.options)
         title = f"c = {_const(run):g}"
         adversarial[title] = attack(x, y)

@@ -172,8 +172,8 @@ class Store:
             Path(folder) / _NAMES[1], compression="xz", dtype={"key": str}, float_precision="round_trip"
         )
         of = dict(tuple(outcomes.groupby("key")))
-        for row in runs.itertuples():
-            self.write(row.key, json.loads(row.known), json.loads(row.figures), of.get(row.key, outcomes[:0]))
+        for key, known, figures in runs[["key", "known", "figures"]].to_numpy(dtype=str).tolist():
+            self.write(key, json.loads(known), json.loads(figures), of.get(key, outcomes[:0]))
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

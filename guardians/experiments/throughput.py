@@ -131,5 +131,6 @@ def _contender(run: Run) -> tuple[Any, ...]:
 
 def _robust(store: Store, run: Run) -> np.ndarray:
     outcomes = store.outcomes(run.key)
-    right = (outcomes[name] == outcomes["label"] for name in ("clean_prediction", "adversarial_prediction"))
-    return np.logical_and(*right).to_numpy()
+    predictions = outcomes[["clean_prediction", "adversarial_prediction"]]
+    robust: np.ndarray = predictions.eq(outcomes["label"], axis=0).all(axis=1).to_numpy()
+    return robust
