@@ -62,13 +62,16 @@ def plot_cost(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
         colour, dashes = _STYLES.get((implementation, precision), ("0.5", ":"))
         name = f"{implementation}, {precision}" if implementation == "native" else implementation
         line = line.sort_values("n")
-        style: dict[str, Any] = {
-            "color": colour,
-            "linestyle": dashes,
-            "marker": markers[model],
-            "markerfacecolor": "white",
-        }
-        axes.plot(line["n"], line["seconds"], **style, markersize=5, label=f"{name}: {model}")
+        axes.plot(
+            line["n"],
+            line["seconds"],
+            color=colour,
+            linestyle=dashes,
+            marker=markers[model],
+            markerfacecolor="white",
+            markersize=5,
+            label=f"{name}: {model}",
+        )
     axes.set(xscale="log", yscale="log", xlabel="number of images", ylabel="time (s)")
     axes.set_title(rf"Cost of PGD-{steps} ($\ell_\infty$, $\varepsilon$ = {255 * eps:g}/255)", fontsize="medium")
     _tidy(axes)
