@@ -143,7 +143,9 @@ def test_a_kill_leaves_runs_whole(tmp_path):
 
 
 BENCH = """
+    import pathlib
     import sys
+    import time
     import models_for_tests
     import torch
     from guardians.data import Dataset
@@ -162,6 +164,11 @@ BENCH = """
     images = torch.randint(0, 256, (12, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     data = Dataset(images, torch.arange(12) % 5, tuple("abcde"), "noise")
     attacks = ["clean", "FGSM", *(f"PGD-{steps}" for steps in range(1, int(sys.argv[3])))]
+    if len(sys.argv) > 4:
+        own, other = map(pathlib.Path, sys.argv[4:])
+        own.touch()
+        while not other.exists():
+            time.sleep(0.01)
     frame = run_benchmark(Logged(), data, model_name="logged", out=sys.argv[1], attacks=attacks,
                           implementations=["native", "ART"], verbose=False, batch_size=4)
     assert not frame.attrs["interrupted"]
@@ -170,10 +177,10 @@ FIGURES = ["attack", "implementation", "n", "robust_accuracy", "forward_per_imag
 
 
 def test_a_killed_benchmark_ends_as_one_that_was_not(tmp_path):
-    whole = start(BENCH, tmp_path / "whole", tmp_path / "log", 12)
+    whole = start(BENCH, tmp_path / "whole", tmp_path / "log", 30)
     killed = 0
     while True:
-        process = start(BENCH, tmp_path / "killed", tmp_path / "killed.log", 12)
+        process = start(BENCH, tmp_path / "killed", tmp_path / "killed.log", 30)
         found = tmp_path / "killed" / "store.sqlite"
         try:
             wait_for(lambda: found.exists() or process.poll() is not None)  # noqa: B023
@@ -191,7 +198,11 @@ def test_a_killed_benchmark_ends_as_one_that_was_not(tmp_path):
 
 
 def test_two_processes_do_the_work_once(tmp_path):
-    processes = [start(BENCH, tmp_path / "shared", tmp_path / f"{number}.log", 6) for number in (1, 2)]
+    ready = [tmp_path / "first", tmp_path / "second"]  # so that neither finds all done
+    processes = [
+        start(BENCH, tmp_path / "shared", tmp_path / f"{number}.log", 6, *order)
+        for number, order in ((1, ready), (2, ready[::-1]))
+    ]
     assert [process.wait() for process in processes] == [0, 0]
     store = Store(tmp_path / "shared")
     assert len(store.runs()) == 2 * 7
