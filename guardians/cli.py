@@ -332,8 +332,8 @@ def study(
         raise ValueError("FILE is missing: must be a YAML file, or --list")
     _check_run(1, device, 0)
     chosen = load_study(file)
-    _announced_data(data, n or chosen.n, 0, False, None, None, chosen.split)
-    frame, interrupted = perform_study(chosen, data, out, n=n, device=device)
+    images = _announced_data(data, n or chosen.n, 0, False, None, None, chosen.split)
+    frame, interrupted = perform_study(chosen, images, out, data=data, n=n, device=device)
     print_table(frame, title=chosen.title)
     typer.echo(f"tables and figures: {out}")
     if interrupted:

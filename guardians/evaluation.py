@@ -27,12 +27,12 @@ from guardians.attacks.malt import MALT
 from guardians.attacks.norms import CommonNorm, as_norm, lp_norm
 from guardians.attacks.objectives import margin
 from guardians.attacks.registry import Family, Spec, register
-from guardians.attacks.sequence import CLEAN, STANDS, Judgement, Ledger, Stage, judge_again, run_stage
+from guardians.attacks.sequence import CLEAN, STANDS, AttackSequence, Judgement, Ledger, Stage, judge_again, run_stage
 from guardians.attacks.square import Square
 from guardians.engine.attack import Attack
 from guardians.engine.checks import check_choice, check_number, check_seed
-from guardians.engine.interfaces import ClassifierAttack, Estimator
-from guardians.engine.parameters import KW_ONLY, Flag, OptionalCount, Seed
+from guardians.engine.interfaces import Estimator
+from guardians.engine.parameters import KW_ONLY, Flag, OptionalCount, Positive, Seed
 from guardians.engine.rng import ForkedGenerators, fresh_seed
 from guardians.engine.victim import Victim, isolated, undisturbed
 from guardians.models.identity import digest
@@ -278,7 +278,7 @@ def evaluate(
     return found[radii[0]] if np.ndim(eps) == 0 else [found[radius] for radius in radii]
 
 
-class Cascade(ClassifierAttack):
+class Cascade(AttackSequence):
     """`evaluate` as an attack in one ball.
 
     Args:
@@ -292,8 +292,7 @@ class Cascade(ClassifierAttack):
 
     Attributes:
         evaluation: what the last call found; None before the first.
-        ledger: the same by image, see `Ledger`.
-        stages: the names of its stages, the first of which is "clean".
+        ledger, stages: the same by image, see `AttackSequence`.
 
     Raises:
         EstimatorError, TypeError, ValueError: see `ClassifierAttack`.
@@ -301,24 +300,18 @@ class Cascade(ClassifierAttack):
 
     estimator: Estimator
     norm: CommonNorm = np.inf
-    eps: Annotated[float, partial(check_number, low=0, exclusive=True, single=True)] = 0.3
+    eps: Positive = 0.3
     budget: Annotated[str, partial(check_choice, known=BUDGETS)] = "standard"
     batch_size: OptionalCount = None
     verbose: Flag = True
     _: KW_ONLY
     seed: Seed = None
 
-    targeted = False
-
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.evaluation: Evaluation | None = None
-        self.ledger: Ledger | None = None
-        self.stages: list[str] = []
 
     def _run(self, inputs: dict[str, Tensor], device: torch.device, first_index: int) -> Tensor:
-        x, y = inputs["x"], inputs.get("y")
-        y = self.victim.predict(x.to(device)) if y is None else y
         run: dict[str, Any] = {
             "norm": self.norm,
             "eps": float(self.eps),
@@ -326,7 +319,9 @@ class Cascade(ClassifierAttack):
             "batch_size": self.batch_size,
         }
         seed = fresh_seed() if self.seed is None else int(self.seed)
-        found = evaluate(self.estimator, x, y, **run, seed=seed, verbose=self.verbose)
+        found = evaluate(
+            self.estimator, inputs["x"], self._labels(inputs, device), **run, seed=seed, verbose=self.verbose
+        )
         assert isinstance(found, Evaluation)
         self.evaluation, self.stages, self.ledger = found, found.stages, found.ledger
         return found.ledger.x_adv

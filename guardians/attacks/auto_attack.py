@@ -14,11 +14,11 @@ from guardians.attacks.apgd import APGD
 from guardians.attacks.fab import FAB
 from guardians.attacks.norms import CommonNorm, as_norm
 from guardians.attacks.registry import Family, Spec, register
-from guardians.attacks.sequence import CLEAN, Judgement, Ledger, Stage, judge_again, run_stage
+from guardians.attacks.sequence import CLEAN, AttackSequence, Judgement, Ledger, Stage, judge_again, run_stage
 from guardians.attacks.square import Square
-from guardians.engine.checks import check_choice, check_number
-from guardians.engine.interfaces import ClassifierAttack, Estimator
-from guardians.engine.parameters import KW_ONLY, Count, Flag, OptionalCount, Precision, Seed
+from guardians.engine.checks import check_choice
+from guardians.engine.interfaces import Estimator
+from guardians.engine.parameters import KW_ONLY, Count, Flag, OptionalCount, Positive, Precision, Seed
 from guardians.engine.rng import fresh_seed
 
 __all__ = ["VERSIONS", "AutoAttack", "auto_attack_stages"]
@@ -28,7 +28,7 @@ _EOT_SAMPLES = 20
 """Of the version for random models."""
 
 
-class AutoAttack(ClassifierAttack):
+class AutoAttack(AttackSequence):
     """APGD, targeted APGD, FAB and Square, one after the other, each on the images that still stand.
 
     | version | sequence |
@@ -66,7 +66,7 @@ class AutoAttack(ClassifierAttack):
 
     estimator: Estimator
     norm: CommonNorm = np.inf
-    eps: Annotated[float, partial(check_number, low=0, exclusive=True, single=True)] = 0.3
+    eps: Positive = 0.3
     version: Annotated[str, partial(check_choice, known=VERSIONS)] = "standard"
     batch_size: OptionalCount = None
     verbose: Flag = True
@@ -78,20 +78,14 @@ class AutoAttack(ClassifierAttack):
     precision: Precision = "auto"
     judge_samples: OptionalCount = None
 
-    targeted = False
     _options = ("first_index",)
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.ledger: Ledger | None = None
-        self.stages: list[str] = []
         self.report: Any = None
 
     def _run(self, inputs: dict[str, Tensor], device: torch.device, first_index: int) -> Tensor:
-        x, y = inputs["x"], inputs.get("y")
-        if y is None:
-            size = 256
-            y = torch.cat([self.victim.predict(part.to(device, copy=True)).to(x.device) for part in x.split(size)])
+        x, y = inputs["x"], self._labels(inputs, device)
         seed = fresh_seed() if self.seed is None else int(self.seed)
         common: dict[str, Any] = {"batch_size": self.batch_size, "precision": self.precision}
         common |= {"judge_samples": self.judge_samples, "seed": seed, "verbose": False}

@@ -60,9 +60,15 @@ class Spec:
         return {wanted[name]: value for name, value in dict(self.params).items() if name in wanted}
 
     @property
+    def toolkit(self) -> str | None:
+        """Whose attack it is, under the name of its class; None for one of a registered family."""
+        toolkit, colon, _ = self.family.partition(":")
+        return toolkit if colon else None
+
+    @property
     def name(self) -> str:
         """As tables have it: "FGSM", "C&W", and with the steps "PGD-40"."""
-        if ":" in self.family:
+        if self.toolkit is not None:
             return self.family
         return f"{self.family}-{self.get('steps')}" if _family(self.family).counts_steps else self.family
 

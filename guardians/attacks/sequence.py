@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from guardians.engine.attack import Attack
-from guardians.engine.interfaces import Estimator
+from guardians.engine.interfaces import ClassifierAttack, Estimator
 from guardians.engine.parameters import Flag, OptionalCount
 from guardians.engine.report import Report
 from guardians.engine.state import Answer, Progress, Query, State
 
-__all__ = ["CLEAN", "Judgement", "Ledger", "Stage", "judge_again", "run_stage"]
+__all__ = ["CLEAN", "AttackSequence", "Judgement", "Ledger", "Stage", "judge_again", "run_stage"]
 
 CLEAN = "clean"
 """The stage of images that the model gets wrong as they are."""
@@ -33,6 +33,30 @@ class Stage(NamedTuple):
     name: str
     attack: Attack
     sampled: bool = False
+
+
+class AttackSequence(ClassifierAttack):
+    """An attack that is several, one after the other; it has no targets.
+
+    Attributes:
+        ledger: what the last call found of each image, see `Ledger`; None before the first.
+        stages: the names of its stages, the first of which is "clean".
+    """
+
+    targeted = False
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.ledger: Ledger | None = None
+        self.stages: list[str] = []
+
+    def _labels(self, inputs: dict[str, Tensor], device: torch.device) -> Tensor:
+        """The labels (N,) where the images are; where none are given, the predictions."""
+        x, y = inputs["x"], inputs.get("y")
+        if y is not None:
+            return y
+        size = 256
+        return torch.cat([self.victim.predict(part.to(device, copy=True)).to(x.device) for part in x.split(size)])
 
 
 class Judgement(Attack):

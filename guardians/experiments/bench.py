@@ -49,19 +49,9 @@ def run_benchmark(
     out: str | os.PathLike[str],
     defence: str = "none",
     pool: Dataset | None = None,
-    attacks: Sequence[str] = ATTACKS,
-    implementations: Sequence[str] = IMPLEMENTATIONS,
-    norm: float | str = np.inf,
-    eps: float = 8 / 255,
-    eps_step: float | None = None,
-    random_start: bool = False,
-    batch_size: int = 128,
-    seed: int = 0,
     device: torch.device | str | None = None,
-    early_stop: bool = True,
-    precision: str = "auto",
-    eot_samples: int = 1,
     verbose: bool = True,
+    **settings: Any,
 ) -> pd.DataFrame:
     """Run attacks of several implementations on the same images, and write `out/benchmark.csv`, a row for each.
 
@@ -84,27 +74,9 @@ def run_benchmark(
         out: folder of store and tables, created where it does not exist.
         defence: around the model, such as "rse(sigma_init=0.8)", see `guardians.experiments.subject.defended`.
         pool: images for a defence that mixes with some.
-        attacks: "clean", and
-            - those that are registered, as "FGSM", "PGD-40", of at most 1,000,000 steps, "C&W", "AutoAttack" and
-              "evaluate", in upper or lower case, also with arguments, as "APGD-20(loss='margin')". Those that minimise
-              a norm are run at the defaults of each implementation;
-            - any attack of a toolkit under the name of its class, as "torchattacks:APGD(steps=20)",
-              "foolbox:L2DeepFoolAttack" and "ART:SquareAttack(max_iter=500)", with its own arguments; norm and eps are
-              those of the call where the class has such arguments and they are not given.
-        implementations: of `IMPLEMENTATIONS`, in upper or lower case. What a toolkit does not have, or a toolkit that
-            is not installed, is skipped with a line in the log.
-        norm: 1, 2, inf or "inf".
-        eps: radius of the ball, in the unit of the images; inf in the rows of attacks that minimise a norm.
-        eps_step: step size of PGD; None takes eps / 4, or 1 / 255 where eps is 0. FGSM's is eps.
-        random_start: start attacks of several steps at a random point of the ball; FGSM always starts at the image.
-        batch_size: images in one forward pass.
-        seed: of the random starts, and of the draws of a defence.
         device: of the model, where images are sent; None takes the model's.
-        early_stop: let native attacks in a ball leave an image as soon as the model is fooled by it; see
-            `guardians.engine.attack.Attack`. The toolkits take all steps.
-        precision: what native attacks search in: "auto", "float32", "bfloat16" or "float16"; see there.
-        eot_samples: draws whose mean gradient native attacks follow; see there.
         verbose: show a progress bar.
+        settings: of `runs_of`.
 
     Returns:
         The rows of this call, also those that were there before; columns as in `guardians.tables.BENCHMARK_COLUMNS`.
@@ -122,9 +94,6 @@ def run_benchmark(
     device = _device_of(model, device)
     if len(data) == 0:
         raise ValueError("data has no images")
-    settings: dict[str, Any] = {"norm": norm, "eps": eps, "eps_step": eps_step, "random_start": random_start}
-    settings |= {"batch_size": batch_size, "seed": seed, "early_stop": early_stop, "precision": precision}
-    settings |= {"attacks": attacks, "implementations": implementations, "eot_samples": eot_samples}
     runs = runs_of(defended(model_name, model, defence, pool), data, device, **settings)
 
     store = Store(out)
@@ -260,7 +229,36 @@ def runs_of(
     eot_samples: int = 1,
     repetition: int = 0,
 ) -> list[Run]:
-    """A run for each attack and implementation that has it, otherwise the log says why not; see `run_benchmark`."""
+    """A run for each attack and implementation that has it; otherwise the log says why not.
+
+    Args:
+        subject: what is attacked.
+        data: images and labels.
+        device: of the subject.
+        attacks: "clean", and
+            - those that are registered, as "FGSM", "PGD-40", of at most 1,000,000 steps, "C&W", "AutoAttack" and
+              "evaluate", in upper or lower case, also with arguments, as "APGD-20(loss='margin')". Those that minimise
+              a norm are run at the defaults of each implementation;
+            - any attack of a toolkit under the name of its class, as "torchattacks:APGD(steps=20)",
+              "foolbox:L2DeepFoolAttack" and "ART:SquareAttack(max_iter=500)", with its own arguments; norm and eps are
+              those of the call where the class has such arguments and they are not given.
+        implementations: of `IMPLEMENTATIONS`, in upper or lower case. What a toolkit does not have, or a toolkit that
+            is not installed, is skipped with a line in the log.
+        norm: 1, 2, inf or "inf".
+        eps: radius of the ball, in the unit of the images; inf in the rows of attacks that minimise a norm.
+        eps_step: step size of PGD; None takes eps / 4, or 1 / 255 where eps is 0. FGSM's is eps.
+        random_start: start attacks of several steps at a random point of the ball; FGSM always starts at the image.
+        batch_size: images in one forward pass.
+        seed: of the random starts, and of the draws of a defence.
+        early_stop: let native attacks in a ball leave an image as soon as the model is fooled by it; see
+            `guardians.engine.attack.Attack`. The toolkits take all steps.
+        precision: what native attacks search in: "auto", "float32", "bfloat16" or "float16"; see there.
+        eot_samples: draws whose mean gradient native attacks follow; see there.
+        repetition: number, from 1, of runs that are made several times for their time.
+
+    Raises:
+        TypeError, ValueError: an argument is outside what is allowed.
+    """
     norm = as_norm(norm)
     eps, eps_step = _sizes(eps, eps_step)
     if not isinstance(random_start, bool):
@@ -276,8 +274,9 @@ def runs_of(
     check_flag("early_stop", early_stop)
     check_choice("precision", precision, PRECISIONS)
     runs = []
-    for spec, only in specs:
-        for implementation in dict.fromkeys(implementations) if only is None else [only]:
+    for spec in specs:
+        own = None if spec is None else spec.toolkit
+        for implementation in dict.fromkeys(implementations) if own is None else [own]:
             if not _has(implementation, spec):
                 continue
             options: dict[str, Any] = {}
@@ -289,21 +288,17 @@ def runs_of(
     return runs
 
 
-def _specs(
-    attacks: Sequence[str], norm: float, eps: float, eps_step: float, random_start: bool
-) -> list[tuple[Spec | None, str | None]]:
-    """The attacks under these names, None for "clean", in the order in which they run, and whose they are alone."""
+def _specs(attacks: Sequence[str], norm: float, eps: float, eps_step: float, random_start: bool) -> list[Spec | None]:
+    """The attacks under these names, None for "clean", in the order in which they run."""
     known = ", ".join(("clean", *usages(), *(f"{toolkit}:NAME" for toolkit in TOOLKITS)))
     if isinstance(attacks, str) or not attacks:
         raise ValueError(f"attacks={attacks!r}: must be a list; known are {known}")
-    specs: dict[tuple[Spec | None, str | None], tuple[int, int]] = {}
+    specs: dict[Spec | None, tuple[int, int]] = {}
     for attack in attacks:
         name, arguments = parsed(str(attack))
         toolkit, colon, own = name.partition(":")
         if colon:
-            toolkit = canonical(toolkit, TOOLKITS)
-            check_choice("toolkit", toolkit, tuple(TOOLKITS))
-            specs[own_spec(toolkit, own, arguments, norm, eps), toolkit] = (2, 0)
+            specs[own_spec(canonical(toolkit, TOOLKITS), own, arguments, norm, eps)] = (2, 0)
             continue
         spec = named(name, norm, eps, eps_step=eps_step, random_start=random_start)
         if spec is None and canonical(name, ("clean",)) != "clean":
@@ -313,7 +308,7 @@ def _specs(
         if spec is not None:
             family_of(spec)
         # FGSM comes before the others, which are compared with it.
-        specs[spec, None] = (0, 0) if spec is None else (1 + (spec.family != _WEAKEST), spec.get("steps", 0))
+        specs[spec] = (0, 0) if spec is None else (1 + (spec.family != _WEAKEST), spec.get("steps", 0))
     return sorted(specs, key=lambda spec: specs[spec])
 
 

@@ -6,8 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from guardians.attacks import FGSM, PGD, CarliniWagnerL2
 from guardians.attacks.norms import lp_norm
 from guardians.attacks.objectives import margin
 from guardians.data import Dataset
-from guardians.defences import AveragedMixturePGD, MixupInference, RandomSelfEnsemble
+from guardians.defences import AveragedMixturePGD, MixupInference
 from guardians.engine.attack import Attack
 from guardians.engine.checks import check_choice, check_integer
 from guardians.engine.interfaces import ClassifierAttack
@@ -29,6 +28,8 @@ from guardians.engine.rng import hashed
 from guardians.engine.search import bfloat16_is_native
 from guardians.engine.state import State
 from guardians.engine.victim import predicted_labels
+from guardians.experiments.names import written
+from guardians.experiments.subject import PASSES, SEARCH_PASSES, Subject, defended
 from guardians.models import digest, load_model, model_card
 from guardians.statistics import wilson_interval
 from guardians.tables import BENCHMARK_COLUMNS, Table, file_name, write_csv
@@ -38,8 +39,8 @@ __all__ = [
     "BUNDLED",
     "DEFENCE_COLUMNS",
     "RUN_COLUMNS",
-    "Defended",
     "as_markdown",
+    "attacks_on",
     "bundled",
     "evaluate",
     "summarise",
@@ -48,11 +49,8 @@ __all__ = [
 EPS, EPS_STEP = 8 / 255, 2 / 255
 L2_RADIUS = 0.5
 """Within which Carlini-Wagner's smallest perturbations count."""
-PASSES = 10
-"""Passes of a randomised defence when it answers."""
-SEARCH_PASSES = 2
-"""Passes of a randomised defence for one gradient of an attack; EOT averages `EOT_SAMPLES` such gradients."""
 EOT_SAMPLES = 5
+"""Gradients, of `SEARCH_PASSES` passes each, that EOT averages."""
 RANDOM_STARTS = 5
 """Of the adaptive attack on a model that is not random."""
 
@@ -120,36 +118,16 @@ _Found = dict[Any, tuple[Tensor, tuple[float, float, float], float]]
 """Adversarial images, samples forward, backward and for judgement, and seconds."""
 
 
-@dataclass(frozen=True)
-class Defended:
-    """A model, or a defence, to be attacked.
-
-    Attributes:
-        name: for the tables.
-        base: the network, without its defence.
-        defence: makes the randomised defence from the seed of its draws and its number of passes; None where the
-            network is its own defence.
-    """
-
-    name: str
-    base: nn.Module
-    defence: Callable[[int, int], nn.Module] | None = None
-
-    def module(self, seed: int, passes: int) -> nn.Module:
-        """The defence with draws of its own."""
-        return self.base if self.defence is None else self.defence(seed, passes)
-
-    @property
-    def attacks(self) -> list[str]:
-        """Those that tell something new: EOT and obliviousness need something random."""
-        left_out = {"transfer"} if self.name == "standard" else set()
-        return [a for a in ATTACKS if a not in left_out | ({"oblivious", "EOT-PGD"} if self.defence is None else set())]
+def attacks_on(subject: Subject) -> list[str]:
+    """Those that tell something new of it: EOT and obliviousness need something random."""
+    left_out = {"transfer"} if subject.name == "standard" else set()
+    return [a for a in ATTACKS if a not in left_out | ({"oblivious", "EOT-PGD"} if subject.make is None else set())]
 
 
 BUNDLED = ("standard", "fgsm-at", "pgd-at", "rse", "mixup+MI-PL", "mixup+MI-OL", "iat+MI-OL")
 
 
-def bundled(name: str, pool: Dataset, device: torch.device | str = "cpu", prefix: str = "resnet9-16") -> Defended:
+def bundled(name: str, pool: Dataset, device: torch.device | str = "cpu", prefix: str = "resnet9-16") -> Subject:
     """A bundled model, with the defence that it is made for.
 
     Args:
@@ -163,19 +141,15 @@ def bundled(name: str, pool: Dataset, device: torch.device | str = "cpu", prefix
     """
     check_choice("name", name, BUNDLED)
     recipe, _, method = name.partition("+")
-    base = load_model(f"{prefix}-{recipe}", device=device)
-    if method:
-        clean = pool.as_floats().to(device), pool.labels.to(device)
-        return Defended(name, base, lambda seed, k: MixupInference(base, clean, method, num_samples=k, seed=seed))
+    base, defence = load_model(f"{prefix}-{recipe}", device=device), method or "none"
     if recipe == "rse":
         card = model_card(f"{prefix}-{recipe}")["defence"]
-        sigmas = card["sigma_init"], card["sigma_inner"]
-        return Defended(name, base, lambda seed, n: RandomSelfEnsemble(base, *sigmas, n, seed=seed))
-    return Defended(name, base)
+        defence = written("rse", {key: card[key] for key in ("sigma_init", "sigma_inner")})
+    return defended(name, base, defence, pool)
 
 
 def evaluate(
-    defences: Sequence[Defended],
+    defences: Sequence[Subject],
     data: Dataset,
     out: str | os.PathLike[str],
     *,
@@ -214,28 +188,28 @@ def evaluate(
         raise ValueError(f"attacks={unknown}: unknown; known are {', '.join(ATTACKS)}")
     table = Table(Path(out) / "defences_runs.csv", RUN_COLUMNS, _KEY)
     jobs = [
-        (defended, attack, seed)
+        (subject, attack, seed)
         for seed in range(seeds)  # so that a run that is cut short has all defences
-        for defended in defences
-        for attack in defended.attacks
-        if (not attacks or attack in attacks) and (seed == 0 or (defended.defence is not None and attack not in IN_L2))
+        for subject in defences
+        for attack in attacks_on(subject)
+        if (not attacks or attack in attacks) and (seed == 0 or (subject.make is not None and attack not in IN_L2))
     ]
-    digests = {id(defended): digest(defended.module(0, PASSES)) for defended in defences}
+    digests = {id(subject): digest(subject.module(0, PASSES)) for subject in defences}
     identity, surrogate_digest, found, wanted = data.identity, digest(surrogate), _Found(), set()
     progress = tqdm(jobs, desc="defences", unit="attack", disable=not verbose)
-    for defended, attack, seed in progress:
-        progress.set_postfix_str(f"{defended.name}: {attack}, seed {seed}")
-        key: dict[str, Any] = {"defence": defended.name}
-        key |= {"model_digest": digests[id(defended)], "attack": attack, "data": identity}
-        key |= {"n": len(data), "seed": seed, "params": json.dumps(_params(defended, attack, surrogate_digest))}
+    for subject, attack, seed in progress:
+        progress.set_postfix_str(f"{subject.name}: {attack}, seed {seed}")
+        key: dict[str, Any] = {"defence": subject.name}
+        key |= {"model_digest": digests[id(subject)], "attack": attack, "data": identity}
+        key |= {"n": len(data), "seed": seed, "params": json.dumps(_params(subject, attack, surrogate_digest))}
         wanted.add(tuple(key[name] for name in _SUMMARY_KEY))
         if key in table:
             continue
-        device = next(defended.base.parameters()).device
+        device = next(subject.base.parameters()).device
         images, labels = data.as_floats().to(device), data.labels.to(device)
-        outcome, row = _measure(defended, attack, images, labels, surrogate, seed, batch_size, found)
+        outcome, row = _measure(subject, attack, images, labels, surrogate, seed, batch_size, found)
         hashed_key = hashlib.sha256(json.dumps(list(key.values())).encode()).hexdigest()[:8]
-        name = file_name(defended.name, attack.replace("&", ""), seed, hashed_key)
+        name = file_name(subject.name, attack.replace("&", ""), seed, hashed_key)
         path = Path(out) / "defences_outcomes" / f"{name}.csv"
         table.append({**key, **row}, (path, outcome.reset_index(names="index")))
     summary = summarise(table.frame())
@@ -283,7 +257,7 @@ def as_markdown(summary: pd.DataFrame) -> str:
 
 
 def _measure(
-    defended: Defended,
+    subject: Subject,
     attack: str,
     x: Tensor,
     y: Tensor,
@@ -297,11 +271,11 @@ def _measure(
     `found` keeps what attacks have found that know nothing of the defence, nor of its seed, by the model that they ask.
     """
     x_adv, counts, seconds = x, (0.0, 0.0, 0.0), 0.0
-    attacked = {"transfer": surrogate, "oblivious": defended.base}.get(attack)
+    attacked = {"transfer": surrogate, "oblivious": subject.base}.get(attack)
     if attacked in found:
         x_adv, counts, seconds = found[attacked]
     elif attack != "clean":
-        attacker = _attack(defended, attack, surrogate, seed, batch_size)
+        attacker = _attack(subject, attack, surrogate, seed, batch_size)
         start = time.perf_counter()
         x_adv = attacker(x, y)
         if x_adv.is_cuda:
@@ -315,7 +289,7 @@ def _measure(
             found[attacked] = x_adv, counts, seconds
     # Draws that no attack has seen, of the full ensemble.
     answers = [
-        predicted_labels(defended.module(_defence_seed(seed, number), PASSES), images, batch_size) == y
+        predicted_labels(subject.module(_defence_seed(seed, number), PASSES), images, batch_size) == y
         for number, images in enumerate((x, x_adv))
     ]
     l2 = lp_norm(x_adv - x, 2).flatten()
@@ -335,7 +309,7 @@ def _measure(
     }
 
 
-def _params(defended: Defended, attack: str, surrogate_digest: str) -> dict[str, Any]:
+def _params(subject: Subject, attack: str, surrogate_digest: str) -> dict[str, Any]:
     """All that the answer depends on and other columns do not say."""
     params: dict[str, Any] = {}
     if attack in IN_L2:
@@ -344,7 +318,7 @@ def _params(defended: Defended, attack: str, surrogate_digest: str) -> dict[str,
         params |= {"eps": EPS} if attack == "FGSM" else {"eps": EPS, "eps_step": EPS_STEP}
     if attack == "transfer":
         params["surrogate"] = surrogate_digest
-    if defended.defence is not None:
+    if subject.make is not None:
         return params | {"passes": PASSES, "search_passes": SEARCH_PASSES, "eot_samples": EOT_SAMPLES}
     return params | ({"loss": "margin", "num_random_init": RANDOM_STARTS} if attack == "adaptive" else {})
 
@@ -354,7 +328,7 @@ def _defence_seed(seed: int, number: int) -> int:
     return int(hashed(seed, number)) // 2
 
 
-def _attack(defended: Defended, attack: str, surrogate: nn.Module, seed: int, batch_size: int) -> ClassifierAttack:
+def _attack(subject: Subject, attack: str, surrogate: nn.Module, seed: int, batch_size: int) -> ClassifierAttack:
     common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "verbose": False}
 
     def pgd(model: nn.Module, kind: type[PGD] = PGD, draws: int = 1, **options: Any) -> PGD:
@@ -362,10 +336,10 @@ def _attack(defended: Defended, attack: str, surrogate: nn.Module, seed: int, ba
         return kind(model, **{"eps": EPS, "eps_step": EPS_STEP, "early_stop": True, **common, **expectation, **options})
 
     if attack in ("transfer", "oblivious"):  # the images shall be as wrong as possible, for they meet another model
-        asked = surrogate if attack == "transfer" else defended.base
+        asked = surrogate if attack == "transfer" else subject.base
         precision = "bfloat16" if bfloat16_is_native(next(surrogate.parameters()).device) else "auto"
         return pgd(asked, max_iter=40, early_stop=False, precision=precision)
-    asked = defended.module(_defence_seed(seed, 2), SEARCH_PASSES)
+    asked = subject.module(_defence_seed(seed, 2), SEARCH_PASSES)
     if attack == "FGSM":
         return FGSM(asked, eps=EPS, seed=seed, batch_size=batch_size)
     if attack in ("PGD-10", "PGD-40"):
@@ -373,15 +347,15 @@ def _attack(defended: Defended, attack: str, surrogate: nn.Module, seed: int, ba
     if attack == "EOT-PGD":
         return pgd(asked, max_iter=20, draws=EOT_SAMPLES)
     if attack == "PGD-L2":
-        draws = 1 if defended.defence is None else EOT_SAMPLES
+        draws = 1 if subject.make is None else EOT_SAMPLES
         return pgd(asked, max_iter=20, draws=draws, norm=2, eps=L2_RADIUS, eps_step=L2_RADIUS / 5)
     if attack == "C&W":
         return CarliniWagnerL2(asked, **common)
-    if defended.defence is None:
+    if subject.make is None:
         return pgd(asked, _MarginPGD, max_iter=40, num_random_init=RANDOM_STARTS)
     if isinstance(asked, MixupInference):
         return AveragedMixturePGD(asked, EPS, EPS_STEP, **common)
-    single = defended.module(_defence_seed(seed, 2), 1)
+    single = subject.module(_defence_seed(seed, 2), 1)
     return pgd(single, max_iter=20, num_random_init=1, draws=SEARCH_PASSES * EOT_SAMPLES)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
@@ -68,8 +68,12 @@ def measure_memory(
     Raises:
         TypeError, ValueError: a size, `steps` or `batch_size` is not an integer of at least 1, or there is no size.
     """
-    _check_counts(steps=steps, batch_size=batch_size)
-    _check_sizes("sizes", sizes)
+    check_integer("steps", steps, low=1)
+    check_integer("batch_size", batch_size, low=1)
+    if not sizes:
+        raise ValueError("sizes=[]: needed is at least one number of images")
+    for size in sizes:
+        check_integer("sizes", size, low=1)
     rows = []
     with TemporaryDirectory() as folder:
         _write_images(Path(folder), data, max(sizes))
@@ -80,21 +84,6 @@ def measure_memory(
                 )
                 rows.append({"model": model, "n": int(n), "steps": steps, "batch_size": batch_size, **task.result()})
     return pd.DataFrame(rows, columns=list(MEMORY_COLUMNS))
-
-
-def _pgd(model: nn.Module, steps: int, batch_size: int, *, early_stop: bool, precision: str) -> PGD:
-    return PGD(
-        model,
-        np.inf,
-        EPS,
-        EPS_STEP,
-        max_iter=steps,
-        batch_size=batch_size,
-        verbose=False,
-        seed=0,
-        early_stop=early_stop,
-        precision=precision,
-    )
 
 
 class _MappedImages(TorchDataset[tuple[Tensor, Tensor]]):
@@ -139,7 +128,8 @@ def _attack_files(
 ) -> dict[str, float]:
     """Attack the first `n` images of a folder; what a process of its own has to say of it."""
     torch.set_num_threads(threads)
-    attack = _pgd(load_model(model, device=device), steps, batch_size, early_stop=True, precision="auto")
+    options: dict[str, Any] = {"batch_size": batch_size, "seed": 0, "early_stop": True, "verbose": False}
+    attack = PGD(load_model(model, device=device), np.inf, EPS, EPS_STEP, max_iter=steps, **options)
     batches = DataLoader(_MappedImages(folder, n), batch_size=batch_size)
     robust, anonymous = 0, _anonymous_mb()
 
@@ -169,18 +159,3 @@ def _anonymous_mb() -> float:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024 / 1e6
     return float("nan")
-
-
-def _check_counts(**counts: Any) -> None:
-    for name, value in counts.items():
-        check_integer(name, value, low=1)
-
-
-def _check_sizes(name: str, sizes: Iterable[int], high: int | None = None) -> None:
-    sizes = list(sizes)
-    if not sizes:
-        raise ValueError(f"{name}=[]: needed is at least one number of images")
-    for size in sizes:
-        check_integer(name, size, low=1)
-        if high is not None and size > high:
-            raise ValueError(f"{name}={sizes}: must be at most {high}, the number of images")

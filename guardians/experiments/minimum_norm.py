@@ -77,8 +77,7 @@ def consts_view(store: Store, runs: Sequence[tuple[Run, str]], out: Path) -> pd.
     for run, _ in runs:
         if run.key not in store:
             continue
-        outcomes = store.outcomes(run.key)
-        fooled = outcomes["adversarial_prediction"] != outcomes["label"]
+        outcomes, fooled = _fooled(store, run)
         figures = {"accuracy": 1 - fooled.mean(), "l2_mean": outcomes["l2"][fooled].mean()}
         rows.append(run.known | {"const": _const(run)} | figures)
     frame = pd.DataFrame(rows, columns=list(CONST_COLUMNS))
@@ -89,6 +88,12 @@ def consts_view(store: Store, runs: Sequence[tuple[Run, str]], out: Path) -> pd.
     if shown:
         _show(shown, out / "carlini_wagner_c.png")
     return frame
+
+
+def _fooled(store: Store, run: Run) -> tuple[pd.DataFrame, pd.Series]:
+    """The outcomes of its images, and which of them fool the model."""
+    outcomes = store.outcomes(run.key)
+    return outcomes, outcomes["adversarial_prediction"] != outcomes["label"]
 
 
 def _const(run: Run) -> float:
@@ -117,11 +122,13 @@ def _show(runs: Sequence[Run], path: Path) -> None:
 
 def minimum_norm_table(store: Store, runs: Sequence[tuple[Run, str]]) -> pd.DataFrame:
     """Runs that are complete, with what each is worth beside the others on the same model: `MINIMUM_NORM_COLUMNS`."""
-    done = [(run, label) for run, label in runs if run.key in store]
+    done = {known["key"]: known for known in store.runs([run.key for run, _ in runs])}
     rows, distances = [], []
-    for (run, label), known in zip(done, store.runs([run.key for run, _ in done]), strict=True):
-        outcomes = store.outcomes(run.key)
-        fooled, n = outcomes["adversarial_prediction"] != outcomes["label"], len(outcomes)
+    for run, label in runs:
+        if run.key not in done:
+            continue
+        known, outcomes, fooled = done[run.key], *_fooled(store, run)
+        n = len(outcomes)
         distances.append(np.where(fooled, outcomes["l2"], np.inf))
         rows.append(
             run.known

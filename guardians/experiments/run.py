@@ -21,23 +21,21 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 import guardians
-from guardians.attacks.auto_attack import AutoAttack
 from guardians.attacks.norms import lp_norm
 from guardians.attacks.registry import Spec
+from guardians.attacks.sequence import AttackSequence
 from guardians.data import Dataset
 from guardians.engine.attack import Attack
 from guardians.engine.report import Finished, Report
-from guardians.engine.rng import row_keys
+from guardians.engine.rng import hashed, row_keys
 from guardians.engine.victim import Victim, undisturbed
-from guardians.evaluation import Cascade
 from guardians.experiments.counting import CountingModel, peak_memory
 from guardians.experiments.store import OUTCOME_COLUMNS, Store
-from guardians.experiments.subject import Subject, draws
-from guardians.experiments.timing import bare_loop, price
+from guardians.experiments.subject import Subject
+from guardians.experiments.timing import bare_loop, forward_backward, price
 from guardians.toolkits.build import build_attack, build_prediction
 
 __all__ = ["BARE_LOOP", "IDENTITY", "Run", "code", "key_of", "perform"]
@@ -110,7 +108,7 @@ class Run:
         """The first digits of a SHA-256 digest of the identity."""
         return key_of(self.identity)
 
-    @property
+    @cached_property
     def known(self) -> dict[str, Any]:
         """The identity, and the names under which tables show it."""
         return {
@@ -137,17 +135,18 @@ def perform(runs: Sequence[Run], store: Store, *, verbose: bool = True) -> bool:
     Returns:
         Whether Ctrl-C ended it.
     """
+    made_by = code()
     try:
         with tqdm(runs, desc="runs", unit="run", disable=not verbose) as progress:
-            postponed = [run for run in progress if not _perform_once(run, store, progress)]
+            postponed = [run for run in progress if not _perform_once(run, store, made_by, progress)]
         for run in postponed:
-            _perform_once(run, store, None, wait=True)
+            _perform_once(run, store, made_by, None, wait=True)
     except KeyboardInterrupt:
         return True
     return False
 
 
-def _perform_once(run: Run, store: Store, progress: Any, *, wait: bool = False) -> bool:
+def _perform_once(run: Run, store: Store, made_by: dict[str, Any], progress: Any, *, wait: bool = False) -> bool:
     """Whether the run is done; False where another process is at it."""
     if run.key in store:
         return True
@@ -158,15 +157,16 @@ def _perform_once(run: Run, store: Store, progress: Any, *, wait: bool = False) 
             if progress is not None:
                 progress.set_postfix_str(f"{run.known['attack']} {run.implementation} on {run.subject.name}")
             with torch.inference_mode(False), torch.enable_grad():
-                _Performance(run, store).perform()
+                _Performance(run, store, made_by).perform()
     return True
 
 
 class _Performance:
     """A run that is being done."""
 
-    def __init__(self, run: Run, store: Store) -> None:
-        self.run, self.store, self.about = run, store, _about(run.subject, run.data, run.device, run.batch_size)
+    def __init__(self, run: Run, store: Store, made_by: dict[str, Any]) -> None:
+        self.run, self.store, self.made_by = run, store, made_by
+        self.about = _about(run.subject, run.data, run.device, run.batch_size)
         self.setting: dict[str, Any] = {
             "nb_classes": self.about.nb_classes,
             "input_shape": tuple(self.about.x.shape[1:]),
@@ -200,7 +200,7 @@ class _Performance:
         if run.implementation != "native":
             self._write(outcomes, cost | _counts(counting))
             return
-        assert isinstance(attack, (AutoAttack, Cascade))  # all that is native and no `Attack`
+        assert isinstance(attack, AttackSequence)  # all that is native and no `Attack`
         ledger = attack.ledger
         assert ledger is not None
         names = np.array([*attack.stages, ""])  # the last where it stands
@@ -227,7 +227,7 @@ class _Performance:
         with _measured(run.device) as cost:
             for first in range(0, len(x), run.batch_size):
                 part = slice(first, first + run.batch_size)
-                with row_keys(draws(run.seed, 0, rows[part])):
+                with row_keys(hashed(run.seed, 0, rows[part])):
                     found.append(predict(x[part]).argmax(1))
         predictions = torch.cat(found)
         self._write(self._outcomes(rows, x, predictions, predictions), cost | _counts(counting))
@@ -316,7 +316,7 @@ class _Performance:
         return pd.DataFrame(columns).reindex(columns=list(OUTCOME_COLUMNS))
 
     def _write(self, outcomes: pd.DataFrame, cost: Mapping[str, Any], *, is_complete: bool = True) -> None:
-        figures = {"search": "model", "flags": sorted(self.flags), **cost, **code()}
+        figures = {"search": "model", "flags": sorted(self.flags), **cost, **self.made_by}
         self.store.write(self.run.key, self.run.known, figures, outcomes, is_complete=is_complete)
 
 
@@ -348,9 +348,7 @@ class _About:
         module, zero = self.subject.attacked(0), 0
         with undisturbed(module):
             for x, y in zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True):
-                inputs = x.clone().requires_grad_(True)
-                (gradient,) = torch.autograd.grad(cross_entropy(module(inputs), y, reduction="sum"), inputs)
-                zero += int((gradient == 0).flatten(1).all(1).sum())
+                zero += int((forward_backward(module, x, y) == 0).flatten(1).all(1).sum())
         return zero / len(self.x)
 
 

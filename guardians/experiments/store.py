@@ -117,13 +117,17 @@ class Store:
             keys: of those wanted; unknown ones are left out.
             unfinished: whether those count that are not complete.
         """
-        query = "SELECT key, known, figures, is_complete FROM runs ORDER BY rowid"
-        rows = {
-            key: {"key": key, **json.loads(known), **json.loads(figures), "is_complete": bool(is_complete)}
-            for key, known, figures, is_complete in self._database.execute(query)
+        query = "SELECT key, known, figures, is_complete FROM runs"
+        if keys is None:
+            rows = self._database.execute(f"{query} ORDER BY rowid").fetchall()
+        else:
+            found = (self._database.execute(f"{query} WHERE key = ?", (key,)).fetchone() for key in dict.fromkeys(keys))
+            rows = list(filter(None, found))
+        return [
+            {"key": key, **json.loads(known), **json.loads(figures), "is_complete": bool(is_complete)}
+            for key, known, figures, is_complete in rows
             if is_complete or unfinished
-        }
-        return list(rows.values()) if keys is None else [rows[key] for key in dict.fromkeys(keys) if key in rows]
+        ]
 
     def outcomes(self, key: str) -> pd.DataFrame:
         """Of the images of a run, in their order; none of one that is not there."""

@@ -114,9 +114,10 @@ def load_study(path: str | os.PathLike[str]) -> Study:
 
 def perform_study(
     study: Study,
-    data: str | os.PathLike[str] | None = None,
-    out: str | os.PathLike[str] = "results",
+    images: Dataset,
+    out: str | os.PathLike[str],
     *,
+    data: str | os.PathLike[str] | None = None,
     n: int | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
@@ -126,9 +127,10 @@ def perform_study(
 
     Args:
         study: see `load_study`.
-        data: of `load_data`.
+        images: as many as the study says, of its split.
         out: folder of store, tables and figures.
-        n: images, in place of the study's; `correct` in proportion.
+        data: of `load_data`, for defences that mix with training images.
+        n: how many they are where it is not as the study says; `correct` is in proportion.
         device: of the models.
         seed: of the order of runs within a round.
         verbose: show a progress bar.
@@ -139,7 +141,6 @@ def perform_study(
     Raises:
         TypeError, ValueError: something in the study is outside what is allowed; before any run.
     """
-    images = load_data(data, study.split, study.n if n is None else n)
     correct = study.correct if study.correct is None or n is None else max(1, study.correct * n // study.n)
     device = torch.empty(0, device=device).device
     labelled: list[tuple[Run, str]] = []

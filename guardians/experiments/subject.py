@@ -19,11 +19,14 @@ from guardians.engine.victim import predicted_labels
 from guardians.experiments.names import parsed, written
 from guardians.models import bundled_models, digest, model_card
 
-__all__ = ["DEFENCES", "Subject", "defended", "draws"]
+__all__ = ["DEFENCES", "PASSES", "SEARCH_PASSES", "Subject", "defended"]
 
 DEFENCES = ("rse", "mi-pl", "mi-ol", "mi-combined")
 """Random Self-Ensemble, and the methods of Mixup Inference."""
-_PASSES, _SEARCH_PASSES = 10, 2
+PASSES = 10
+"""Passes of a randomised defence when it answers."""
+SEARCH_PASSES = 2
+"""Passes of a randomised defence for one gradient of an attack."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,19 +36,19 @@ class Subject:
     Attributes:
         name: of the model, for tables.
         base: the network, without its defence.
-        defence: its name and arguments; "none" where the network is its own.
-        make: makes the randomised defence from the seed of its draws and its number of passes; None where there is
-            none.
+        make: makes the randomised defence from the seed of its draws and its number of passes; None where the network
+            is its own defence.
+        defence: its name and arguments, for tables.
         passes: when it answers.
         search_passes: for one gradient of an attack.
     """
 
     name: str
     base: nn.Module
-    defence: str = "none"
     make: Callable[[int, int], nn.Module] | None = field(default=None, repr=False)
-    passes: int = _PASSES
-    search_passes: int = _SEARCH_PASSES
+    defence: str = "none"
+    passes: int = PASSES
+    search_passes: int = SEARCH_PASSES
 
     def module(self, seed: int, passes: int | None = None) -> nn.Module:
         """The defence with draws of its own, or the network; by default with all its passes."""
@@ -65,17 +68,12 @@ class Subject:
             seed: of the draws.
             number: for which time they are asked with this seed.
         """
-        return predicted_labels(self.module(seed), x, batch_size, draws(seed, number, rows))
+        return predicted_labels(self.module(seed), x, batch_size, hashed(seed, number, rows))
 
     @cached_property
     def digest(self) -> str:
         """Of all that it is made of, see `guardians.models.digest`."""
         return digest(self.module(0))
-
-
-def draws(seed: int, number: int, rows: np.ndarray) -> np.ndarray:
-    """Keys of draws, see `guardians.engine.rng.row_keys`: uint64 (N,)."""
-    return hashed(seed, number, rows)
 
 
 def defended(name: str, model: nn.Module, defence: str, pool: Dataset | None = None) -> Subject:
@@ -99,7 +97,7 @@ def defended(name: str, model: nn.Module, defence: str, pool: Dataset | None = N
             raise ValueError(f"defence={defence!r}: none takes no arguments")
         return Subject(name, model)
     arguments, passes_name = dict(given), "n" if kind == "rse" else "num_samples"
-    passes, search_passes = arguments.pop(passes_name, _PASSES), arguments.pop("search_passes", _SEARCH_PASSES)
+    passes, search_passes = arguments.pop(passes_name, PASSES), arguments.pop("search_passes", SEARCH_PASSES)
     check_integer(passes_name, passes, low=1)
     check_integer("search_passes", search_passes, low=1)
     fixed: tuple[Any, ...] = ()
@@ -119,7 +117,7 @@ def defended(name: str, model: nn.Module, defence: str, pool: Dataset | None = N
         return partial(kind_of_ensemble, model, *fixed, **{passes_name: passes})(**arguments, seed=seed)
 
     known = arguments | {passes_name: passes, "search_passes": search_passes}
-    subject = Subject(name, model, written(kind, known), make, passes, search_passes)
+    subject = Subject(name, model, make, written(kind, known), passes, search_passes)
     subject.module(0)  # which checks the arguments
     return subject
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -17,7 +16,7 @@ from torch.nn.functional import one_hot
 from guardians.attacks.registry import Spec
 from guardians.engine.checks import labels_from
 from guardians.engine.victim import Victim, undisturbed
-from guardians.toolkits.base import Builder, Recipe, TensorAttack, attack_classes, check_arguments
+from guardians.toolkits.base import Builder, Recipe, TensorAttack, attack_classes, own_arguments
 
 __all__ = ["BUILDERS", "PACKAGE", "ArtAttack", "attacks", "logits", "own", "wrap"]
 
@@ -92,10 +91,8 @@ def attacks() -> list[str]:
 
 def own(name: str, arguments: dict[str, Any], norm: float, eps: float) -> tuple[bool, dict[str, Any]]:
     """Whether an attack is confined to a ball, and its arguments, see `guardians.toolkits.build.own_spec`."""
-    known = list(inspect.signature(getattr(evasion, name)).parameters)[1:]
-    check_arguments(name, arguments, known)
-    given = {"eps": eps, "norm": norm}
-    return "eps" in known, {**{key: value for key, value in given.items() if key in known}, **arguments}
+    found = own_arguments(getattr(evasion, name), arguments, eps=eps, norm=norm)
+    return "eps" in found, found
 
 
 def wrap(

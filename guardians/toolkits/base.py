@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cached_property
 from importlib import import_module
 from typing import Any
@@ -24,8 +24,8 @@ __all__ = [
     "TensorAttack",
     "ToolkitAttack",
     "attack_classes",
-    "check_arguments",
     "installed",
+    "own_arguments",
 ]
 
 TensorAttack = Callable[[Tensor, Tensor], Tensor]
@@ -54,12 +54,23 @@ def attack_classes(module: Any, base: type) -> dict[str, type]:
     return {name: kept[name] for name in sorted(kept) if getattr(module, name, None) is kept[name]}
 
 
-def check_arguments(name: str, arguments: Iterable[str], known: Iterable[str]) -> None:
-    """Raise a ValueError at the first of the arguments of an attack that its class does not take."""
-    known = list(known)
+def own_arguments(attack: type, arguments: dict[str, Any], first: int = 1, **defaults: Any) -> dict[str, Any]:
+    """Arguments of a toolkit's class, and those of the defaults that it takes and that are not given.
+
+    Args:
+        attack: the class.
+        arguments: that are given.
+        first: how many of its arguments come before, as the model does.
+        defaults: by the names that they have where the class takes them.
+
+    Raises:
+        ValueError: the class does not take one of the arguments.
+    """
+    known = list(inspect.signature(attack).parameters)[first:]
     for argument in arguments:
         if argument not in known:
-            raise ValueError(f"{argument}: unknown to {name}; known are {', '.join(known)}")
+            raise ValueError(f"{argument}: unknown to {attack.__name__}; known are {', '.join(known)}")
+    return {name: value for name, value in defaults.items() if name in known} | arguments
 
 
 class Logits(nn.Module):

@@ -160,9 +160,9 @@ def build_prediction(
 
 def _recipe(implementation: str, spec: Spec) -> tuple[Any, dict[str, Any]] | None:
     check_choice("implementation", implementation, IMPLEMENTATIONS)
-    if ":" in spec.family:
-        toolkit, _, name = spec.family.partition(":")
-        return (name, dict(spec.params)) if toolkit == implementation else None
+    if spec.toolkit is not None:
+        name = spec.family.partition(":")[2]
+        return (name, dict(spec.params)) if spec.toolkit == implementation else None
     family = family_of(spec)
     if implementation == "native":
         return family.native(spec)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +17,8 @@ from guardians.toolkits.base import (
     TensorAttack,
     ToolkitAttack,
     attack_classes,
-    check_arguments,
     installed,
+    own_arguments,
 )
 
 __all__ = ["BUILDERS", "PACKAGE", "FoolboxAttack", "attacks", "logits", "own", "wrap"]
@@ -92,8 +91,7 @@ def own(name: str, arguments: dict[str, Any], norm: float, eps: float) -> tuple[
     """Whether an attack is confined to a ball, and its arguments, see `guardians.toolkits.build.own_spec`."""
     found = installed(PACKAGE).attacks
     attack = getattr(found, name)
-    check_arguments(name, arguments, inspect.signature(attack).parameters)
-    return issubclass(attack, found.base.FixedEpsilonAttack), arguments
+    return issubclass(attack, found.base.FixedEpsilonAttack), own_arguments(attack, arguments, first=0)
 
 
 def wrap(recipe: Recipe, spec: Spec, model: nn.Module, batch_size: int, **_: Any) -> TensorAttack:

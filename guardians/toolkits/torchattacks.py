@@ -21,8 +21,8 @@ from guardians.toolkits.base import (
     TensorAttack,
     ToolkitAttack,
     attack_classes,
-    check_arguments,
     installed,
+    own_arguments,
 )
 
 __all__ = ["BUILDERS", "PACKAGE", "TorchattacksAttack", "attacks", "logits", "own", "wrap"]
@@ -111,10 +111,8 @@ def attacks() -> list[str]:
 
 def own(name: str, arguments: dict[str, Any], norm: float, eps: float) -> tuple[bool, dict[str, Any]]:
     """Whether an attack is confined to a ball, and its arguments, see `guardians.toolkits.build.own_spec`."""
-    known = list(inspect.signature(getattr(installed(PACKAGE), name)).parameters)[1:]
-    check_arguments(name, arguments, known)
-    given = {"eps": eps, "norm": "Linf" if norm == np.inf else f"L{norm:g}"}
-    return "eps" in known, {**{key: value for key, value in given.items() if key in known}, **arguments}
+    found = own_arguments(getattr(installed(PACKAGE), name), arguments, eps=eps, norm=f"L{norm:g}")
+    return "eps" in found, found
 
 
 def wrap(recipe: Recipe, spec: Spec, model: nn.Module, batch_size: int, **_: Any) -> TensorAttack:

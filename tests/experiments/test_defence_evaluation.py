@@ -24,12 +24,13 @@ from guardians.experiments.defences import (
     ATTACKS,
     DEFENCE_COLUMNS,
     RUN_COLUMNS,
-    Defended,
     as_markdown,
+    attacks_on,
     bundled,
     evaluate,
     summarise,
 )
+from guardians.experiments.subject import Subject
 from guardians.models import digest
 from guardians.statistics import wilson_interval
 from guardians.tables import read_csv
@@ -49,9 +50,9 @@ def mixup_inference(seed, passes):
     return MixupInference(BASE, pool, "MI-PL", num_samples=passes, seed=seed)
 
 
-FIXED = Defended("fixed", BASE)
-RSE = Defended("rse", BASE, random_self_ensemble)
-MI = Defended("mi", BASE, mixup_inference)
+FIXED = Subject("fixed", BASE)
+RSE = Subject("rse", BASE, random_self_ensemble)
+MI = Subject("mi", BASE, mixup_inference)
 
 
 def make_data():
@@ -118,11 +119,11 @@ def whole(_quick, tmp_path_factory):
 
 def test_the_attacks_are_those_that_tell_something_new():
     assert set(OF_RANDOM) == set(ATTACKS)
-    assert FIXED.attacks == OF_FIXED
-    assert RSE.attacks == MI.attacks == OF_RANDOM
-    standard = Defended("standard", BASE)
-    assert standard.attacks == [attack for attack in OF_FIXED if attack != "transfer"]
-    assert Defended("standard", BASE, mixup_inference).attacks == [a for a in OF_RANDOM if a != "transfer"]
+    assert attacks_on(FIXED) == OF_FIXED
+    assert attacks_on(RSE) == attacks_on(MI) == OF_RANDOM
+    standard = Subject("standard", BASE)
+    assert attacks_on(standard) == [attack for attack in OF_FIXED if attack != "transfer"]
+    assert attacks_on(Subject("standard", BASE, mixup_inference)) == [a for a in OF_RANDOM if a != "transfer"]
 
 
 def test_a_row_for_each_seed_and_only_one_where_nothing_is_random(whole):
@@ -246,7 +247,7 @@ def test_an_interrupted_run_goes_on(whole, tmp_path, monkeypatch):
 
 
 def test_names_do_not_leave_the_folder_of_outcomes(tmp_path):
-    run(tmp_path / "out", [Defended("../../x", BASE), Defended("=a/b", BASE)], attacks=["clean"], seeds=1)
+    run(tmp_path / "out", [Subject("../../x", BASE), Subject("=a/b", BASE)], attacks=["clean"], seeds=1)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert len(outcomes_in(tmp_path / "out")) == 2
     assert runs_in(tmp_path / "out")["defence"].tolist() == ["../../x", "=a/b"]
@@ -272,14 +273,14 @@ def test_another_seed_draws_anew(whole):
 
 def with_pool(seed):
     pool = some_images(10, seed=seed), torch.arange(10) % 5
-    return Defended("mi", BASE, lambda seed, passes: MixupInference(BASE, pool, num_samples=passes, seed=seed))
+    return Subject("mi", BASE, lambda seed, passes: MixupInference(BASE, pool, num_samples=passes, seed=seed))
 
 
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        ((FIXED, {}), (Defended("fixed", small_net(2)), {})),
-        ((RSE, {}), (Defended("rse", BASE, lambda seed, n: RandomSelfEnsemble(BASE, 0.2, 0.1, n, seed=seed)), {})),
+        ((FIXED, {}), (Subject("fixed", small_net(2)), {})),
+        ((RSE, {}), (Subject("rse", BASE, lambda seed, n: RandomSelfEnsemble(BASE, 0.2, 0.1, n, seed=seed)), {})),
         ((with_pool(1), {}), (with_pool(2), {})),
         ((FIXED, {"surrogate": small_net(1)}), (FIXED, {"surrogate": small_net(2)})),
     ],
@@ -458,7 +459,7 @@ def test_carlini_wagner_has_to_stay_within_its_radius(attack, tmp_path, monkeypa
         return x
 
     monkeypatch.setattr(defences, "_attack", lambda *_: moved)
-    summary = run(tmp_path, [Defended("pixel", FirstPixel())], data, attacks=[attack])
+    summary = run(tmp_path, [Subject("pixel", FirstPixel())], data, attacks=[attack])
     expected = stands_cw if attack == "C&W" else stands
     assert outcome(tmp_path, "pixel", attack)["stands"].tolist() == list(expected)
     assert summary["accuracy"].item() == pytest.approx(np.mean(expected))

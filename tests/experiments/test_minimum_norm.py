@@ -43,7 +43,7 @@ def data(monkeypatch):
 
 def run(out, runs=QUICK, view="minimum_norm", **options):
     study = Study("title", view, ["models_for_tests:small_net"], runs, n=12, correct=N, **options)
-    frame, interrupted = perform_study(study, out=out, verbose=False)
+    frame, interrupted = perform_study(study, study_module.load_data(), out, verbose=False)
     assert not interrupted
     return frame
 

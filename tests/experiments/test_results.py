@@ -81,7 +81,7 @@ def test_rows_are_of_the_bundled_defences():
         defended = defences.bundled(name, None)
         rows = frame[frame["defence"] == name]
         assert set(rows["model_digest"]) == {digest(defended.module(0, defences.PASSES))}
-        assert set(rows["attack"]) == set(defended.attacks)
+        assert set(rows["attack"]) == set(defences.attacks_on(defended))
         for attack, params in zip(rows["attack"], rows["params"], strict=True):
             assert params == json.dumps(defences._params(defended, attack, surrogate))
 

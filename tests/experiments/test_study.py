@@ -48,7 +48,9 @@ def test_the_studies_of_this_repository_are_read():
 
 
 def perform(study, out, **options):
-    return perform_study(Study(**GOOD | study), out=out, verbose=False, **options)
+    study = Study(**GOOD | study)
+    images = study_module.load_data(None, study.split, options.get("n") or study.n)
+    return perform_study(study, images, out, verbose=False, **options)
 
 
 def test_a_study_is_done_and_not_done_again(tmp_path, monkeypatch):
