@@ -60,21 +60,27 @@ class Store:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self.path = self.folder / "store.sqlite"
+        # SQLite waits for others once a database is open, but not while they change its journal mode.
+        self._lock = FileLock(self.folder / ".store.lock")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            is_new = not self.path.exists()
-            # Isolation None: transactions begin where `_transaction` says.
-            self._database = sqlite3.connect(self.path, timeout=60, isolation_level=None)
-            self._database.execute("PRAGMA journal_mode = WAL")
-            with self._transaction():
-                (version,) = self._database.execute("PRAGMA user_version").fetchone()
-                if version not in (0, _VERSION):
-                    raise ValueError(f"store {str(self.path)!r} is of version {version}: must be {_VERSION}")
-                if version == 0:
-                    for statement in _SCHEMA.split(";")[:-1]:
-                        self._database.execute(statement)
+            with self._lock:
+                self._open()
         except (OSError, sqlite3.Error) as error:
             raise ValueError(f"store {str(self.path)!r} cannot be written: {error}") from error
+
+    def _open(self) -> None:
+        is_new = not self.path.exists()
+        # Isolation None: transactions begin where `_transaction` says.
+        self._database = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+        self._database.execute("PRAGMA journal_mode = WAL")
+        with self._transaction():
+            (version,) = self._database.execute("PRAGMA user_version").fetchone()
+            if version not in (0, _VERSION):
+                raise ValueError(f"store {str(self.path)!r} is of version {version}: must be {_VERSION}")
+            if version == 0:
+                for statement in _SCHEMA.split(";")[:-1]:
+                    self._database.execute(statement)
         if is_new and all((self.folder / name).exists() for name in _NAMES):
             self.read(self.folder)
 
@@ -161,13 +167,14 @@ class Store:
 
     def export(self, folder: str | os.PathLike[str]) -> None:
         """Write complete runs and their outcomes as `runs.csv` and `outcomes.csv.xz`, which `read` takes in again."""
-        complete = "SELECT key, known, figures FROM runs WHERE is_complete ORDER BY rowid"
-        runs = pd.DataFrame(self._database.execute(complete).fetchall(), columns=["key", "known", "figures"])
-        outcomes = pd.concat([self.outcomes(key).assign(key=key) for key in ["", *runs["key"]]])
-        write_csv(runs, Path(folder) / _NAMES[0])
-        temporary = Path(folder) / f".{_NAMES[1]}.{os.getpid()}"
-        outcomes.to_csv(temporary, index=False, compression="xz", lineterminator="\n")
-        temporary.replace(Path(folder) / _NAMES[1])
+        with self._lock:  # so that both tables are of the same runs
+            complete = "SELECT key, known, figures FROM runs WHERE is_complete ORDER BY rowid"
+            runs = pd.DataFrame(self._database.execute(complete).fetchall(), columns=["key", "known", "figures"])
+            outcomes = pd.concat([self.outcomes(key).assign(key=key) for key in ["", *runs["key"]]])
+            write_csv(runs, Path(folder) / _NAMES[0])
+            temporary = Path(folder) / f".{_NAMES[1]}.{os.getpid()}"
+            outcomes.to_csv(temporary, index=False, compression="xz", lineterminator="\n")
+            temporary.replace(Path(folder) / _NAMES[1])
 
     def read(self, folder: str | os.PathLike[str]) -> None:
         """Take in what `export` has written; runs that are here stay."""

@@ -142,6 +142,28 @@ def test_a_kill_leaves_runs_whole(tmp_path):
             assert len(store.outcomes(run["key"])) == run["n"]
 
 
+OPEN = """
+    import pathlib
+    import sys
+    import time
+    from guardians.experiments.store import Store
+
+    folder, own, other = map(pathlib.Path, sys.argv[1:])
+    for number in range(40):
+        (folder / f"{own.name}{number}").touch()
+        until = time.monotonic() + 30
+        while not (folder / f"{other.name}{number}").exists():
+            assert time.monotonic() < until, "the other process is gone"
+        store = Store(folder / str(number))
+        store.export(folder / str(number))
+"""
+
+
+def test_two_processes_open_a_new_store_at_once(tmp_path):
+    processes = [start(OPEN, tmp_path, *names) for names in (("a", "b"), ("b", "a"))]
+    assert [process.wait() for process in processes] == [0, 0]
+
+
 BENCH = """
     import pathlib
     import sys
