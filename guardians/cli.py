@@ -129,6 +129,9 @@ def evaluate(
     ] = [8 / 255],  # noqa: B006
     budget: Annotated[str, typer.Option(help=f"{', '.join(BUDGETS)}.")] = "standard",
     batch_size: Annotated[int | None, typer.Option(help="Images in one forward pass.", show_default="chosen")] = None,
+    surrogate: Annotated[
+        list[str], typer.Option(help="Model whose adversarial images are tried on this one, repeatable.")
+    ] = [],  # noqa: B006
     save_images: Annotated[bool, typer.Option("--save-images", help="Write the adversarial images too.")] = False,
     device: Device = "cpu",
     seed: Seed = 0,
@@ -145,6 +148,7 @@ def evaluate(
     classifier = load_model(model, weights, device)
     images = _announced_data(data, n, data_seed, download, resize, crop)
     _check_fit(model, classifier, images, device)
+    surrogates = [load_model(name, device=device) for name in surrogate]
     found = run_evaluation(
         classifier,
         images.as_floats().to(device),
@@ -154,6 +158,7 @@ def evaluate(
         budget=budget,
         batch_size=batch_size,
         seed=seed,
+        surrogates=surrogates,
         out=out,
     )
     assert isinstance(found, list)

@@ -47,11 +47,13 @@ FLAGS = {
     "of fresh draws",
     "depends on batch": "the answer about an image depends on the others of its batch: the number holds for these "
     "batches",
-    "no gradient": "the model has no gradient: only Square attacks it, so the number is an upper bound",
+    "no gradient": "the model has no gradient: only Square and what transfers attack it, so the number is an upper "
+    "bound",
     "vanishing gradients": "the gradient is zero on half of the images or more: gradient masking, so the number may "
     "flatter the model",
     "probabilities": "the model returns probabilities, which saturate: it is attacked through their logarithm",
-    "gradient masking": "Square fools images that gradients do not, so the number may flatter the model",
+    "gradient masking": "Square or what transfers from another model fools images that gradients do not, so the number "
+    "may flatter the model",
     "not converged": "the last third of the gradients still fooled more than 1 % of the images: take a larger budget",
     "all wrong": "the model gets no image right as it is",
 }
@@ -222,6 +224,7 @@ def evaluate(
     budget: str = "standard",
     batch_size: int | None = None,
     seed: int = 0,
+    surrogates: Sequence[nn.Module | PyTorchClassifier] = (),
     out: str | os.PathLike[str] | None = None,
     verbose: bool = True,
 ) -> Evaluation | list[Evaluation]:
@@ -240,7 +243,7 @@ def evaluate(
     In norm 1 APGD on the margin is in the place of `MALT`, 30 steps untargeted, then 50 at each of nine classes.
 
     A random model is attacked through the mean gradient of several draws, and judged by draws that chose nothing; where
-    gradients are zero or missing, Square comes first.
+    gradients are zero or missing, what transfers and Square come first.
 
     Args:
         model: `nn.Module` that returns logits for images in [0, 1], or ART `PyTorchClassifier`.
@@ -251,6 +254,8 @@ def evaluate(
         budget: "fast", "standard" or "thorough".
         batch_size: images in one forward pass; None chooses it.
         seed: of the draws; those of an image depend on it and the image's position alone.
+        surrogates: other models, whose adversarial images (APGD on the margin, 40 steps in the same ball) are tried on
+            this one, on a sample first where gradients are of use. Their gradients are not counted.
         out: folder in which an evaluation that is interrupted leaves what it knows, and from which the same call goes
             on.
         verbose: show a progress bar.
@@ -270,9 +275,10 @@ def evaluate(
     check_choice("budget", budget, BUDGETS)
     check_seed("seed", seed)
     inputs = _checked(model, images, labels)
+    _check_surrogates(surrogates, Victim(model), inputs)
     found: dict[float, Evaluation] = {}
     for radius in sorted(set(radii)):
-        run = _Run(model, inputs, as_norm(norm), radius, budget, batch_size, seed, out, verbose)
+        run = _Run(model, inputs, as_norm(norm), radius, budget, batch_size, seed, surrogates, out, verbose)
         known = list(found.values())[-1] if found else None
         found[radius] = run.evaluation(known)
     return found[radii[0]] if np.ndim(eps) == 0 else [found[radius] for radius in radii]
@@ -346,12 +352,13 @@ class _Run:
         budget: str,
         batch_size: int | None,
         seed: int,
+        surrogates: Sequence[Any],
         out: str | os.PathLike[str] | None,
         verbose: bool,
     ) -> None:
         self.x, self.y = inputs["x"], inputs["y"]
         self.norm, self.eps, self.budget, self.seed, self.verbose = norm, eps, budget, seed, verbose
-        self.digest = digest(Victim(model).module)
+        self.digest, self.surrogates = digest(Victim(model).module), surrogates
         self.flags: list[str] = []
         self.model, self.has_gradients = self._examined(model)
         self.device = Victim(self.model).device or self.x.device
@@ -360,6 +367,7 @@ class _Run:
 
     def _key(self) -> str:
         parts: list[Any] = [self.digest, self.norm, self.eps, self.budget, self.seed, __name__, 1]
+        parts += [digest(Victim(surrogate).module) for surrogate in self.surrogates]
         state = hashlib.sha256(json.dumps(parts).encode())
         for tensor in (self.x, self.y):
             state.update(tensor.cpu().contiguous().numpy().tobytes())
@@ -405,10 +413,19 @@ class _Run:
             options = {key: value for key, value in common.items() if key != "eot_samples"}
             return Stage("square", Square(self.model, **options, max_iter=queries), sampled)
 
+        def transfer(*, sampled: bool = False) -> list[Stage]:
+            search = partial(APGD, **self.common, **ball, loss_type="margin", max_iter=40, nb_random_init=0)
+            judgement = Judgement(self.model, **self.common, early_stop=True)
+            names = [f"transfer-{number}" for number in range(1, len(self.surrogates) + 1)]
+            return [
+                Stage(name, judgement, sampled, search(surrogate, early_stop=False))
+                for name, surrogate in zip(names, self.surrogates, strict=True)
+            ]
+
         if not self.has_gradients:
-            return [square(_QUERIES[self.budget])]
+            return [*transfer(), square(_QUERIES[self.budget])]
         vanish = "vanishing gradients" in self.flags
-        stages = [square(_QUERIES[self.budget])] if vanish else []
+        stages = [*transfer(), square(_QUERIES[self.budget])] if vanish else []
         if self.norm == 1:  # where steps are long ways along few pixels, and no early margin says where they end
             margin_apgd = partial(APGD, self.model, **common, loss_type="margin", nb_random_init=0)
             gradients = [Stage("apgd", margin_apgd(max_iter=30))]
@@ -420,6 +437,8 @@ class _Run:
             options = {**common, **longer, **limits}
             gradients = [Stage("malt", MALT(self.model, **options, max_iter=9, n_targets=9))]
         stages += gradients
+        if not vanish:
+            stages += transfer(sampled=True)
         if self.budget == "fast":
             return stages
         ce: dict[str, Any] = {"max_iter": 20, "loss_type": "cross_entropy", "nb_random_init": 1}
@@ -478,7 +497,8 @@ class _Run:
             flags.append("depends on batch")
         if (stage == 0).all():
             flags.append("all wrong")
-        black_box = [number for number, name in enumerate(evaluation.stages) if name.endswith("square")]
+        blind = ("square", "aa-square", "transfer")
+        black_box = [number for number, name in enumerate(evaluation.stages) if name.startswith(blind)]
         if self.has_gradients and "vanishing gradients" not in flags and np.isin(stage, black_box).any():
             flags.append("gradient masking")
         late = (stage > 0) & (evaluation.backward > 2 / 3 * evaluation.backward.max())
@@ -545,6 +565,26 @@ class _LogOf(nn.Module):
         """Logits (N, classes) of images (N, ...)."""
         probabilities: Tensor = self.module(x)
         return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
+
+
+def _check_surrogates(surrogates: Sequence[Any], victim: Victim, inputs: dict[str, Tensor]) -> None:
+    """Raise where one cannot be attacked on these images, or allows others than the model does."""
+    if isinstance(surrogates, nn.Module) or not isinstance(surrogates, Sequence):
+        raise TypeError(f"surrogates of type {type(surrogates).__name__}: must be a list of models")
+    for number, surrogate in enumerate(surrogates):
+        if not isinstance(surrogate, (nn.Module, PyTorchClassifier)):
+            raise TypeError(
+                f"surrogates[{number}] of type {type(surrogate).__name__}: must be an nn.Module or PyTorchClassifier"
+            )
+        other = Victim(surrogate)
+        bounds = [[bound.tolist() for bound in one.clip_values or ()] for one in (other, victim)]
+        if bounds[0] != bounds[1]:
+            raise ValueError(f"surrogates[{number}] has clip_values {bounds[0]}: must be the model's, {bounds[1]}")
+        x = inputs["x"][:1].to(other.device or inputs["x"].device)
+        with undisturbed(other.module), isolated(x.device), torch.no_grad():
+            classes = other.logits(x).shape[1]
+        if inputs["y"].max() >= classes:
+            raise ValueError(f"surrogates[{number}] has {classes} classes: labels go up to {int(inputs['y'].max())}")
 
 
 def _checked(model: Any, images: Any, labels: Any) -> dict[str, Tensor]:

@@ -115,6 +115,8 @@ def test_evaluate_says_how_robust_a_model_is_and_goes_on_from_what_is_there(comm
         "2/255",
         "--eps",
         "0.1",
+        "--surrogate",
+        "models_for_tests:small_net",
         "--save-images",
         "--out",
         tmp_path,
@@ -128,6 +130,7 @@ def test_evaluate_says_how_robust_a_model_is_and_goes_on_from_what_is_there(comm
     assert tables[0]["robust_accuracy"].item() >= tables[1]["robust_accuracy"].item()
     for table, folder in zip(tables, folders, strict=True):
         assert f"robust accuracy {table['robust_accuracy'].item():.1%}" in first.out
+        assert "transfer-1" in read_csv(folder / "evaluation_stages.csv")["stage"].tolist()
         assert (folder / "evaluation_curve.png").exists()
         assert np.load(folder / "images" / "x_adv.npy").shape == (6, 3, 8, 8)
     again = command(*arguments)
@@ -141,6 +144,7 @@ def test_evaluate_says_how_robust_a_model_is_and_goes_on_from_what_is_there(comm
         (("--norm", "3"), "norm='3': must be one of inf, 2, 1"),
         (("--budget", "endless"), "budget='endless': must be one of fast, standard, thorough"),
         (("--eps", "0"), "eps=0.0: must be above 0"),
+        (("--surrogate", "resnet9-99"), "resnet9-99"),
     ],
 )
 def test_evaluate_refuses_what_is_not_allowed(command, tree, arguments, message):

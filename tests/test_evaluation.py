@@ -178,6 +178,72 @@ def test_a_larger_ball_takes_over_what_a_smaller_one_has_fooled(net, x):
     assert ((middle.stage >= 0) <= (large.stage >= 0)).all()
 
 
+def test_what_fools_a_surrogate_is_tried_on_models_that_give_no_gradients():
+    net, x = small_net(1), some_images(16)
+    y = predicted(net, x)
+    reached = evaluated(net, x, y, eps=0.05, budget="fast")
+    for model in (WithoutGradient(net), Masked(net, levels=255)):
+        before = snapshot(net)
+        found = evaluated(model, x, y, eps=0.05, surrogates=[small_net(1)], budget="fast")
+        assert snapshot(net) == before
+        assert found.stages[:3] == ["clean", "transfer-1", "square"]
+        # The very model that it was before its gradients were taken away falls to nearly as much.
+        assert (found.stage == 1).mean() >= 0.9 * (reached.stage > 0).mean() > 0
+        assert np.array_equal(is_fooled(model, found.x_adv, y), found.stage >= 0)
+        assert (found.distance[found.stage >= 0] <= 0.05).all()
+
+
+@pytest.mark.parametrize("norm", [INF, 2, 1])
+def test_transfer_comes_after_gradients_that_are_of_use_and_says_when_it_finds_more(norm):
+    net, x = small_net(1), some_images(16)
+    y, eps = predicted(net, x), {INF: 0.1, 2: 1.0, 1: 8.0}[norm]
+
+    class Backwards(nn.Module):
+        """Its gradients lead away from where it can be fooled."""
+
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            logits = self.net(x)
+            return 2 * logits.detach() - logits
+
+    found = evaluated(Backwards(), x, y, norm=norm, eps=eps, surrogates=[net], budget="fast")
+    transfer = found.stages.index("transfer-1")
+    assert transfer == len(found.stages) - 1
+    assert (found.stage == transfer).any()
+    assert "gradient masking" in found.flags
+    assert np.array_equal(is_fooled(net, found.x_adv, y), found.stage >= 0)
+    alone = evaluated(net, x, y, norm=norm, eps=eps, budget="fast")
+    assert found.robust_accuracy <= alone.robust_accuracy + 1 / 16
+
+
+def test_other_surrogates_are_another_evaluation(net, x, tmp_path):
+    model, y = WithoutGradient(net), predicted(net, x)
+    first = evaluated(model, x, y, surrogates=[small_net(5)], budget="fast", out=tmp_path)
+    second = evaluated(model, x, y, surrogates=[net], budget="fast", out=tmp_path)
+    assert len(list(tmp_path.glob("*.npz"))) == 2
+    again = evaluated(model, x, y, surrogates=[net], budget="fast", out=tmp_path)
+    assert np.array_equal(again.stage, second.stage)
+    assert (second.stage == 1).sum() > (first.stage == 1).sum()
+
+
+@pytest.mark.parametrize(
+    ("surrogates", "error", "message"),
+    [
+        (small_net(), TypeError, "surrogates of type"),
+        (["resnet9"], TypeError, r"surrogates\[0\] of type str"),
+        ([nn.Sequential(nn.Flatten(), nn.Linear(192, 1))], ValueError, r"surrogates\[0\] has 1 classes"),
+        ([art_classifier(small_net(), clip_values=(0, 255))], ValueError, r"surrogates\[0\] has clip_values"),
+    ],
+)
+def test_surrogates_that_do_not_fit_are_named(net, x, surrogates, error, message):
+    y = torch.arange(len(x)) % 3
+    with pytest.raises(error, match=message):
+        evaluated(net, x, y, surrogates=surrogates)
+
+
 def test_models_without_gradients_fall_to_square():
     net, x = small_net(1), some_images(16)
     for model, flag in ((WithoutGradient(net), "no gradient"), (Masked(net), "vanishing gradients")):

@@ -21,6 +21,8 @@ __all__ = ["CLEAN", "AttackSequence", "Judgement", "Ledger", "Stage", "judge_aga
 CLEAN = "clean"
 """The stage of images that the model gets wrong as they are."""
 STANDS = -1
+_TRANSFERRED = 256
+"""Images of another model that are tried at once; what an interruption loses."""
 
 
 class Stage(NamedTuple):
@@ -28,11 +30,13 @@ class Stage(NamedTuple):
 
     Attributes:
         sampled: whether a few images are tried first, and the others where it fools one of them.
+        source: an attack on another model, whose images `attack` starts from; None for one that starts from ours.
     """
 
     name: str
     attack: Attack
     sampled: bool = False
+    source: Attack | None = None
 
 
 class AttackSequence(ClassifierAttack):
@@ -156,13 +160,32 @@ def run_stage(
         first_index: the position of the first image in the data.
         among: positions to which it is confined.
     """
-    attack, rows = stage.attack, ledger.waiting(number)
+    rows = ledger.waiting(number)
     if among is not None:
         rows = np.intersect1d(rows, among)
-    if not len(rows):
-        return
-    chosen = torch.from_numpy(rows).to(x.device)
+    size = max(1, len(rows)) if stage.source is None else _TRANSFERRED
+    for first in range(0, len(rows), size):
+        yield from _run_stage_on(rows[first : first + size], number, stage, x, y, ledger, eps, device, first_index)
+
+
+def _run_stage_on(
+    rows: np.ndarray,
+    number: int,
+    stage: Stage,
+    x: Tensor,
+    y: Tensor,
+    ledger: Ledger,
+    eps: float | None,
+    device: torch.device | None,
+    first_index: int,
+) -> Iterator[int]:
+    attack, chosen = stage.attack, torch.from_numpy(rows).to(x.device)
     inputs = {"x": x[chosen], "y": y[chosen]}
+    if stage.source is not None:
+        images = x[chosen]
+        for finished in stage.source._search([inputs], None, len(rows), first_index + rows):
+            images[torch.from_numpy(finished.index).to(x.device)] = finished.x_adv.to(x)
+        inputs["x_adv_init"] = images
     for finished in attack._search([inputs], device, len(rows), first_index + rows):
         index = rows[finished.index]
         assert finished.fooled is not None
