@@ -150,7 +150,7 @@ def auto_attack_stages(
         return [apgd("apgd-ce", "cross_entropy", nb_random_init=many), apgd_t, fab_t, square]
     if version == "plus":
         first = [apgd("apgd-ce", "cross_entropy", nb_random_init=many), apgd("apgd-dlr", loss, nb_random_init=many)]
-        return [*first, fab("fab", n_targets=n_targets, num_random_init=many - 1), square, apgd_t, fab_t]
+        return [*first, fab("fab", n_targets=0, num_random_init=many - 1), square, apgd_t, fab_t]
     eot = {"eot_samples": _EOT_SAMPLES, "nb_random_init": 1}
     return [apgd("apgd-ce", "cross_entropy", **eot), apgd("apgd-dlr", loss, **eot)]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from guardians.attacks.hyperplanes import to_hyperplane
-from guardians.attacks.norms import CommonNorm, as_norm, free_gradient, lp_norm, random_in_ball, widest
+from guardians.attacks.norms import CommonNorm, as_norm, dual, free_gradient, lp_norm, random_in_ball, widest
 from guardians.attacks.registry import Agreement, Family, Spec, register
 from guardians.engine.attack import Attack
 from guardians.engine.checks import check_number, optional
@@ -39,7 +39,7 @@ def _check_eps(name: str, value: Any) -> None:
 
 
 class FastAdaptiveBoundary(Attack):
-    """FAB-T: the smallest ||delta||_p that fools the model, by projections onto the linearised boundary.
+    """FAB and FAB-T: the smallest ||delta||_p that fools the model, by projections onto the linearised boundary.
 
         d       =  the shortest way from x_i to the hyperplane f + <g, z - x_i> = 0 within `clip_values`
         d_orig  =  the same from x
@@ -50,11 +50,12 @@ class FastAdaptiveBoundary(Attack):
     with f the logit of a target class less that of the label at x_i, and g its gradient (Croce and Hein 2020, algorithm
     1). Target after target is taken, in the order of their logits at the image (Croce and Hein, "Reliable evaluation of
     adversarial robustness with an ensemble of diverse parameter-free attacks", 2020), so that the work of a step does
-    not grow with the classes. At last the way between the image and the nearest that fools the model is searched for
-    where the margin is zero, by `final_search` linear interpolations. The nearest image that fools the model is
-    returned, and the image itself where none does, see `report.fooled`.
+    not grow with the classes; or, with `n_targets=0`, each step goes to the class that is nearest at x_i, of smallest
+    |f| / ||g||_q with q the dual norm, for a gradient of every other class. At last the way between the image and the
+    nearest that fools the model is searched for where the margin is zero, by `final_search` linear interpolations. The
+    nearest image that fools the model is returned, and the image itself where none does, see `report.fooled`.
 
-    A step asks for logits at x_(i+1), and the next for the gradient at the point to which that leads.
+    A step asks for logits at x_(i+1), and the next for the gradients at the point to which that leads.
 
     Args:
         estimator: ART `PyTorchClassifier` or `nn.Module`, see `Attack`.
@@ -66,8 +67,8 @@ class FastAdaptiveBoundary(Attack):
         alpha_max: the largest alpha, from 0 to 1.
         eta: by how much steps overshoot, 1 or more.
         beta: how far it is gone back towards the image from where the model is fooled, between 0 and 1.
-        n_targets: target classes; all others where there are fewer.
-        num_random_init: random starts of each target, after the one at the image. They are at half of the smallest
+        n_targets: target classes; all others where there are fewer. 0 for none.
+        num_random_init: random starts, of each target, after the one at the image. They are at half of the smallest
             distance so far, or of `eps` where that is less.
         targeted: reach the labels rather than leave them: f is then the logit of the label less the largest other one.
         batch_size: images in one forward pass; None chooses it.
@@ -86,7 +87,7 @@ class FastAdaptiveBoundary(Attack):
     alpha_max: Annotated[float, _check_alpha_max] = 0.1
     eta: Annotated[float, _check_eta] = 1.05
     beta: Fraction = 0.9
-    n_targets: Count = 9
+    n_targets: Size = 9
     num_random_init: Size = 0
     targeted: Flag = False
     batch_size: OptionalCount = None
@@ -99,9 +100,17 @@ class FastAdaptiveBoundary(Attack):
 
     @property
     def targets(self) -> int:
-        """How many classes are targets of an image."""
-        others = (self.victim.nb_classes or self.n_targets + 1) - 1
-        return 1 if self.targeted else max(1, min(self.n_targets, others))
+        """How many classes are targets of an image, one after the other."""
+        return 1 if self.targeted or not self.n_targets else max(1, min(self.n_targets, self._others))
+
+    @property
+    def _planes(self) -> int:
+        """How many hyperplanes a step looks at."""
+        return 1 if self.targeted or self.n_targets else self._others
+
+    @property
+    def _others(self) -> int:
+        return (self.victim.nb_classes or self.n_targets + 2) - 1
 
     @property
     def restarts(self) -> int:
@@ -117,13 +126,14 @@ class FastAdaptiveBoundary(Attack):
         state.x_adv = state.x.clone()
         state.asked_before = np.zeros(len(state), dtype=np.int64)
         state.target = torch.zeros_like(state.y)
+        state.plane, state.gap = torch.zeros_like(state.x), torch.zeros_like(state.best_distance)
         state.inner, state.outer = (torch.zeros_like(state.best_distance) for _ in range(2))
         state.inner_at, state.asked_at = (torch.zeros_like(state.best_distance) for _ in range(2))
 
     def query(self, state: State) -> Query:
-        """The iterate: before a step with its gradient, after it without."""
-        steps = state.asked_before
-        return Query(state.x_adv, gradient=(steps % 2 == 1) & (steps < 2 * self.max_iter))
+        """The iterate: before a step with its gradients, after it without."""
+        steps, cycle = state.asked_before, self._planes + 1
+        return Query(state.x_adv, gradient=(steps % cycle > 0) & (steps < cycle * self.max_iter))
 
     def objective(self, logits: Tensor, y: Tensor, state: State) -> Tensor:
         """f, zero on the boundary and above where the target has the larger logit."""
@@ -133,18 +143,23 @@ class FastAdaptiveBoundary(Attack):
 
     def update(self, state: State, answer: Answer) -> Progress:
         """Choose the target, step, judge the step, or search the last way; done after `max_iter` steps."""
-        x, asked, last = state.x, state.asked_before, 2 * self.max_iter
-        state.asked_before = asked + 1
-        chooses, steps, searches = asked == 0, (asked % 2 == 1) & (asked < last), asked >= last
-        goes_back = ~chooses & ~steps & ~searches
+        x, asked, cycle = state.x, state.asked_before, self._planes + 1
+        state.asked_before, last = asked + 1, cycle * self.max_iter
+        chooses, looks, searches = asked == 0, (asked % cycle > 0) & (asked < last), asked >= last
+        steps, goes_back = looks & (asked % cycle == self._planes), ~chooses & ~looks & ~searches
 
         def where(rows: np.ndarray) -> Tensor:
             return torch.from_numpy(rows).to(x.device)
 
         if chooses.any():
             self._choose(state, answer, where(chooses))
+        if looks.any():
+            self._look(state, answer, where(looks), where(asked % cycle == 1))
         if steps.any():
-            state.x_adv = torch.where(per_image(where(steps), x), self._step(state, answer), state.x_adv)
+            state.x_adv = torch.where(per_image(where(steps), x), self._step(state), state.x_adv)
+        if self._planes > 1:
+            number = torch.from_numpy((asked + 1) % cycle - 1).to(x.device).clamp_min(0)
+            state.target = number + (number >= state.y).long()
         if goes_back.any():
             back = where(goes_back) & answer.fooled
             state.x_adv = torch.where(per_image(back, x), torch.lerp(x, state.x_adv, self.beta), state.x_adv)
@@ -172,12 +187,21 @@ class FastAdaptiveBoundary(Attack):
             point = self.victim.clip(x + radius * drawn / norm.masked_fill(norm == 0, 1))
             state.x_adv = torch.where(per_image(rows & random, x), point, state.x_adv)
 
-    def _step(self, state: State, answer: Answer) -> Tensor:
-        """x_(i+1), before it is known whether it fools the model."""
+    def _look(self, state: State, answer: Answer, rows: Tensor, first: Tensor) -> None:
+        """Keep f and g of the nearest hyperplane of this step."""
         assert answer.gradient is not None
-        x, x_i, p = state.x, state.x_adv, as_norm(self.norm)
         g = free_gradient(answer.gradient, state.mask)
         f = answer.value.nan_to_num(posinf=0, neginf=0)
+        q = dual(as_norm(self.norm))
+        new, old = (gap.abs() / lp_norm(plane, q).flatten() for gap, plane in ((f, g), (state.gap, state.plane)))
+        nearer = rows & (first | (new < old) | (old.isnan() & ~new.isnan()))
+        state.plane = torch.where(per_image(nearer, g), g, state.plane)
+        state.gap = torch.where(nearer, f, state.gap)
+
+    def _step(self, state: State) -> Tensor:
+        """x_(i+1), before it is known whether it fools the model."""
+        x, x_i, p = state.x, state.x_adv, as_norm(self.norm)
+        g, f = state.plane, state.gap
         d = self._projected(x_i, g, -f, p)
         d_orig = self._projected(x, g, -f + (g * (x_i - x)).flatten(1).sum(1), p)
         near, far = lp_norm(d, p), lp_norm(d_orig, p)

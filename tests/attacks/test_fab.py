@@ -131,6 +131,25 @@ def test_every_query_is_torchattacks_s(p, options, net64, in_float64):
     torch.testing.assert_close(attack.distance(x_adv, x), near, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("p", [2, INF])
+@pytest.mark.parametrize("options", [{}, {"alpha_max": 0.5, "eta": 1.3, "beta": 0.6}])
+def test_every_query_without_targets_is_torchattacks_s(p, options, net64, in_float64):
+    x = some_images(10, dtype=torch.float64)
+    y = right(net64, x)
+    ours, theirs = Recorder(net64), Recorder(net64)
+    attack = fab(ours, p, max_iter=25, batch_size=10, final_search=0, n_targets=0, **options)
+    x_adv = attack(x, y)
+    other = torchattacks.FAB(theirs, norm={2: "L2", INF: "Linf"}[p], steps=25, **options)
+    found = other.attack_single_run(x, y)
+    near = attack.distance(found, x).masked_fill(right(net64, found) == y, INF)
+    mine = ours.iterates[:: CLASSES - 1]  # which asks for one gradient after the other
+    assert len(mine) == len(theirs.iterates) == 25
+    for one, two in zip(mine, theirs.iterates, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-10)
+    assert attack.report.fooled.all()
+    torch.testing.assert_close(attack.distance(x_adv, x), near, rtol=0, atol=1e-10)
+
+
 # What the paper says
 
 
@@ -174,6 +193,22 @@ def test_the_final_search_is_never_farther(net64):
     assert (near <= far).all()
     assert near.mean() < 0.999 * far.mean()
     assert attack.report.search_forward - without.report.search_forward == 20 * 4
+
+
+@norms
+def test_without_targets_a_step_goes_to_the_nearest_hyperplane(p):
+    """Of a linear model the first step is there: at the smallest |f| / ||g||_q of all other classes."""
+    net, x = linear_model(), inner_images(60, torch.float64)
+    y = right(net, x)
+    weight, logits = net[-1].weight.detach().flatten(1), net(x).detach()
+    slope = torch.linalg.vector_norm(weight[y][:, None] - weight[None], {1: INF, 2: 2, INF: 1}[p], dim=2)
+    distance = (logits.gather(1, y[:, None]) - logits).div(slope).scatter(1, y[:, None], INF).amin(1)
+    near = distance < {1: 0.25, 2: 0.5, INF: 0.1}[p]  # no clipping on the way
+    attack = fab(net, p, n_targets=0, max_iter=1, eta=1.0001, beta=0.999, final_search=0)
+    found = attack.distance(attack(x, y), x)
+    assert near.sum() > 5
+    torch.testing.assert_close(found[near], distance[near], rtol=2e-3, atol=0)
+    assert attack.report.search_backward == 60 * (len(weight) - 1)
 
 
 def test_a_step_asks_twice_and_for_one_gradient(net64):
@@ -253,7 +288,7 @@ BEFORE = {name: snapshot(model) for name, model in MODELS.items()}
         {
             "batch_size": st.sampled_from([None, 1, 3]),
             "max_iter": st.integers(1, 5),
-            "n_targets": st.integers(1, 3),
+            "n_targets": st.integers(0, 3),
             "num_random_init": st.integers(0, 1),
             "eps": st.sampled_from([None, 0.05]),
             "early_stop": st.booleans(),
@@ -275,11 +310,12 @@ def test_images_are_valid_verdicts_true_and_the_model_untouched(p, name, n, data
 
 
 @norms
-def test_neither_the_batch_size_nor_the_order_matters(p, net64):
+@pytest.mark.parametrize("n_targets", [0, 2])
+def test_neither_the_batch_size_nor_the_order_matters(p, n_targets, net64):
     x = some_images(9, dtype=torch.float64)
     y = right(net64, x)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
-    options = {"n_targets": 2, "num_random_init": 1, "eps": 0.02}
+    options = {"n_targets": n_targets, "num_random_init": 1, "eps": 0.02}
     whole = fab(net64, p, batch_size=9, **options)(x, y)
     torch.testing.assert_close(fab(net64, p, batch_size=4, **options)(x, y), whole, rtol=0, atol=1e-9)
     streamed = torch.empty_like(x)
@@ -358,7 +394,7 @@ BAD = {
     "alpha_max": ({"alpha_max": 1.5}, "alpha_max=1.5: must be at most 1"),
     "eta": ({"eta": 0.9}, "eta=0.9: must be at least 1"),
     "beta one": ({"beta": 1.0}, "beta=1.0: must be above 0 and below 1"),
-    "n_targets zero": ({"n_targets": 0}, "n_targets=0: must be at least 1"),
+    "n_targets below zero": ({"n_targets": -1}, "n_targets=-1: must be at least 0"),
     "num_random_init": ({"num_random_init": -1}, "num_random_init=-1: must be at least 0"),
     "final_search": ({"final_search": 0.5}, "final_search=0.5: must be an integer"),
 }
