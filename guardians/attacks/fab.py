@@ -188,10 +188,13 @@ class FastAdaptiveBoundary(Attack):
             state.x_adv = torch.where(per_image(rows & random, x), point, state.x_adv)
 
     def _look(self, state: State, answer: Answer, rows: Tensor, first: Tensor) -> None:
-        """Keep f and g of the nearest hyperplane of this step."""
+        """Keep f and g of the nearest hyperplane of this step, with f as far above zero as rounding can take away.
+
+        On the boundary itself no step would be left, and the model not be fooled.
+        """
         assert answer.gradient is not None
         g = free_gradient(answer.gradient, state.mask)
-        f = answer.value.nan_to_num(posinf=0, neginf=0)
+        f = answer.value.nan_to_num(posinf=0, neginf=0) - 2 * rounding(answer.logits)
         q = dual(as_norm(self.norm))
         new, old = (gap.abs() / lp_norm(plane, q).flatten() for gap, plane in ((f, g), (state.gap, state.plane)))
         nearer = rows & (first | (new < old) | (old.isnan() & ~new.isnan()))

@@ -211,6 +211,16 @@ def test_without_targets_a_step_goes_to_the_nearest_hyperplane(p):
     assert attack.report.search_backward == 60 * (len(weight) - 1)
 
 
+@norms
+@pytest.mark.parametrize("n_targets", [0, 1])
+def test_no_image_is_left_on_the_boundary(p, n_targets):
+    """Where float32 cannot tell on which side it is, and the hyperplane is where it stands."""
+    net, x = small_net(2), some_images(60, 2)
+    attack = fab(net, p, n_targets=n_targets, max_iter=30)
+    attack(x, right(net, x))
+    assert attack.report.fooled.all()
+
+
 def test_a_step_asks_twice_and_for_one_gradient(net64):
     x = inner_images(6, torch.float64)
     attack = fab(net64, INF, n_targets=3, final_search=0)
