@@ -188,13 +188,14 @@ class FastAdaptiveBoundary(Attack):
             state.x_adv = torch.where(per_image(rows & random, x), point, state.x_adv)
 
     def _look(self, state: State, answer: Answer, rows: Tensor, first: Tensor) -> None:
-        """Keep f and g of the nearest hyperplane of this step, with f as far above zero as rounding can take away.
+        """Keep f and g of the nearest hyperplane of this step.
 
-        On the boundary itself no step would be left, and the model not be fooled.
+        Where rounding hides on which side of it x_i is, no step would be left: it is then taken to lie beyond.
         """
         assert answer.gradient is not None
         g = free_gradient(answer.gradient, state.mask)
-        f = answer.value.nan_to_num(posinf=0, neginf=0) - 2 * rounding(answer.logits)
+        f, hidden = answer.value.nan_to_num(posinf=0, neginf=0), rounding(answer.logits)
+        f = torch.where(f.abs() <= hidden, f - 2 * hidden, f)
         q = dual(as_norm(self.norm))
         new, old = (gap.abs() / lp_norm(plane, q).flatten() for gap, plane in ((f, g), (state.gap, state.plane)))
         nearer = rows & (first | (new < old) | (old.isnan() & ~new.isnan()))

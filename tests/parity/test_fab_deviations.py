@@ -80,5 +80,5 @@ def test_torchattacks_fab_has_no_final_search(net):
     found = torchattacks.FAB(net, norm="L2", eps=1e9, steps=30)(x, y)
     native = FAB(net, 2, max_iter=30, verbose=False)
     ours, theirs = native.distance(native(x, y), x), native.distance(found, x)
-    assert (ours <= theirs).all()
+    assert (ours <= 1.001 * theirs).all()  # near the boundary float32 lets the ways part
     assert ours.mean() < 0.998 * theirs.mean()
