@@ -126,7 +126,8 @@ class FastAdaptiveBoundary(Attack):
         state.x_adv = state.x.clone()
         state.asked_before = np.zeros(len(state), dtype=np.int64)
         state.target = torch.zeros_like(state.y)
-        state.plane, state.gap = torch.zeros_like(state.x), torch.zeros_like(state.best_distance)
+        state.plane = torch.zeros_like(state.x)
+        state.gap, state.nearest = (torch.zeros_like(state.best_distance) for _ in range(2))
         state.inner, state.outer = (torch.zeros_like(state.best_distance) for _ in range(2))
         state.inner_at, state.asked_at = (torch.zeros_like(state.best_distance) for _ in range(2))
 
@@ -196,11 +197,13 @@ class FastAdaptiveBoundary(Attack):
         g = free_gradient(answer.gradient, state.mask)
         f, hidden = answer.value.nan_to_num(posinf=0, neginf=0), rounding(answer.logits)
         f = torch.where(f.abs() <= hidden, f - 2 * hidden, f)
-        q = dual(as_norm(self.norm))
-        new, old = (gap.abs() / lp_norm(plane, q).flatten() for gap, plane in ((f, g), (state.gap, state.plane)))
-        nearer = rows & (first | (new < old) | (old.isnan() & ~new.isnan()))
+        slope = lp_norm(g, dual(as_norm(self.norm))).flatten()
+        distance = (f.abs() / slope).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        nearer = rows & (first | (distance < state.nearest))
         state.plane = torch.where(per_image(nearer, g), g, state.plane)
-        state.gap = torch.where(nearer, f, state.gap)
+        state.gap, state.nearest = (
+            torch.where(nearer, new, old) for new, old in ((f, state.gap), (distance, state.nearest))
+        )
 
     def _step(self, state: State) -> Tensor:
         """x_(i+1), before it is known whether it fools the model."""
