@@ -112,31 +112,45 @@ def in_their_order(drawn, shape, p):
     return [number for numbers in (tiles.ravel(), *drawn[1:]) for number in numbers]
 
 
+def how_long_steady(found, search, x):
+    """How many of the points that a search finds stay where they are when the search begins a few roundings away from x.
+
+    In norm 2 a window that cancels out, or an empty one when the radius is spent, is rounding, normalised: from there on
+    no two implementations ask the same, nor does one on two processors.
+    """
+    steady = len(found)
+    for seed in range(8):
+        nudge = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype) - 0.5
+        apart = [(own - other).abs().max() > 1e-11 for own, other in zip(found, search(x + 2e-14 * nudge), strict=True)]
+        steady = min([steady, *(step for step, is_apart in enumerate(apart) if is_apart)])
+    return steady
+
+
 @pytest.mark.parametrize("targeted", [False, True])
 @pytest.mark.parametrize("loss", ["margin", "cross_entropy"])
 @pytest.mark.parametrize(
     ("shape", "p"), [((3, 10, 10), INF), ((1, 11, 11), INF), ((3, 10, 10), 2), ((1, 17, 17), 2), ((2, 10, 10), 2)]
 )
 def test_every_query_is_torchattacks_s(shape, p, loss, targeted):
-    """In norm 2 for searches in which no window cancels out and none is empty when the radius is spent.
-
-    Then the new window is rounding, normalised, in either implementation.
-    """
     lengths = []
     for seed in range(3):
         net, x, y = a_search(shape, seed, targeted)
-        ours, options = Asked(net), {"p_init": 0.5}
+
+        def search(x, net=net, y=y):
+            asked = Asked(net)
+            x_adv = square(asked, p, max_iter=80, loss=loss, targeted=targeted, batch_size=1, p_init=0.5)(x, y)
+            return [*asked.points[1:], x_adv]  # the first point tells how many classes there are
+
         with recorded_draws() as drawn:
-            x_adv = square(ours, p, max_iter=80, loss=loss, targeted=targeted, batch_size=1, **options)(x, y)
-        options |= {"n_queries": 80, "loss": "margin" if loss == "margin" else "ce"}
+            mine = search(x)
+        options = {"p_init": 0.5, "n_queries": 80, "loss": "margin" if loss == "margin" else "ce"}
         queries, other = theirs_with_our_draws(net, x, y, p, in_their_order(drawn, shape, p), targeted, **options)
-        mine = ours.points[1:]  # the first tells how many classes there are
-        assert len(mine) == len(queries)
-        for own, its in zip(mine, queries, strict=True):
+        assert len(mine) == len(queries) + 1
+        steady = how_long_steady(mine, search, x)
+        for own, its in zip(mine[:steady], [*queries, other][:steady], strict=True):
             torch.testing.assert_close(own, its, rtol=0, atol=1e-10)
-        torch.testing.assert_close(x_adv, other, rtol=0, atol=1e-10)
-        lengths.append(len(mine))
-    assert max(lengths) > 20
+        lengths.append(steady)
+    assert min(lengths) > 35
 
 
 # Against algorithms 1 and 3, pixel by pixel
