@@ -113,10 +113,10 @@ def in_their_order(drawn, shape, p):
 
 
 def how_long_steady(found, search, x):
-    """How many of the points that a search finds stay where they are when the search begins a few roundings away from x.
+    """How many of the points that a search finds stay where they are when it begins a few roundings away from x.
 
-    In norm 2 a window that cancels out, or an empty one when the radius is spent, is rounding, normalised: from there on
-    no two implementations ask the same, nor does one on two processors.
+    In norm 2 a window that cancels out, or an empty one when the radius is spent, is rounding, normalised: from there
+    on no two implementations ask the same, nor does one on two processors.
     """
     steady = len(found)
     for seed in range(8):
