@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from guardians.attacks.norms import lp_norm
@@ -36,7 +37,8 @@ def largest_difference(runs: list[tuple[Trajectory, Trajectory]], x: Tensor, nor
 
     Of two queries at the same distance either may be returned, which of them is a matter of rounding: then it is the
     difference of their distances that counts. A toolkit that stops in between is compared up to there; what it has
-    found by then is not native's last word.
+    found by then is not native's last word. One that returns a black image where it has found nothing, as foolbox'
+    Carlini-Wagner does, has returned none.
     """
     largest = 0.0
     for image, (native, reference) in zip(x.split(1), runs, strict=True):
@@ -45,7 +47,8 @@ def largest_difference(runs: list[tuple[Trajectory, Trajectory]], x: Tensor, nor
             return float("inf")
         queries = zip(native.iterates, reference.iterates, strict=False)
         differences = [(ours - theirs).abs().max().item() for ours, theirs in queries]
-        if steps == len(native.iterates):
+        found_nothing = torch.equal(native.x_adv, image) and not reference.x_adv.any()
+        if steps == len(native.iterates) and not found_nothing:
             returned = [(ours - reference.x_adv).abs().max().item() for ours in (native.x_adv, *native.iterates)]
             near = [lp_norm(run.x_adv - image, norm).item() for run in (native, reference)]
             differences.append(min(returned[0], max(min(returned[1:]), abs(near[0] - near[1]))))
