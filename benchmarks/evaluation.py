@@ -20,6 +20,7 @@ from guardians.attacks import AutoAttack
 from guardians.data import ENVIRONMENT_VARIABLE, load_data
 from guardians.engine.victim import predicted_labels
 from guardians.evaluation import BUDGETS, evaluate
+from guardians.experiments.run import device_name
 from guardians.models import load_model
 from guardians.models.identity import digest
 from guardians.statistics import paired_difference, wilson_interval
@@ -28,10 +29,10 @@ from guardians.toolkits import TorchattacksAttack
 
 MODELS = ["resnet9-16-standard", "resnet9-16-fgsm-at", "resnet9-16-pgd-at", "resnet9-16-iat", "resnet9-16-mixup"]
 BALLS = {"inf": ("Linf", 8 / 255), "2": ("L2", 0.5)}
-KEY = ["model", "model_digest", "norm", "eps", "contender", "n", "reference_n", "seed"]
+KEY = ["model", "model_digest", "norm", "eps", "contender", "n", "reference_n", "seed", "device"]
 COLUMNS = [*KEY, "clean_accuracy", "robust_accuracy", "robust_accuracy_low", "robust_accuracy_high"]
 COLUMNS += ["on_reference_images", "reference", "difference", "difference_low", "difference_high"]
-COLUMNS += ["seconds", "seconds_per_image", "speedup", "backward_per_image", "flags", "threads", "device"]
+COLUMNS += ["seconds", "seconds_per_image", "speedup", "backward_per_image", "flags", "threads"]
 REFERENCE, STEPS = "torchattacks AutoAttack", 100
 
 
@@ -68,7 +69,8 @@ def main(
         for ball in norm:
             toolkit_norm, eps = BALLS[ball]
             known = {"model": name, "model_digest": digest(classifier), "norm": ball, "eps": eps, "seed": seed}
-            known |= {"reference_n": reference_n, "threads": torch.get_num_threads(), "device": device}
+            known |= {"reference_n": reference_n, "threads": torch.get_num_threads()}
+            known["device"] = device_name(torch.device(device))
 
             def reference(version: type) -> Any:
                 arguments = {"norm": toolkit_norm, "eps": eps, "n_classes": 10, "seed": seed}  # noqa: B023

@@ -9,10 +9,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import art
 import numpy as np
 import pandas as pd
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
+import guardians
 from guardians.attacks.apgd import APGD
 from guardians.attacks.auto_attack import auto_attack_stages
 from guardians.attacks.malt import MALT
@@ -484,7 +485,7 @@ class _Run:
             flags=self.flags,
             model_digest=self.digest,
             seed=self.seed,
-            versions={name: version(name) for name in ("guardians", "torch", "adversarial-robustness-toolbox")},
+            versions={package.__name__: package.__version__ for package in (guardians, torch, art)},
         )
         self._flag(evaluation, ledger)
         return evaluation

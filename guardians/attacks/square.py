@@ -22,7 +22,7 @@ from guardians.engine.checks import ArgumentTypeError, check_choice
 from guardians.engine.interfaces import Estimator
 from guardians.engine.parameters import KW_ONLY, Count, Flag, Fraction, Number, OptionalCount
 from guardians.engine.run import margin
-from guardians.engine.state import Answer, Progress, Query, State
+from guardians.engine.state import Answer, Progress, Query, State, on_device
 
 __all__ = ["Square", "SquareAttack"]
 
@@ -109,9 +109,9 @@ class SquareAttack(Attack):
         if p == np.inf:
             channels, _, width = x.shape[1:]
             up = _signs(state.rng.numbers(channels * width)).reshape(n, channels, 1, width) > 0
-            state.x_new = torch.where(torch.from_numpy(up).to(x.device), high, low)
+            state.x_new = torch.where(on_device(up, x), high, low)
         else:
-            delta = torch.from_numpy(_tiles(state, p)).to(x.device)
+            delta = on_device(_tiles(state, p), x)
             state.x_new = (x + self.eps * delta / lp_norm(delta, p)).to(x.dtype).clamp(low, high)
             state.spent = lp_norm(state.x_new.double() - x.double(), p).flatten() ** p
             state.spent_new = state.spent.clone()
@@ -144,7 +144,7 @@ class SquareAttack(Attack):
         over = state.steps > self.max_iter
         if not over.all():
             self._put_windows(state)
-        return Progress(answer.fooled | torch.from_numpy(over).to(better.device) if is_last else over)
+        return Progress(answer.fooled | on_device(over, better) if is_last else over)
 
     def result(self, state: State) -> Tensor:
         """The best image so far."""
@@ -185,7 +185,7 @@ class SquareAttack(Attack):
         signs = _signs(numbers[:, -channels:])
         if p == np.inf:
             window = _window(state, 0)
-            up = torch.from_numpy(signs > 0).to(state.x.device)[window.row]
+            up = on_device(signs > 0, state.x)[window.row]
             state.x_new.put_(window.index, torch.where(up, state.high.take(window.index), state.low.take(window.index)))
         else:
             self._move_mass(state, signs, is_turned=numbers[:, 2 * windows] > 0.5)
@@ -197,7 +197,7 @@ class SquareAttack(Attack):
         row, origin, image = first.row, x.take(first.index).double(), x.take(second.index)
         delta = state.x_adv.take(first.index).double() - origin
         other = state.x_adv.take(second.index).double() - image.double()
-        other *= torch.from_numpy(~_inside_first(second, state)).to(x.device)[:, None]
+        other *= ~_inside_first(second, state)[:, None]
 
         def power(values: Tensor) -> Tensor:  # ||.||_p^p of each window and channel, (N, channels)
             return torch.segment_reduce(values.abs() ** p, "sum", lengths=first.area, axis=0, unsafe=True)
@@ -206,7 +206,7 @@ class SquareAttack(Attack):
         moved = own + power(other)
         left_over = (self.eps**p - state.spent).clamp_min(0) / x.shape[1]
         available = (moved + left_over[:, None]) ** (1 / p)
-        eta = torch.from_numpy(_eta_at(first, state, is_turned, p)[:, None] * signs[first.host_row]).to(x.device)
+        eta = _eta_at(first, state, is_turned, p)[:, None] * on_device(signs, x)[row]
         shape = eta + _over(delta, (own ** (1 / p))[row])
         shape = _over(shape, (power(shape) ** (1 / p))[row]) * available[row]
         low, high = (bound.take(first.index) for bound in (state.low, state.high))
@@ -241,36 +241,35 @@ Square = SquareAttack
 
 @dataclass(frozen=True)
 class _Window:
-    """The T pixels of one window of each sample, one sample after the other.
+    """The T pixels of one window of each sample, one sample after the other, on the device of the images.
 
     Attributes:
         index: of their channels in all images, (T, C).
         row: of their samples, (T,).
         area: how many belong to each sample, (N,).
-        host_row: `row` as an array.
-        i, j: their places in the image, arrays (T,).
+        i, j: their places in the image, (T,).
     """
 
     index: Tensor
     row: Tensor
     area: Tensor
-    host_row: np.ndarray
-    i: np.ndarray
-    j: np.ndarray
+    i: Tensor
+    j: Tensor
 
 
 def _window(state: State, which: int) -> _Window:
     """The first or the second of the windows that were put last."""
-    channels, height, width = state.x.shape[1:]
-    area = state.side**2
-    row = np.repeat(np.arange(len(area)), area)
-    i, j = np.divmod(np.arange(len(row)) - np.repeat(area.cumsum() - area, area), state.side[row])
-    i, j = i + state.top[row, which], j + state.left[row, which]
-    index = ((row * channels * height + i) * width + j)[:, None] + np.arange(channels) * height * width
-    index_there, row_there, area_there = (
-        torch.from_numpy(values).to(state.x.device, non_blocking=True) for values in (index, row, area)
-    )
-    return _Window(index_there, row_there, area_there, row, i, j)
+    x, (channels, height, width) = state.x, state.x.shape[1:]
+    side, top, left = (on_device(values, x) for values in (state.side, state.top[:, which], state.left[:, which]))
+    area = side**2
+    row = torch.repeat_interleave(area, output_size=int((state.side**2).sum()))
+    number = torch.arange(len(row), device=x.device) - (area.cumsum(0) - area)[row]
+    i = number // side[row]
+    j = number - i * side[row] + left[row]
+    i = i + top[row]
+    index = ((row * channels * height + i) * width + j)[:, None]
+    index = index + torch.arange(channels, device=x.device) * height * width
+    return _Window(index, row, area, i, j)
 
 
 def _signs(numbers: np.ndarray) -> np.ndarray:
@@ -305,24 +304,24 @@ def _etas(largest: int, p: float) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(found), np.cumsum([0, *map(len, found)])
 
 
-def _inside_first(window: _Window, state: State) -> np.ndarray:
+def _in_first(window: _Window, state: State) -> tuple[Tensor, Tensor, Tensor]:
+    """The side of the first window, and where pixels are in it."""
+    side, top, left = (on_device(values, state.x) for values in (state.side, state.top[:, 0], state.left[:, 0]))
+    return side[window.row], window.i - top[window.row], window.j - left[window.row]
+
+
+def _inside_first(window: _Window, state: State) -> Tensor:
     """Which pixels of a window are pixels of the first one too, (T,)."""
     side, i, j = _in_first(window, state)
     return (i >= 0) & (i < side) & (j >= 0) & (j < side)
 
 
-def _eta_at(window: _Window, state: State, is_turned: np.ndarray, p: float) -> np.ndarray:
+def _eta_at(window: _Window, state: State, is_turned: np.ndarray, p: float) -> Tensor:
     """eta, or its transpose, at the pixels of the first window: (T,)."""
     side, i, j = _in_first(window, state)
-    i, j = np.where(is_turned[window.host_row], (j, i), (i, j))
-    values, begins = _etas(min(state.x.shape[2:]), p)
-    return values[begins[side] + i * side + j]
-
-
-def _in_first(window: _Window, state: State) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The side of the first window, and where pixels are in it."""
-    row = window.host_row
-    return state.side[row], window.i - state.top[row, 0], window.j - state.left[row, 0]
+    turned = on_device(is_turned, state.x)[window.row]
+    values, begins = (on_device(part, state.x) for part in _etas(min(state.x.shape[2:]), p))
+    return values[begins[side] + torch.where(turned, j * side + i, i * side + j)]
 
 
 def _tiles(state: State, p: float) -> np.ndarray:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from guardians.defences.ensemble import RandomEnsemble, log_probabilities
 from guardians.engine.checks import check_choice, check_integer, check_number, labels_from
 from guardians.engine.rng import hashed
-from guardians.engine.victim import undisturbed
+from guardians.engine.victim import Victim, undisturbed
 
 __all__ = ["METHODS", "MixupInference"]
 
@@ -32,7 +32,8 @@ class MixupInference(RandomEnsemble):
 
     Args:
         model: returns logits (N, classes) for images (N, ...) in [0, 1]; best trained with mixup. It is not copied.
-        pool: clean images (M, ...) in [0, 1] and their labels (M,), which must have each class.
+        pool: clean images (M, ...) in [0, 1] and their labels (M,), which must have each class; they are moved to the
+            model's device.
         method: "MI-PL", "MI-OL" or "MI-Combined".
         lam: weight of x, in (0, 1]; with 1 nothing is mixed.
         num_samples: K.
@@ -194,6 +195,7 @@ def _checked_pool(pool: Any, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     low, high = (float(bound) for bound in images.aminmax())
     if not (low >= 0 and high <= 1):
         raise ValueError(f"pool has values from {low:g} to {high:g}: must be in [0, 1]")
+    images = images.to(Victim(model).device or images.device)
     try:
         with undisturbed(model), torch.no_grad():
             classes = model(images[:1]).shape[1]

@@ -100,13 +100,14 @@ def choose_searches(victim: Victim, precision: str, x: Tensor, expected: Tensor 
 
     Cheaper ones have the victim's logits up to rounding: a copy with batch norm folded into the convolutions, in
     channels_last where that is fast, else in the usual memory format, or else the user's model, under autocast where
-    the precision is lower than float32; and the copy in float32. A model with hooks is neither copied nor autocast, as
+    the precision is lower than float32; and on a CPU the copy in float32, which on a GPU saves less than it costs to
+    search a few images again. A model with hooks is neither copied nor autocast, as
     they would see it; a random one is not copied, as a copy might repeat its draws.
 
     Args:
         victim: `undisturbed`.
         precision: "float32", "bfloat16", "float16", or "auto": bfloat16 or float16 where the device computes in it, and
-            after that the copy in float32.
+            on a CPU after that the copy in float32.
         x: images to try.
         expected: the victim's logits of `x`; None for a random model.
     """
@@ -177,16 +178,17 @@ def _candidates(
 ) -> Iterator[Iterator[InPrecision]]:
     """For each precision that is to be searched in, the cheapest first."""
     low = _low_precision(precision, device)
-    dtypes = [torch.float32] if low is None else [low, torch.float32] if precision == "auto" else [low]
+    dtypes = [] if low is None else [low]
+    if device.type == "cpu" and (low is None or precision == "auto"):
+        dtypes.append(torch.float32)
     folded = None if is_random else folded_copy(victim.module)
     if folded is not None:
         folded = folded.to(memory_format=torch.contiguous_format)
         channels_last = copy.deepcopy(folded).to(memory_format=torch.channels_last)
 
     def of(dtype: torch.dtype) -> Iterator[InPrecision]:
-        if folded is not None and (device.type == "cpu" or dtype != torch.float32):  # GPUs: with tensor cores alone
-            yield InPrecision(channels_last, dtype, channels_last=True)
         if folded is not None:
+            yield InPrecision(channels_last, dtype, channels_last=True)
             yield InPrecision(folded, dtype)
         if dtype != torch.float32:
             yield InPrecision(victim.module, dtype, is_folded=False)

@@ -38,7 +38,7 @@ from guardians.experiments.subject import Subject
 from guardians.experiments.timing import bare_loop, forward_backward, price
 from guardians.toolkits.build import build_attack, build_prediction
 
-__all__ = ["BARE_LOOP", "IDENTITY", "Run", "code", "key_of", "perform"]
+__all__ = ["BARE_LOOP", "IDENTITY", "Run", "code", "device_name", "key_of", "perform"]
 
 IDENTITY = (
     "model_digest",
@@ -99,7 +99,7 @@ class Run:
             "batch_size": self.batch_size,
             "seed": self.seed,
             "options": dict(self.options),
-            "device": _name_of(self.device),
+            "device": device_name(self.device),
             "repetition": self.repetition,
         }
 
@@ -388,7 +388,8 @@ def _with_rounding(eps: float, norm: float, pixels: int) -> float:
     return float(eps * (1 + 1e-6) + torch.finfo(torch.float32).eps * pixels ** (1 / norm))
 
 
-def _name_of(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """As tables have it: "cpu", or with the model of a GPU."""
     return device.type if device.type != "cuda" else f"cuda ({torch.cuda.get_device_name(device)})"
 
 
