@@ -95,7 +95,7 @@ class Run:
             precision = "float32"  # the boundary is where bfloat16's logits are wrong
         if self.refills or precision not in ("auto", "float32"):
             with self.drawing(self.keys(_PROBE_DRAW, np.arange(len(x)), 4)):
-                self.searches, tried = choose_searches(self.victim, precision, x, known)
+                self.searches, tried = choose_searches(self.victim, precision, x, known, self.batch_size)
             self.report.search = self.searches[0].description
             self.report.search_forward += tried * len(x)
             self.report.search_backward += tried * len(x)

@@ -20,7 +20,8 @@ from torch import fx, nn
 
 from guardians.attacks import FGSM, PGD
 from guardians.engine import search
-from guardians.engine.search import bfloat16_is_native
+from guardians.engine.search import bfloat16_is_native, seconds_of_a_pass
+from guardians.engine.victim import Victim
 from guardians.models import resnet9, resnet18, wide_resnet
 
 LOGGER = "guardians.engine.search"
@@ -214,6 +215,21 @@ def test_the_precision_is_what_the_copy_computes_in(precision, description, dtyp
     attack(some_images(9), some_labels(9))
     assert attack.report.search == description
     assert seen == {dtype}
+
+
+def test_the_time_of_a_pass_follows_from_the_operations_of_the_model():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 50), nn.ReLU(), nn.Linear(50, 5))
+    forward = 2 * (192 * 50 + 50 * 5)
+    seconds = seconds_of_a_pass(Victim(net), some_images(2), batch_size=100, processors=10)
+    assert seconds == pytest.approx(3 * forward * 100 / (10 * 4e11))
+
+
+def test_a_model_that_cannot_be_looked_into_is_no_work():
+    class Failing(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("not today")
+
+    assert seconds_of_a_pass(Victim(Failing()), some_images(2), batch_size=100, processors=10) == 0
 
 
 def test_auto_is_bfloat16_where_it_is_native():
