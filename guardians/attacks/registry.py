@@ -112,6 +112,7 @@ class Family:
         counts_steps: whether its name in tables and on the command line ends with the steps, as "PGD-40".
         minimises_norm: whether it looks for the smallest perturbation, rather than for any in a ball.
         agreements: the parity cases.
+        made_for: the defences that it is made for; empty for any model.
     """
 
     name: str
@@ -121,6 +122,7 @@ class Family:
     counts_steps: bool = False
     minimises_norm: bool = False
     agreements: tuple[Agreement, ...] = ()
+    made_for: tuple[str, ...] = ()
 
 
 _FAMILIES: dict[str, Family] = {}

@@ -206,12 +206,7 @@ def _run_stage_on(
         yield len(index)
     report = attack.report
     assert report is not None
-    total = ledger.report
-    total.search_forward += report.search_forward
-    total.search_backward += report.search_backward
-    total.judgement_forward += report.judgement_forward
-    total.is_random |= report.is_random
-    total.depends_on_batch |= report.depends_on_batch
+    ledger.report.add(report)
 
 
 def judge_again(estimator: Any, x: Tensor, y: Tensor, ledger: Ledger, *, first_index: int = 0, **options: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -10,9 +10,11 @@ from torch import Tensor
 
 from guardians.attacks.norms import pull_into_ball
 from guardians.attacks.pgd import ProjectedGradientDescent
+from guardians.attacks.registry import Family, Spec, register
 from guardians.defences.mixup_inference import MixupInference
 from guardians.engine.interfaces import ClassifierAttack, Estimator
 from guardians.engine.parameters import KW_ONLY, Count, Flag, Number, Positive, Size
+from guardians.engine.report import Report
 from guardians.engine.rng import hashed
 from guardians.engine.search import bfloat16_is_native
 
@@ -42,6 +44,9 @@ class AveragedMixturePGD(ClassifierAttack):
 
     Raises:
         EstimatorError, TypeError, ValueError: see `ClassifierAttack`; a TypeError if the model is no `MixupInference`.
+
+    Attributes:
+        report: what the last call did, on all mixtures; None before the first.
     """
 
     estimator: Estimator
@@ -55,6 +60,10 @@ class AveragedMixturePGD(ClassifierAttack):
     seed: Size = 0
 
     _options: ClassVar[tuple[str, ...]] = ("first_index",)
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.report: Report | None = None
 
     def _run(self, inputs: dict[str, Tensor], device: torch.device, first_index: int) -> Tensor:
         x = inputs["x"].to(device)
@@ -76,10 +85,13 @@ class AveragedMixturePGD(ClassifierAttack):
             verbose=self.verbose,
             seed=0,  # of nothing: it starts at the mixture
         )
-        perturbation = torch.zeros_like(x)
+        perturbation, report = torch.zeros_like(x), Report()
         for rows in partners.unbind(1):
             mixtures = defence.lam * x + (1 - defence.lam) * defence.pool[rows].to(x.dtype)
             perturbation += pgd(mixtures, labels) - mixtures
+            assert pgd.report is not None
+            report.add(pgd.report)
+        self.report = report
         x_adv = self.victim.clip(x + perturbation / int(self.num_samples))
         return pull_into_ball(x_adv, x, torch.tensor(float(self.eps), dtype=torch.float64), np.inf).to(inputs["x"])
 
@@ -87,3 +99,19 @@ class AveragedMixturePGD(ClassifierAttack):
         super()._check_params()
         if not isinstance(self.victim.module, MixupInference):
             raise TypeError(f"estimator of type {type(self.victim.module).__name__}: must be a MixupInference")
+
+
+def _native(spec: Spec) -> tuple[type[ClassifierAttack], dict[str, Any]]:
+    return AveragedMixturePGD, {"eps": spec.eps, **spec.arguments("eps_step", "num_samples", steps="max_iter")}
+
+
+register(
+    Family(
+        "AveragedMixturePGD",
+        (np.inf,),
+        ("steps", "eps_step", "num_samples"),
+        _native,
+        counts_steps=True,
+        made_for=("mi-pl", "mi-ol", "mi-combined"),
+    )
+)

@@ -57,3 +57,11 @@ class Report:
     search_forward: int = 0
     search_backward: int = 0
     judgement_forward: int = 0
+
+    def add(self, other: Report) -> None:
+        """Count what another run has done, too."""
+        self.search_forward += other.search_forward
+        self.search_backward += other.search_backward
+        self.judgement_forward += other.judgement_forward
+        self.is_random |= other.is_random
+        self.depends_on_batch |= other.depends_on_batch

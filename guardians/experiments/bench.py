@@ -228,6 +228,7 @@ def runs_of(
     precision: str = "auto",
     eot_samples: int = 1,
     repetition: int = 0,
+    source: Subject | None = None,
 ) -> list[Run]:
     """A run for each attack and implementation that has it; otherwise the log says why not.
 
@@ -255,6 +256,7 @@ def runs_of(
         precision: what native attacks search in: "auto", "float32", "bfloat16" or "float16"; see there.
         eot_samples: draws whose mean gradient native attacks follow; see there.
         repetition: number, from 1, of runs that are made several times for their time.
+        source: what the attacks ask, where that is not the subject.
 
     Raises:
         TypeError, ValueError: an argument is outside what is allowed.
@@ -277,14 +279,14 @@ def runs_of(
     for spec in specs:
         own = None if spec is None else spec.toolkit
         for implementation in dict.fromkeys(implementations) if own is None else [own]:
-            if not _has(implementation, spec):
+            if not _has(implementation, spec, parsed(subject.defence)[0]):
                 continue
             options: dict[str, Any] = {}
             if implementation == "native" and spec is not None:
                 options = {"precision": precision, "eot_samples": int(eot_samples)}
                 options |= {} if family_of(spec).minimises_norm else {"early_stop": early_stop}
-            run = Run(subject, data, spec, implementation, int(batch_size), int(seed), options, device, repetition)
-            runs.append(run)
+            settings = int(batch_size), int(seed), options, device, repetition, None if spec is None else source
+            runs.append(Run(subject, data, spec, implementation, *settings))
     return runs
 
 
@@ -312,7 +314,7 @@ def _specs(attacks: Sequence[str], norm: float, eps: float, eps_step: float, ran
     return sorted(specs, key=lambda spec: specs[spec])
 
 
-def _has(implementation: str, spec: Spec | None) -> bool:
+def _has(implementation: str, spec: Spec | None, defence: str) -> bool:
     """Whether the attack can be run; otherwise the log says why not."""
     name = "clean" if spec is None else spec.name
     if implementation == BARE_LOOP:
@@ -322,6 +324,10 @@ def _has(implementation: str, spec: Spec | None) -> bool:
         return False
     if spec is not None and not is_available(implementation, spec):
         logger.warning("skipped: %s does not have %s for norm %g", implementation, name, spec.norm)
+        return False
+    made_for = () if spec is None or spec.toolkit is not None else family_of(spec).made_for
+    if made_for and defence not in made_for:
+        logger.warning("skipped: %s is made for %s, not for the defence %s", name, ", ".join(made_for), defence)
         return False
     return True
 

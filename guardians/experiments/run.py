@@ -28,6 +28,7 @@ from guardians.attacks.norms import lp_norm
 from guardians.attacks.registry import Spec
 from guardians.attacks.sequence import AttackSequence
 from guardians.data import Dataset
+from guardians.defences import AveragedMixturePGD
 from guardians.engine.attack import Attack
 from guardians.engine.report import Finished, Report
 from guardians.engine.rng import hashed, row_keys
@@ -74,6 +75,7 @@ class Run:
         batch_size: images in one forward pass.
         seed: of the draws of attack and defence.
         options: of a native attack: early_stop, precision and eot_samples.
+        source: what the attack asks, where that is not the subject, by which its images are judged all the same.
         device: of the subject.
         repetition: number, from 1, of a run that is made several times for its time; 0 for others.
     """
@@ -87,6 +89,7 @@ class Run:
     options: Mapping[str, Any] = field(default_factory=dict)
     device: torch.device = field(default_factory=partial(torch.device, "cpu"))
     repetition: int = 0
+    source: Subject | None = None
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -98,7 +101,7 @@ class Run:
             "implementation": self.implementation,
             "batch_size": self.batch_size,
             "seed": self.seed,
-            "options": dict(self.options),
+            "options": dict(self.options) | ({} if self.source is None else {"source": self.source.digest}),
             "device": device_name(self.device),
             "repetition": self.repetition,
         }
@@ -177,7 +180,7 @@ class _Performance:
     def perform(self) -> None:
         """Do it, and write it."""
         run, about = self.run, self.about
-        module = run.subject.module(run.seed) if run.attack is None else run.subject.attacked(run.seed)
+        module = run.subject.module(run.seed) if run.attack is None else (run.source or run.subject).attacked(run.seed)
         with undisturbed(module):
             if run.attack is None:
                 self._predict(module)
@@ -200,7 +203,11 @@ class _Performance:
         if run.implementation != "native":
             self._write(outcomes, cost | _counts(counting))
             return
-        assert isinstance(attack, AttackSequence)  # all that is native and no `Attack`
+        if isinstance(attack, AveragedMixturePGD):
+            assert attack.report is not None
+            self._write(outcomes, cost | _counts(attack.report))
+            return
+        assert isinstance(attack, AttackSequence)  # all else that is native and no `Attack`
         ledger = attack.ledger
         assert ledger is not None
         names = np.array([*attack.stages, ""])  # the last where it stands

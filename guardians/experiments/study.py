@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 import yaml
+from torch import nn
 
 from guardians.data import Dataset, load_data
 from guardians.engine.checks import check_choice, check_integer
 from guardians.engine.victim import predicted_labels
 from guardians.experiments.bench import benchmark_table, runs_of
+from guardians.experiments.defences import defences_view
 from guardians.experiments.minimum_norm import consts_view, minimum_norm_view
+from guardians.experiments.names import parsed
 from guardians.experiments.run import Run, perform
 from guardians.experiments.store import Store
-from guardians.experiments.subject import Subject, defended
+from guardians.experiments.subject import DEFENCES, Subject, defended
 from guardians.experiments.throughput import throughput_view
 from guardians.models import load_model
 from guardians.tables import write_csv
@@ -41,6 +45,7 @@ VIEWS: dict[str, Callable[[Store, Sequence[tuple[Run, str]], Path], pd.DataFrame
     "minimum_norm": minimum_norm_view,
     "consts": consts_view,
     "throughput": throughput_view,
+    "defences": defences_view,
 }
 """Of the runs of a study, with their labels: writes tables and figures into a folder, and returns what is printed."""
 
@@ -54,12 +59,15 @@ class Study:
         view: of `VIEWS`.
         subjects: names of models, or for each a mapping with `model` and `defence`.
         runs: mappings of arguments of `guardians.experiments.bench.runs_of`, such as `attacks` and `implementations`,
-            and `label`, for tables, and `n`, the first so many of the images.
+            and `label`, for tables; `n`, the first so many of the images; `seeds` in the place of the study's;
+            `defences`, kinds such as "none" and "rse", of the subjects for which they are made; and `source`, what the
+            attacks ask in the place of the subject: another model by its name, or a defence around the same network.
         n: images, class-balanced.
         split: "test" or "train".
         correct: only the first so many images that each model gets right; None for all.
         pool: training images of defences that mix with some.
         rounds: how often each run is made, in random order within a round.
+        seeds: with how many seeds, from 0, what is random is attacked and judged.
     """
 
     title: str
@@ -71,11 +79,12 @@ class Study:
     correct: int | None = None
     pool: int = 1000
     rounds: int = 1
+    seeds: int = 1
 
     def __post_init__(self) -> None:
         check_choice("view", self.view, tuple(VIEWS))
         check_choice("split", self.split, ("test", "train"))
-        for name in ("n", "pool", "rounds"):
+        for name in ("n", "pool", "rounds", "seeds"):
             check_integer(name, getattr(self, name), low=1)
         if self.correct is not None:
             check_integer("correct", self.correct, low=1)
@@ -145,24 +154,21 @@ def perform_study(
     device = torch.empty(0, device=device).device
     labelled: list[tuple[Run, str]] = []
     rounds = range(1, study.rounds + 1) if study.rounds > 1 else [0]
+    made = _Subjects(study, data, device)
     for entry in study.subjects:
-        subject = _subject(entry, study, data, device)
+        subject = made.of(entry)
         attacked = images if correct is None else _right_ones(subject, images, correct, device)
         for settings in study.runs:
-            label = str(settings.get("label", ""))
-            options = {name: value for name, value in settings.items() if name not in ("label", "n")}
-            few = _first(attacked, settings.get("n", len(attacked)))
             try:
-                for repetition in rounds:
-                    runs = runs_of(subject, few, device, **options, repetition=repetition)
-                    labelled += [(run, label) for run in runs]
+                runs = made.runs(subject, attacked, settings, rounds)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"runs: {settings!r}: {error}") from error
+            labelled += [(run, str(settings.get("label", ""))) for run in runs]
     store = Store(out)
     shuffle = random.Random(seed).shuffle
     order = []
     for repetition in rounds:
-        runs = [run for run, _ in labelled if run.repetition == repetition]
+        runs = sorted((run for run, _ in labelled if run.repetition == repetition), key=lambda run: run.seed)
         if study.rounds > 1:
             shuffle(runs)
         order += runs
@@ -171,10 +177,52 @@ def perform_study(
     return VIEWS[study.view](store, labelled, Path(out)), interrupted
 
 
-def _subject(entry: str | dict[str, str], study: Study, data: Any, device: torch.device) -> Subject:
-    model, defence = (entry, "none") if isinstance(entry, str) else (entry["model"], entry.get("defence", "none"))
-    pool = load_data(data, "train", study.pool) if defence.casefold().startswith("mi") else None
-    return defended(model, load_model(model, device=device), defence, pool)
+class _Subjects:
+    """The subjects of a study, and what is run on them."""
+
+    def __init__(self, study: Study, data: Any, device: torch.device) -> None:
+        self.study, self.data, self.device = study, data, device
+        self._networks: dict[str, nn.Module] = {}
+
+    @cached_property
+    def pool(self) -> Dataset:
+        """The training images that Mixup Inference mixes with."""
+        return load_data(self.data, "train", self.study.pool)
+
+    def of(self, entry: str | dict[str, str]) -> Subject:
+        """A model, or a defence around one."""
+        model, defence = (entry, "none") if isinstance(entry, str) else (entry["model"], entry.get("defence", "none"))
+        if model not in self._networks:
+            self._networks[model] = load_model(model, device=self.device)
+        pool = self.pool if defence.casefold().startswith("mi") else None
+        return defended(model, self._networks[model], defence, pool)
+
+    def runs(self, subject: Subject, images: Dataset, settings: dict[str, Any], rounds: Iterable[int]) -> list[Run]:
+        """Of one entry of the study on one subject; what is its own source is the same as without one, and left out."""
+        options = dict(settings)
+        options.pop("label", None)
+        n, seeds = options.pop("n", len(images)), options.pop("seeds", self.study.seeds)
+        check_integer("seeds", seeds, low=1)
+        kinds, source = options.pop("defences", None), options.pop("source", None)
+        for kind in kinds or ():
+            check_choice("defences", kind, ("none", *DEFENCES))
+        if kinds is not None and parsed(subject.defence)[0] not in kinds:
+            return []
+        if source is not None:
+            is_defence = parsed(source)[0].casefold() in ("none", *DEFENCES)
+            source = self.of({"model": subject.name, "defence": source} if is_defence else source)
+            if source.digest == subject.digest:
+                return []
+        seeded = range(seeds if subject.make is not None else 1)
+        few, first = _first(images, n), options.pop("seed", 0)
+        return [
+            run
+            for repetition in rounds
+            for seed in seeded
+            for run in runs_of(
+                subject, few, self.device, **options, seed=first + seed, repetition=repetition, source=source
+            )
+        ]
 
 
 def _first(data: Dataset, n: int) -> Dataset:

@@ -72,8 +72,8 @@ class Subject:
 
     @cached_property
     def digest(self) -> str:
-        """Of all that it is made of, see `guardians.models.digest`."""
-        return digest(self.module(0))
+        """Of all that it is made of, also as an attack asks it, see `guardians.models.digest`."""
+        return digest(self.base if self.make is None else nn.ModuleList([self.module(0), self.attacked(0)]))
 
 
 def defended(name: str, model: nn.Module, defence: str, pool: Dataset | None = None) -> Subject:

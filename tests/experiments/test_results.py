@@ -1,15 +1,12 @@
 """The committed tables are of the bundled models, and a command that wrote them finds its runs."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from guardians.experiments import defences
 from guardians.experiments.bench import summarise
-from guardians.experiments.defences import DEFENCE_COLUMNS, RUN_COLUMNS
-from guardians.experiments.defences import summarise as summarise_defences
+from guardians.experiments.defences import DEFENCE_COLUMNS
 from guardians.experiments.minimum_norm import CONST_COLUMNS, MINIMUM_NORM_COLUMNS
 from guardians.experiments.run import IDENTITY, key_of
 from guardians.experiments.store import Store
@@ -29,7 +26,6 @@ TABLES = {
     "parity": PARITY_COLUMNS,
     "deviations": PARITY_COLUMNS,
     "defences": DEFENCE_COLUMNS,
-    "defences_runs": RUN_COLUMNS,
 }
 
 
@@ -73,19 +69,6 @@ def test_the_benchmark_is_a_view_of_the_store(store):
         assert figures == pytest.approx({name: row[name] for name in figures}, nan_ok=True)
 
 
-def test_rows_are_of_the_bundled_defences():
-    """But Mixup Inference, whose pool is of training images."""
-    frame = read_csv(RESULTS / "defences_runs.csv")
-    surrogate = digest(load_model("resnet9-16-standard"))
-    for name in ("standard", "fgsm-at", "pgd-at", "rse"):
-        defended = defences.bundled(name, None)
-        rows = frame[frame["defence"] == name]
-        assert set(rows["model_digest"]) == {digest(defended.module(0, defences.PASSES))}
-        assert set(rows["attack"]) == set(defences.attacks_on(defended))
-        for attack, params in zip(rows["attack"], rows["params"], strict=True):
-            assert params == json.dumps(defences._params(defended, attack, surrogate))
-
-
 @pytest.mark.parametrize("name", ["parity", "deviations"])
 def test_cases_are_those_that_the_harness_runs(name):
     of = {case.name: case for case in cases()}
@@ -97,7 +80,3 @@ def test_cases_are_those_that_the_harness_runs(name):
 
 def test_deviations_are_called_so():
     assert set(read_csv(RESULTS / "deviations.csv")["kind"]) == {"deviation"}
-
-
-def test_the_summary_is_of_the_runs():
-    assert read_csv(RESULTS / "defences.csv").equals(summarise_defences(read_csv(RESULTS / "defences_runs.csv")))
