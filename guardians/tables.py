@@ -163,9 +163,7 @@ class Table:
     def __len__(self) -> int:
         return len(self._rows())
 
-    def append(
-        self, row: Mapping[str, Any], outcomes: tuple[str | os.PathLike[str], pd.DataFrame] | None = None
-    ) -> bool:
+    def append(self, row: Mapping[str, Any]) -> bool:
         """Write a row; it is on disk when this returns.
 
         None and NaN become empty cells, numbers are written so that they are read back exactly, and line breaks in text
@@ -174,11 +172,9 @@ class Table:
 
         Args:
             row: a value for each column.
-            outcomes: the file that belongs to the row and what is in it, written before the row.
 
         Returns:
-            True; False where another process has written a row with this key in the meantime, which stays, as do its
-            outcomes.
+            True; False where another process has written a row with this key in the meantime, which stays.
 
         Raises:
             ValueError: the row has other columns than the table, or its key was there when the table was opened, or was
@@ -194,8 +190,6 @@ class Table:
         with self._lock:
             if self._has(key):
                 return False
-            if outcomes is not None:
-                write_csv(outcomes[1], outcomes[0])
             with self.path.open("ab") as file:
                 _write(file, [_cell(row[name]) for name in self.columns])
         self._known.add(key)

@@ -132,13 +132,11 @@ def test_a_row_is_never_written_twice(path):
     assert len(table) == len(table.frame()) == 1
 
 
-def test_a_row_that_another_has_written_in_the_meantime_stays_and_so_do_its_outcomes(path):
+def test_a_row_that_another_has_written_in_the_meantime_stays(path):
     first, second = Table(path, COLUMNS, KEY), Table(path, COLUMNS, KEY)
-    outcomes = path.with_name("outcomes") / "a.csv"
-    assert first.append(row(n=1), (outcomes, pd.DataFrame({"l2": [1.0]})))
-    assert not second.append(row(n=2), (outcomes, pd.DataFrame({"l2": [2.0]})))
+    assert first.append(row(n=1))
+    assert not second.append(row(n=2))
     assert second.frame()["n"].tolist() == [1]
-    assert read_csv(outcomes)["l2"].tolist() == [1.0]
 
 
 def test_what_another_has_written_is_seen(path):
@@ -156,7 +154,7 @@ def write_rows(path, name, barrier):
         table = Table(path, COLUMNS, KEY)
         table.append(row(name, eps=i, note=name * 3000))
         if ("shared", i) not in table:
-            table.append(row("shared", eps=i, note=name), (path.parent / f"{i}.csv", pd.DataFrame({"by": [name]})))
+            table.append(row("shared", eps=i, note=name))
 
 
 def test_processes_write_one_table(path):
@@ -173,8 +171,6 @@ def test_processes_write_one_table(path):
         assert frame.loc[frame["model"] == name, "eps"].tolist() == list(range(40))
     assert len(frame) == 3 * 40
     assert (frame["note"][frame["model"] == "b"] == "b" * 3000).all()
-    for i, by in enumerate(frame["note"][frame["model"] == "shared"]):
-        assert read_csv(path.parent / f"{i}.csv")["by"].tolist() == [by]
 
 
 def test_a_row_that_is_being_written_is_not_cut(path, monkeypatch):

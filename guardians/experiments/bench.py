@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+import guardians.evaluation  # noqa: F401, whose attack is known from then on
 from guardians.attacks.norms import as_norm
 from guardians.attacks.registry import Spec, canonical, family_of, named, usages
 from guardians.data import Dataset

@@ -90,7 +90,7 @@ def test_native_takes_all_parameters(family):
     values |= {"learning_rate": 0.02, "abort_early": False, "init_epsilon": 0.5, "gamma": 0.1}
     values |= {"max_stepsize": 0.5, "min_stepsize": 0.1, "n_targets": 2, "loss": "margin", "untargeted_steps": 1}
     values |= {"p_init": 0.5, "rho": 0.5, "alpha_max": 0.2, "eta": 1.1, "beta": 0.8, "adaptive": False}
-    values |= {"version": "plus", "n_queries": 10, "budget": "fast"}
+    values |= {"version": "plus", "n_queries": 10, "budget": "fast", "num_samples": 2}
     params = {name: values[name] for name in family.parameters}
     for norm in family.norms:
         known = params if norm == 2 else {name: params[name] for name in params if name != "searches"}

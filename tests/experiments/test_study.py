@@ -8,10 +8,9 @@ from models_for_tests import small_net, some_images
 from guardians.data import Dataset
 from guardians.experiments import run as run_module
 from guardians.experiments import study as study_module
-from guardians.experiments.bench import runs_of
 from guardians.experiments.store import Store
 from guardians.experiments.study import Study, find_studies, load_study, perform_study
-from guardians.experiments.subject import Subject
+from guardians.experiments.subject import defended
 from guardians.tables import read_csv
 
 STUDIES = Path(__file__).parents[2] / "benchmarks"
@@ -41,10 +40,14 @@ def test_the_studies_of_this_repository_are_read():
     assert "benchmark.yaml" in {path.name for path in studies}
     for study in studies.values():
         assert study.title
-        subject, images = Subject("small", small_net()), study_module.load_data(None, "test", 12)
+        images, made = (
+            study_module.load_data(None, "test", 12),
+            study_module._Subjects(study, None, torch.device("cpu")),
+        )
+        subjects = [defended("small", small_net(), defence, images) for defence in ("none", "rse", "mi-ol")]
         for settings in study.runs:
-            options = {name: value for name, value in settings.items() if name not in ("label", "n")}
-            assert runs_of(subject, images, torch.device("cpu"), **options)
+            settings = settings | ({"source": "models_for_tests:linear_model"} if "source" in settings else {})
+            assert any(made.runs(subject, images, settings, [0]) for subject in subjects), settings
 
 
 def perform(study, out, **options):
@@ -108,6 +111,7 @@ def test_ctrl_c_leaves_what_is_finished(tmp_path, monkeypatch):
         ({"split": "both"}, "split='both'"),
         ({"n": 0}, "n=0"),
         ({"rounds": 0}, "rounds=0"),
+        ({"seeds": 0}, "seeds=0"),
         ({"correct": 0}, "correct=0"),
         ({"subjects": []}, "at least one of subjects"),
         ({"runs": []}, "at least one of subjects and one of runs"),
@@ -144,6 +148,9 @@ def test_files_that_are_no_studies(tmp_path):
         ([{"attacks": ["FGSN"]}], "FGSN.* is unknown"),
         ([{"attacks": ["FGSM"], "eps": -1}], "eps=-1"),
         ([{"attacks": ["PGD-3"], "implementations": ["none"]}], "implementations="),
+        ([{"attacks": ["FGSM"], "seeds": 0}], "seeds=0"),
+        ([{"attacks": ["FGSM"], "defences": ["rsa"]}], "defences='rsa': must be one of none, rse"),
+        ([{"attacks": ["FGSM"], "source": "no-such-model"}], "no-such-model"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_any_run(tmp_path, runs, message):

@@ -66,6 +66,7 @@ def test_the_digest_is_of_all_that_a_subject_is_made_of(pool):
         defended("net", net, "rse(sigma_init=0.3)"),
         defended("net", net, "rse(sigma_init=0.4)"),
         defended("net", net, "rse(sigma_init=0.3, n=5)"),
+        defended("net", net, "rse(sigma_init=0.3, search_passes=3)"),
         defended("net", net, "mi-ol", pool),
         defended("net", net, "mi-pl", pool),
         defended("net", net, "mi-ol", fewer),

@@ -1,9 +1,9 @@
 """Speed of the defences: adversarial training against ART's trainers, inference against plain forward passes.
 
-    python benchmarks/defences.py --data PATH
+    python benchmarks/defence_speed.py --data PATH
 
 Writes results/defence_speed.csv; columns in guardians.experiments.defence_speed.SPEED_COLUMNS. How robust they are:
-benchmarks/robustness.py.
+benchmarks/defences.yaml.
 """
 
 from pathlib import Path
