@@ -281,8 +281,8 @@ def _train(
             loss = loss + (1 - weight) * other
         sums.learning_rate = float(schedule.get_last_lr()[0])
         descend(loss, optimizer, schedule)
-        sums.loss += loss.item() * len(y)
-        sums.correct += int((logits.argmax(1) == y).sum())
+        sums.loss = sums.loss + loss.detach().double() * len(y)  # on the device, for which nothing waits
+        sums.correct = sums.correct + (logits.argmax(1) == y).sum()
 
     def measure() -> dict[str, float]:
         return {
@@ -292,8 +292,8 @@ def _train(
 
     def record(measured: dict[str, float]) -> None:
         seen = steps * recipe.batch_size
-        row = {"epoch": progress.epoch + 1, "learning_rate": sums.learning_rate, "train_loss": sums.loss / seen}
-        row |= {"train_accuracy": sums.correct / seen, **measured, "seconds": progress.seconds}
+        row = {"epoch": progress.epoch + 1, "learning_rate": sums.learning_rate, "train_loss": float(sums.loss) / seen}
+        row |= {"train_accuracy": int(sums.correct) / seen, **measured, "seconds": progress.seconds}
         if verbose:
             tqdm.write("  ".join(f"{key} {value:.4g}" for key, value in row.items()))
         if average is not None:
@@ -371,8 +371,8 @@ def _adversary(model: nn.Module, recipe: Recipe) -> PGD:
 class _Sums(State):
     """Over the steps of an epoch so far, with the learning rate of the last."""
 
-    loss: float = 0.0
-    correct: int = 0
+    loss: float | Tensor = 0.0
+    correct: int | Tensor = 0
     learning_rate: float = 0.0
 
 

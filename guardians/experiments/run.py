@@ -185,6 +185,7 @@ class _Performance:
             if run.attack is None:
                 self._predict(module)
                 return
+            about.prepare(module)
             if run.implementation == BARE_LOOP:
                 self._loop(module, run.attack.get("steps", 1))
                 return
@@ -195,7 +196,7 @@ class _Performance:
                 self._stream(attack)
                 return
             if run.implementation != "native":
-                attack(about.x[: run.batch_size], about.y[: run.batch_size])  # kernels are prepared
+                attack(about.x[:1], about.y[:1])  # some look at the model in their first call
                 counting.reset()
             with _measured(run.device) as cost:
                 x_adv = attack(about.x, about.y).detach()
@@ -217,7 +218,6 @@ class _Performance:
     def _loop(self, module: nn.Module, steps: int) -> None:
         """The model's passes alone, of as many steps."""
         about, n = self.about, len(self.about.x)
-        bare_loop(module, about.x[: self.run.batch_size], about.y[: self.run.batch_size], 1)  # kernels are prepared
         with _measured(self.run.device) as cost:
             bare_loop(module, about.x, about.y, steps, self.run.batch_size)
         counts = {"forward": steps * n, "backward": steps * n, "judgement": 0}
@@ -242,8 +242,6 @@ class _Performance:
     def _stream(self, attack: Attack) -> None:
         """A native attack, which counts for itself; from where an earlier call was stopped."""
         run, about = self.run, self.about
-        for _ in attack.stream([(about.x[: run.batch_size], about.y[: run.batch_size])]):  # kernels are prepared
-            pass
         found = [self.store.outcomes(run.key)]
         before = dict.fromkeys(("forward", "backward", "judgement", "seconds"), 0.0)
         for known in self.store.runs([run.key], unfinished=True):
@@ -348,6 +346,10 @@ class _About:
             rows = np.arange(len(self.x))
             self._clean[seed] = self.subject.predictions(self.x, rows, self.batch_size, seed, 0)
         return self._clean[seed]
+
+    def prepare(self, module: nn.Module) -> None:
+        """Pass a batch through a module: kernels are chosen and memory is there before anything is timed."""
+        forward_backward(module, self.x[: self.batch_size], self.y[: self.batch_size])
 
     @cached_property
     def zero_gradient_share(self) -> float:

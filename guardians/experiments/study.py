@@ -20,6 +20,7 @@ from guardians.engine.checks import check_choice, check_integer
 from guardians.engine.victim import predicted_labels
 from guardians.experiments.bench import benchmark_table, runs_of
 from guardians.experiments.defences import defences_view
+from guardians.experiments.evaluation import evaluation_view
 from guardians.experiments.minimum_norm import consts_view, minimum_norm_view
 from guardians.experiments.names import parsed
 from guardians.experiments.run import Run, perform
@@ -46,6 +47,7 @@ VIEWS: dict[str, Callable[[Store, Sequence[tuple[Run, str]], Path], pd.DataFrame
     "consts": consts_view,
     "throughput": throughput_view,
     "defences": defences_view,
+    "evaluation": evaluation_view,
 }
 """Of the runs of a study, with their labels: writes tables and figures into a folder, and returns what is printed."""
 

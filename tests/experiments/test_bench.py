@@ -428,8 +428,8 @@ def test_what_native_attacks_cost_is_what_they_report(model, data, tmp_path, mon
     assert row["backward_per_image"] == report.search_backward / 20
     assert row["judgement_per_image"] == report.judgement_forward / 20
     if not early_stop and precision == "float32":
-        # Besides: the number of classes, here and there, a warm-up batch, two predictions and one gradient of all.
-        assert sum(seen) - 2 - 5 * 8 - 3 * 20 == report.search_forward + report.judgement_forward == 100
+        # Besides: the number of classes, a warm-up batch, two predictions and one gradient of all.
+        assert sum(seen) - 1 - 8 - 3 * 20 == report.search_forward + report.judgement_forward == 100
 
 
 def test_rows_of_other_code_are_kept_with_a_warning(model, data, tmp_path, caplog, monkeypatch):
@@ -503,7 +503,7 @@ def test_pgd_that_is_weaker_than_fgsm_is_flagged(tmp_path):
 @pytest.mark.parametrize(
     ("attack", "norm", "flags"),
     [
-        (lambda x, y: x.clone().index_fill_(0, torch.tensor([1]), float("nan")), "inf", "nan"),
+        (lambda x, y: x.clone().index_fill_(0, torch.tensor([0]), float("nan")), "inf", "nan"),
         (lambda x, y: x + 8 / 255 * 1.001, "inf", "outside_ball"),
         (lambda x, y: x + 8 / 255, "inf", ""),
         (lambda x, y: x + 8 / 255 * 1.001 / 192**0.5, 2, "outside_ball"),

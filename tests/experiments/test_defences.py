@@ -1,22 +1,21 @@
 """The study of defences: what is run on whom, and the table of it."""
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models_for_tests import small_net, some_images
+from store_for_tests import made_up
 
 from guardians.attacks import PGD
 from guardians.attacks.registry import Spec
 from guardians.data import Dataset
 from guardians.experiments import study as study_module
 from guardians.experiments.defences import DEFENCE_COLUMNS, as_markdown, defences_table
-from guardians.experiments.run import Run
-from guardians.experiments.store import OUTCOME_COLUMNS, Store
+from guardians.experiments.store import Store
 from guardians.experiments.study import Study, perform_study
-from guardians.experiments.subject import Subject, defended
+from guardians.experiments.subject import defended
 from guardians.statistics import wilson_interval
 from guardians.tables import read_csv
 
@@ -108,32 +107,17 @@ def test_runs_are_of_the_defences_that_they_name(tmp_path, caplog):
 # The table
 
 
-def made_up(folder, rows, n):
-    """Runs in a store: subject, label, spec, seed, how many stand, and the L2 norm of all perturbations."""
-    store, runs, subjects = Store(folder), [], {}
-    data = Dataset(torch.zeros(n, 3, 8, 8, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64), ("a", "b"), "none")
-    for name, label, spec, seed, standing, l2 in rows:
-        subject = subjects.setdefault(name, Subject(name, small_net(len(subjects))))
-        run = Run(subject, data, spec, "native", seed=seed)
-        outcomes = pd.DataFrame({"image": range(n), "label": 0, "clean_prediction": 0, "l2": l2})
-        outcomes["adversarial_prediction"] = (np.arange(n) >= standing).astype(int)
-        outcomes = outcomes.reindex(columns=list(OUTCOME_COLUMNS))
-        if spec is None:
-            outcomes["clean_prediction"] = outcomes["adversarial_prediction"]
-        figures = {"search": "model", "flags": [], "forward": 2 * n, "backward": n, "judgement": 0, "seconds": 1.0}
-        figures |= {"peak_memory_mb": 1.0, "versions": {}, "commit": ""}
-        store.write(run.key, run.known, figures, outcomes)
-        runs.append((run, label))
-    return store, runs
+def standing(count, n):
+    return np.arange(n) < count
 
 
 IN_INF, IN_L2, SMALLEST = Spec("FGSM", INF, 0.03), Spec("FGSM", 2, 0.5), Spec("DDN", 2, params={"steps": 5})
 
 
 def test_seeds_are_one_row(tmp_path):
-    rows = [("a", "FGSM", IN_INF, seed, standing, 0.1) for seed, standing in enumerate((10, 14, 6))]
-    rows += [("a", "clean", None, 0, 18, 0.0)]
-    frame = defences_table(*made_up(tmp_path, rows, 20)).set_index("attack")
+    rows = [("a", "FGSM", IN_INF, standing(count, 20), {"seed": seed}) for seed, count in enumerate((10, 14, 6))]
+    rows += [("a", "clean", None, standing(18, 20))]
+    frame = defences_table(*made_up(tmp_path, rows)).set_index("attack")
     assert frame["seeds"].tolist() == [3, 1]
     assert frame["accuracy"].tolist() == pytest.approx([0.5, 0.9])
     for label, successes in (("FGSM", 10), ("clean", 18)):
@@ -147,27 +131,28 @@ def test_seeds_are_one_row(tmp_path):
 
 @pytest.mark.parametrize(("l2", "accuracy"), [(0.4, 0.25), (0.5, 0.25), (0.6, 1.0)])
 def test_the_smallest_perturbation_counts_within_the_radius_of_the_others(tmp_path, l2, accuracy):
-    rows = [("a", "FGSM", IN_L2, 0, 10, 0.1), ("a", "DDN", SMALLEST, 0, 5, l2)]
-    frame = defences_table(*made_up(tmp_path, rows, 20)).set_index("attack")
+    rows = [("a", "FGSM", IN_L2, standing(10, 20)), ("a", "DDN", SMALLEST, standing(5, 20), {"l2": l2})]
+    frame = defences_table(*made_up(tmp_path, rows)).set_index("attack")
     assert frame.loc["DDN", "accuracy"] == accuracy
     assert frame.loc["DDN", "eps"] == 0.5
 
 
 @settings(max_examples=20)
 @given(st.lists(st.integers(0, 40), min_size=4, max_size=4))
-def test_flattering_is_what_another_attack_in_the_ball_refutes(tmp_path_factory, standing):
+def test_flattering_is_what_another_attack_in_the_ball_refutes(tmp_path_factory, counts):
     specs = [IN_INF, Spec("PGD", INF, 0.03, params={"steps": 2}), IN_L2, Spec("PGD", 2, 0.5, params={"steps": 2})]
-    rows = [("a", str(i), spec, 0, count, 0.1) for i, (spec, count) in enumerate(zip(specs, standing, strict=True))]
-    frame = defences_table(*made_up(tmp_path_factory.mktemp("store"), rows, 40))
-    intervals = [wilson_interval(count, 40) for count in standing]
+    rows = [("a", str(i), spec, standing(count, 40)) for i, (spec, count) in enumerate(zip(specs, counts, strict=True))]
+    frame = defences_table(*made_up(tmp_path_factory.mktemp("store"), rows))
+    intervals = [wilson_interval(count, 40) for count in counts]
     for i, flags in enumerate(frame["flags"]):
         assert flags == ("flattering" if intervals[i][0] > intervals[i ^ 1][1] else "")
 
 
 def test_the_table_for_people(tmp_path):
-    rows = [("a", "clean", None, 0, 90, 0.0), ("b", "FGSM", IN_INF, 0, 50, 0.1), ("b", "FGSM", IN_INF, 1, 60, 0.1)]
-    rows += [("b", "PGD", Spec("PGD", INF, 0.03, params={"steps": 2}), 0, 10, 0.1)]
-    assert as_markdown(defences_table(*made_up(tmp_path, rows, 100))).splitlines() == [
+    rows = [("a", "clean", None, standing(90, 100))]
+    rows += [("b", "FGSM", IN_INF, standing(count, 100), {"seed": seed}) for seed, count in enumerate((50, 60))]
+    rows += [("b", "PGD", Spec("PGD", INF, 0.03, params={"steps": 2}), standing(10, 100))]
+    assert as_markdown(defences_table(*made_up(tmp_path, rows))).splitlines() == [
         "| model | defence | clean | FGSM | PGD |",
         "| --- | --- | --- | --- | --- |",
         "| a | none | 90.0 |  |  |",
