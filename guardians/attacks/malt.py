@@ -102,6 +102,7 @@ class MALT(SteepestAscent):
     hopeless: OptionalNumber = None
     reach: OptionalNumber = None
 
+    keeps: ClassVar[str] = "first"  # the last is the image again, where the next search would begin
     targeted, decay, random_eps, starts_at_random, restarts = False, None, False, False, 1
     _options: ClassVar[tuple[str, ...]] = ("mask", "first_index")
 

@@ -55,7 +55,7 @@ def test_targets_are_searched_in_the_order_of_their_first_order_distance(net64, 
         seen, INF, 1e-9, 1, n_targets=CLASSES - 1, untargeted_steps=0, early_stop=False, verbose=False, seed=0
     )
     attack(x, label)
-    searched = [point for point in seen.points if not torch.equal(point, x)]
+    searched = [point for point in seen.points if len(point) == 1 and 0 < (point - x).abs().max() < 1e-8]
     assert len(searched) == CLASSES - 1
     for other, point in zip(order, searched, strict=True):
         leaf = x.clone().requires_grad_(True)
