@@ -74,7 +74,7 @@ def defences_table(store: Store, runs: Sequence[tuple[Run, str]]) -> pd.DataFram
             | {"flags": ";".join(sorted({flag for cost in costs for flag in cost["flags"]}))}
         )
     frame = pd.DataFrame(rows, columns=list(DEFENCE_COLUMNS))
-    lowest = frame.groupby(["model_digest", "data", "norm", "eps"])["accuracy_high"].transform("min")
+    lowest = frame.groupby(["model_digest", "norm", "eps"])["accuracy_high"].transform("min")
     flattering = frame["accuracy_low"] > lowest  # never of clean, whose ball is NaN
     frame.loc[flattering, "flags"] = [";".join(filter(None, ["flattering", old])) for old in frame["flags"][flattering]]
     return frame

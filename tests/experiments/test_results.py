@@ -54,7 +54,8 @@ def test_the_store_has_whole_runs_under_their_keys(store):
     for run in store.runs():
         assert run["key"] == key_of({name: run[name] for name in IDENTITY})
         assert len(store.outcomes(run["key"])) == run["n"]
-        assert run["model_digest"] == digest(load_model(run["model"]))
+        if run["defence"] == "none":
+            assert run["model_digest"] == digest(load_model(run["model"]))
 
 
 def test_the_benchmark_is_a_view_of_the_store(store):
