@@ -176,16 +176,22 @@ def test_images_are_valid_verdicts_true_and_the_model_untouched(make, name, n, d
 
 @attacks
 def test_neither_the_batch_size_nor_the_order_matters(make, net64):
+    """Of images whose search is steady where they are moved by less than a rounding; of FMN in norm 1 a few are not."""
     x = some_images(17, dtype=torch.float64)
     y = right(net64, x)
     order = torch.randperm(17, generator=torch.Generator().manual_seed(0))
-    whole = make(net64, batch_size=17)(x, y)
-    torch.testing.assert_close(make(net64, batch_size=4)(x, y), whole, rtol=0, atol=1e-6)
-    torch.testing.assert_close(make(net64, batch_size=5)(x[order], y[order]), whole[order], rtol=0, atol=1e-6)
-    streamed = torch.empty_like(x)
+    whole, steady = make(net64, batch_size=17)(x, y), torch.ones(17, dtype=torch.bool)
+    for seed in range(8):
+        nudge = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype) - 0.5
+        moved = make(net64, batch_size=17)((x + 2e-15 * nudge).clamp(0, 1), y) - whole
+        steady &= moved.flatten(1).abs().amax(1) < 1e-9
+    assert steady.sum() >= 12
+    ordered, streamed = torch.empty_like(x), torch.empty_like(x)
+    ordered[order] = make(net64, batch_size=5)(x[order], y[order])
     for finished in make(net64, batch_size=4).stream(zip(x.split(3), y.split(3), strict=True)):
         streamed[torch.from_numpy(finished.index)] = finished.x_adv
-    torch.testing.assert_close(streamed, whole, rtol=0, atol=1e-6)
+    for found in (make(net64, batch_size=4)(x, y), ordered, streamed):
+        torch.testing.assert_close(found[steady], whole[steady], rtol=0, atol=1e-6)
 
 
 @attacks

@@ -132,7 +132,11 @@ def test_what_a_toolkit_lacks_is_an_error(net):
     ("implementation", "spec", "message"),
     [
         ("cleverhans", PGD, "implementation='cleverhans': must be one of native, ART, torchattacks, foolbox"),
-        ("native", replace(PGD, family="CW"), "family='CW': must be one of APGD, AutoAttack, C&W, DDN, FAB, FGSM"),
+        (
+            "native",
+            replace(PGD, family="CW"),
+            "family='CW': must be one of APGD, AutoAttack, AveragedMixturePGD, C&W, DDN, FAB, FGSM",
+        ),
         ("native", replace(PGD, norm=3), "norm=3: must be one of inf, 2, 1 for PGD"),
         ("ART", replace(PGD, eps=None), "eps=None: must be a number for PGD"),
         ("ART", Spec("C&W", 2, eps=0.5), "eps=0.5: must be None for C&W"),
