@@ -331,6 +331,7 @@ class Cascade(AttackSequence):
         )
         assert isinstance(found, Evaluation)
         self.evaluation, self.stages, self.ledger = found, found.stages, found.ledger
+        self.report = found.ledger.report
         return found.ledger.x_adv
 
 

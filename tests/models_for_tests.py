@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -174,6 +175,12 @@ def ask(module: nn.Module, x: Tensor, keys: np.ndarray | None = None, grad: bool
 
 def close(actual: Tensor, expected: Tensor, atol: float = 1e-12) -> None:
     torch.testing.assert_close(actual.detach(), expected.detach(), rtol=0, atol=atol)
+
+
+def nudged(x: Tensor, by: float) -> Iterator[Tensor]:
+    """The images a few roundings away, eight times: what moves with them is a matter of rounding."""
+    for seed in range(8):
+        yield x + 2 * by * (torch.rand(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype) - 0.5)
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

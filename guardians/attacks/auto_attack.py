@@ -103,6 +103,7 @@ class AutoAttack(AttackSequence):
             **common,
         )
         self.ledger, self.stages = ledger, names = Ledger.of(x), [stage.name for stage in stages]
+        self.report = ledger.report
         for number, stage in enumerate(stages):
             rows = ledger.waiting(number)
             with tqdm(total=len(rows), desc=names[number], unit="image", disable=not self.verbose, leave=False) as bar:

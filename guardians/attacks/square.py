@@ -197,7 +197,7 @@ class SquareAttack(Attack):
         row, origin, image = first.row, x.take(first.index).double(), x.take(second.index)
         delta = state.x_adv.take(first.index).double() - origin
         other = state.x_adv.take(second.index).double() - image.double()
-        other *= ~_inside_first(second, state)[:, None]
+        other *= ~_is_inside(second, first)[:, None]
 
         def power(values: Tensor) -> Tensor:  # ||.||_p^p of each window and channel, (N, channels)
             return torch.segment_reduce(values.abs() ** p, "sum", lengths=first.area, axis=0, unsafe=True)
@@ -248,6 +248,7 @@ class _Window:
         row: of their samples, (T,).
         area: how many belong to each sample, (N,).
         i, j: their places in the image, (T,).
+        side, top, left: of the windows, (N,).
     """
 
     index: Tensor
@@ -255,6 +256,9 @@ class _Window:
     area: Tensor
     i: Tensor
     j: Tensor
+    side: Tensor
+    top: Tensor
+    left: Tensor
 
 
 def _window(state: State, which: int) -> _Window:
@@ -269,7 +273,7 @@ def _window(state: State, which: int) -> _Window:
     i = i + top[row]
     index = ((row * channels * height + i) * width + j)[:, None]
     index = index + torch.arange(channels, device=x.device) * height * width
-    return _Window(index, row, area, i, j)
+    return _Window(index, row, area, i, j, side, top, left)
 
 
 def _signs(numbers: np.ndarray) -> np.ndarray:
@@ -304,21 +308,21 @@ def _etas(largest: int, p: float) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(found), np.cumsum([0, *map(len, found)])
 
 
-def _in_first(window: _Window, state: State) -> tuple[Tensor, Tensor, Tensor]:
-    """The side of the first window, and where pixels are in it."""
-    side, top, left = (on_device(values, state.x) for values in (state.side, state.top[:, 0], state.left[:, 0]))
-    return side[window.row], window.i - top[window.row], window.j - left[window.row]
+def _within(window: _Window, other: _Window) -> tuple[Tensor, Tensor, Tensor]:
+    """The side of the other window at the pixels of one, and where they are in it, (T,) each."""
+    row = window.row
+    return other.side[row], window.i - other.top[row], window.j - other.left[row]
 
 
-def _inside_first(window: _Window, state: State) -> Tensor:
-    """Which pixels of a window are pixels of the first one too, (T,)."""
-    side, i, j = _in_first(window, state)
+def _is_inside(window: _Window, other: _Window) -> Tensor:
+    """Which pixels of a window are pixels of the other one too, (T,)."""
+    side, i, j = _within(window, other)
     return (i >= 0) & (i < side) & (j >= 0) & (j < side)
 
 
 def _eta_at(window: _Window, state: State, is_turned: np.ndarray, p: float) -> Tensor:
-    """eta, or its transpose, at the pixels of the first window: (T,)."""
-    side, i, j = _in_first(window, state)
+    """eta, or its transpose, at the pixels of a window: (T,)."""
+    side, i, j = _within(window, window)
     turned = on_device(is_turned, state.x)[window.row]
     values, begins = (on_device(part, state.x) for part in _etas(min(state.x.shape[2:]), p))
     return values[begins[side] + torch.where(turned, j * side + i, i * side + j)]

@@ -61,10 +61,6 @@ class AveragedMixturePGD(ClassifierAttack):
 
     _options: ClassVar[tuple[str, ...]] = ("first_index",)
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.report: Report | None = None
-
     def _run(self, inputs: dict[str, Tensor], device: torch.device, first_index: int) -> Tensor:
         x = inputs["x"].to(device)
         defence = self.victim.module

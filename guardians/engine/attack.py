@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -54,9 +54,6 @@ class Attack(ClassifierAttack):
     A call takes `first_index`, the position of its first image in the data: with a seed, parts of a data set that are
     attacked one after the other have the draws that they would have together.
 
-    Attributes:
-        report: what the last call did, see `Report`; None before the first.
-
     Raises:
         EstimatorError: the estimator is neither an ART `PyTorchClassifier` nor an `nn.Module`.
         TypeError, ValueError: an argument is outside what is allowed; checked before any work.
@@ -72,10 +69,6 @@ class Attack(ClassifierAttack):
     keeps: ClassVar[str] = "last"
     """What is returned without `early_stop`: the "last" iterate, the "first" that fools the model, or the "nearest"."""
     _options: ClassVar[tuple[str, ...]] = ("mask", "x_adv_init", "first_index")
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.report: Report | None = None
 
     @abstractmethod
     def start(self, state: State) -> None:

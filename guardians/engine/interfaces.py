@@ -23,6 +23,7 @@ from guardians.engine.checks import (
     mask_from,
 )
 from guardians.engine.parameters import Parameters
+from guardians.engine.report import Report
 from guardians.engine.rng import ForkedGenerators, hashed, row_keys
 from guardians.engine.victim import Victim, isolated, undisturbed
 
@@ -41,6 +42,9 @@ class ClassifierAttack(Parameters, EvasionAttack):
     `clip_values` are honoured as they are at each call, or an `nn.Module` that returns logits for images in [0, 1]. It
     is attacked in evaluation mode and comes back bit for bit as it was. Other ART classifiers with a `loss_gradient`
     (randomised smoothing, ensembles, estimated gradients) are attacked through it, in numpy and so slower.
+
+    Attributes:
+        report: what the last call did, see `Report`; None before the first.
 
     Raises:
         EstimatorError: the estimator is none of these.
@@ -67,6 +71,7 @@ class ClassifierAttack(Parameters, EvasionAttack):
             estimator=estimator, summary_writer=os.fspath(writer) if isinstance(writer, os.PathLike) else writer
         )
         self.victim = Victim(estimator)
+        self.report: Report | None = None
         if self.victim.has_own_gradients:
             logger.warning(
                 "estimator of type %s: is attacked through its own loss_gradient and predict, which takes longer",

@@ -106,7 +106,7 @@ class Search:
 
 
 def choose_searches(
-    victim: Victim, precision: str, x: Tensor, expected: Tensor | None, batch_size: int = 1
+    victim: Victim, precision: str, x: Tensor, expected: Tensor | None, batch_size: int
 ) -> tuple[list[Search], int]:
     """The models to search with, the cheapest first, and how many were tried on `x`; the last is the victim itself.
 

@@ -24,7 +24,7 @@ from guardians.engine.parameters import PRECISIONS
 from guardians.engine.victim import Victim
 from guardians.experiments.names import parsed
 from guardians.experiments.run import BARE_LOOP, Run, code, perform
-from guardians.experiments.store import Store
+from guardians.experiments.store import Store, standing
 from guardians.experiments.subject import Subject, defended
 from guardians.statistics import wilson_interval
 from guardians.tables import BENCHMARK_COLUMNS, write_csv
@@ -125,17 +125,15 @@ def benchmark_table(store: Store, runs: Sequence[Run] | None = None) -> pd.DataF
 def summarise(outcomes: pd.DataFrame) -> dict[str, float]:
     """The figures of a row that follow from the outcomes of its images, under their column names."""
     n = len(outcomes)
-    clean = outcomes["clean_prediction"] == outcomes["label"]
-    robust = clean & (outcomes["adversarial_prediction"] == outcomes["label"])
-    correct, standing = int(clean.sum()), int(robust.sum())
-    low, high = wilson_interval(standing, n)
+    correct, robust = (int(which.sum()) for which in standing(outcomes))
+    low, high = wilson_interval(robust, n)
     return {
         "n": n,
         "clean_accuracy": correct / n,
-        "robust_accuracy": standing / n,
+        "robust_accuracy": robust / n,
         "robust_accuracy_low": low,
         "robust_accuracy_high": high,
-        "success_rate": (correct - standing) / correct if correct else float("nan"),
+        "success_rate": (correct - robust) / correct if correct else float("nan"),
         "l2_median": float(outcomes["l2"].median()),
         "l2_mean": float(outcomes["l2"].mean()),
         "linf_max": float(outcomes["linf"].max()),
@@ -280,7 +278,7 @@ def runs_of(
     for spec in specs:
         own = None if spec is None else spec.toolkit
         for implementation in dict.fromkeys(implementations) if own is None else [own]:
-            if not _has(implementation, spec, parsed(subject.defence)[0]):
+            if not _has(implementation, spec, subject.kind):
                 continue
             options: dict[str, Any] = {}
             if implementation == "native" and spec is not None:

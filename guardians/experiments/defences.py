@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from guardians.experiments.run import Run
-from guardians.experiments.store import Store
+from guardians.experiments.store import Store, standing
 from guardians.statistics import wilson_interval
 from guardians.tables import BENCHMARK_COLUMNS, write_csv
 
@@ -56,15 +55,15 @@ def defences_table(store: Store, runs: Sequence[tuple[Run, str]]) -> pd.DataFram
             seeds.setdefault((run.subject.digest, label), []).append(run)
     rows = []
     for (_, label), of_seeds in seeds.items():
-        run, n = of_seeds[0], len(of_seeds[0].data)
-        norm = np.nan if run.attack is None else run.attack.norm
+        first, n = of_seeds[0], len(of_seeds[0].data)
+        norm = np.nan if first.attack is None else first.attack.norm
         eps = radii.get(norm, np.nan)
         found = [_standing(store.outcomes(run.key), run, eps) for run in of_seeds]
         accuracy = np.array([stands.mean() for stands, _ in found])
         costs = [done[run.key] for run in of_seeds]
         low, high = wilson_interval(round(float(accuracy.mean()) * n), n)
         rows.append(
-            {name: run.known[name] for name in _KEPT}
+            {name: first.known[name] for name in _KEPT}
             | {"attack": label, "norm": norm, "eps": eps, "n": n, "seeds": len(found)}
             | {"accuracy": accuracy.mean(), "accuracy_low": low, "accuracy_high": high}
             | {"seed_sd": accuracy.std(ddof=1) if len(found) > 1 else np.nan}
@@ -100,11 +99,7 @@ def as_markdown(frame: pd.DataFrame) -> str:
 
 def _standing(outcomes: pd.DataFrame, run: Run, eps: float) -> tuple[pd.Series, pd.Series]:
     """Which images are right, clean and attacked within the ball, and the L2 norms of those that fool."""
-    right, fooled = (outcomes[f"{kind}_prediction"] == outcomes["label"] for kind in ("clean", "adversarial"))
-    fooled = ~fooled
+    fooled = outcomes["adversarial_prediction"] != outcomes["label"]
     if run.attack is not None and run.attack.eps is None:
-        fooled &= ~(outcomes[_NORM_COLUMNS[run.attack.norm]] > eps)
-    return right & ~fooled, outcomes["l2"][fooled]
-
-
-_NORM_COLUMNS: dict[Any, str] = {1.0: "l1", 2.0: "l2", np.inf: "linf"}
+        fooled &= ~(outcomes[f"l{run.attack.norm:g}"] > eps)
+    return standing(outcomes)[0] & ~fooled, outcomes["l2"][fooled]

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from guardians.experiments.bench import summarise
 from guardians.experiments.run import Run
-from guardians.experiments.store import Store
-from guardians.statistics import paired_difference, wilson_interval
+from guardians.experiments.store import Store, standing
+from guardians.statistics import paired_difference
 from guardians.tables import BENCHMARK_COLUMNS, write_csv
 
 __all__ = ["EVALUATION_COLUMNS", "REFERENCE", "evaluation_table", "evaluation_view"]
@@ -54,47 +55,37 @@ def evaluation_view(store: Store, runs: Sequence[tuple[Run, str]], out: Path) ->
 
 
 def evaluation_table(store: Store, runs: Sequence[tuple[Run, str]]) -> pd.DataFrame:
-    """Rows of `EVALUATION_COLUMNS` of the rounds in which both a contender and its reference are complete."""
-    seconds = {known["key"]: known["seconds"] for known in store.runs([run.key for run, _ in runs])}
-    known = {known["key"]: known for known in store.runs(list(seconds))}
+    """Rows of `EVALUATION_COLUMNS` of what is complete; times are compared in the rounds that the reference has too."""
+    done = {known["key"]: known for known in store.runs([run.key for run, _ in runs])}
     of: dict[tuple[str, float, float | None], dict[str, dict[int, Run]]] = {}
     for run, label in runs:
         assert run.attack is not None
         ball = run.subject.digest, run.attack.norm, run.attack.eps
-        if run.key in seconds:
+        if run.key in done:
             of.setdefault(ball, {}).setdefault(label, {})[run.repetition] = run
+
+    def seconds(run: Run) -> float:
+        return float(done[run.key]["seconds"]) / len(run.data)
+
     rows = []
     for (_, norm, eps), contenders in of.items():
         reference = contenders.get(REFERENCE, {})
         for label, rounds in contenders.items():
-            run, n = rounds[min(rounds)], len(rounds[min(rounds)].data)
-            clean, stands = _stands(store, run)
-            low, high = wilson_interval(int(stands.sum()), n)
-            time = np.array([seconds[run.key] for run in rounds.values()])
-            row = {name: run.known[name] for name in (*_KEPT, "attack", "implementation")}
-            row |= {"norm": norm, "eps": eps, "contender": label, "n": n}
-            row |= {"clean_accuracy": clean.mean(), "robust_accuracy": stands.mean()}
-            row |= {"robust_accuracy_low": low, "robust_accuracy_high": high}
-            row |= {"seconds": np.median(time), "seconds_per_image": np.median(time) / n, "rounds": len(time)}
-            row |= {f"{kind}_per_image": known[run.key][kind] / n for kind in ("forward", "backward")}
-            row |= {"device": run.known["device"]}
+            run = rounds[min(rounds)]
+            outcomes, n = store.outcomes(run.key), len(run.data)
+            time = float(np.median([seconds(one) for one in rounds.values()]))
+            row = {name: run.known[name] for name in (*_KEPT, "attack", "implementation", "device")}
+            row |= {"norm": norm, "eps": eps, "contender": label, **summarise(outcomes)}
+            row |= {"seconds": time * n, "seconds_per_image": time, "rounds": len(rounds)}
+            row |= {f"{kind}_per_image": done[run.key][kind] / n for kind in ("forward", "backward")}
             paired = [number for number in rounds if number in reference]
             if paired:
-                others = reference[paired[0]]
-                theirs = _stands(store, others)[1]
-                both = min(n, len(theirs))
+                others = store.outcomes(reference[paired[0]].key)
+                both = min(n, len(others))
+                ours, theirs = (standing(images)[1].to_numpy()[:both] for images in (outcomes, others))
                 names = ("difference", "difference_low", "difference_high")
-                row |= dict(zip(names, paired_difference(stands[:both], theirs[:both]), strict=True))
-                row |= {"reference_n": both, "on_reference_images": stands[:both].mean()}
-                row |= {"reference_accuracy": theirs[:both].mean()}
-                ratios = [seconds[reference[i].key] / len(theirs) * n / seconds[rounds[i].key] for i in paired]
-                row |= {"speedup": np.median(ratios)}
+                row |= dict(zip(names, paired_difference(ours, theirs), strict=True))
+                row |= {"reference_n": both, "on_reference_images": ours.mean(), "reference_accuracy": theirs.mean()}
+                row |= {"speedup": np.median([seconds(reference[i]) / seconds(rounds[i]) for i in paired])}
             rows.append(row)
     return pd.DataFrame(rows, columns=list(EVALUATION_COLUMNS))
-
-
-def _stands(store: Store, run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Which images are right as they are, and which attacked too."""
-    outcomes = store.outcomes(run.key)
-    right = outcomes[["clean_prediction", "adversarial_prediction"]].eq(outcomes["label"], axis=0)
-    return right["clean_prediction"].to_numpy(), right.all(axis=1).to_numpy()

@@ -28,8 +28,8 @@ from guardians.attacks.norms import lp_norm
 from guardians.attacks.registry import Spec
 from guardians.attacks.sequence import AttackSequence
 from guardians.data import Dataset
-from guardians.defences import AveragedMixturePGD
 from guardians.engine.attack import Attack
+from guardians.engine.interfaces import ClassifierAttack
 from guardians.engine.report import Finished, Report
 from guardians.engine.rng import hashed, row_keys
 from guardians.engine.victim import Victim, undisturbed
@@ -39,7 +39,7 @@ from guardians.experiments.subject import Subject
 from guardians.experiments.timing import bare_loop, forward_backward, price
 from guardians.toolkits.build import build_attack, build_prediction
 
-__all__ = ["BARE_LOOP", "IDENTITY", "Run", "code", "device_name", "key_of", "perform"]
+__all__ = ["BARE_LOOP", "IDENTITY", "Run", "code", "key_of", "perform"]
 
 IDENTITY = (
     "model_digest",
@@ -102,7 +102,7 @@ class Run:
             "batch_size": self.batch_size,
             "seed": self.seed,
             "options": dict(self.options) | ({} if self.source is None else {"source": self.source.digest}),
-            "device": device_name(self.device),
+            "device": _name_of(self.device),
             "repetition": self.repetition,
         }
 
@@ -201,19 +201,14 @@ class _Performance:
             with _measured(run.device) as cost:
                 x_adv = attack(about.x, about.y).detach()
         outcomes = self._judged(np.arange(len(about.x)), x_adv)
-        if run.implementation != "native":
-            self._write(outcomes, cost | _counts(counting))
-            return
-        if isinstance(attack, AveragedMixturePGD):
-            assert attack.report is not None
-            self._write(outcomes, cost | _counts(attack.report))
-            return
-        assert isinstance(attack, AttackSequence)  # all else that is native and no `Attack`
-        ledger = attack.ledger
-        assert ledger is not None
-        names = np.array([*attack.stages, ""])  # the last where it stands
-        outcomes = outcomes.assign(forward=ledger.forward, backward=ledger.backward, stage=names[ledger.stage])
-        self._write(outcomes, cost | _counts(ledger.report))
+        if isinstance(attack, AttackSequence):
+            ledger = attack.ledger
+            assert ledger is not None
+            names = np.array([*attack.stages, ""])  # the last where it stands
+            outcomes = outcomes.assign(forward=ledger.forward, backward=ledger.backward, stage=names[ledger.stage])
+        counted = attack.report if isinstance(attack, ClassifierAttack) and run.implementation == "native" else counting
+        assert counted is not None
+        self._write(outcomes, cost | _counts(counted))
 
     def _loop(self, module: nn.Module, steps: int) -> None:
         """The model's passes alone, of as many steps."""
@@ -397,8 +392,7 @@ def _with_rounding(eps: float, norm: float, pixels: int) -> float:
     return float(eps * (1 + 1e-6) + torch.finfo(torch.float32).eps * pixels ** (1 / norm))
 
 
-def device_name(device: torch.device) -> str:
-    """As tables have it: "cpu", or with the model of a GPU."""
+def _name_of(device: torch.device) -> str:
     return device.type if device.type != "cuda" else f"cuda ({torch.cuda.get_device_name(device)})"
 
 

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from guardians.tables import write_csv
 
-__all__ = ["OUTCOME_COLUMNS", "Store"]
+__all__ = ["OUTCOME_COLUMNS", "Store", "standing"]
 
 OUTCOME_COLUMNS = {
     "image": "position in the data",
@@ -40,6 +40,12 @@ _SCHEMA = f"""
     PRAGMA user_version = {_VERSION};
 """
 _NAMES = ("runs.csv", "outcomes.csv.xz")
+
+
+def standing(outcomes: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+    """Of outcomes, bool (N,) each: which images are right as they are, and which attacked too."""
+    right = outcomes[["clean_prediction", "adversarial_prediction"]].eq(outcomes["label"], axis=0)
+    return right["clean_prediction"], right.all(axis=1)
 
 
 class Store:

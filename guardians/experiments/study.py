@@ -25,7 +25,7 @@ from guardians.experiments.minimum_norm import consts_view, minimum_norm_view
 from guardians.experiments.names import parsed
 from guardians.experiments.run import Run, perform
 from guardians.experiments.store import Store
-from guardians.experiments.subject import DEFENCES, Subject, defended
+from guardians.experiments.subject import KINDS, Subject, defended
 from guardians.experiments.throughput import throughput_view
 from guardians.models import load_model
 from guardians.tables import write_csv
@@ -207,11 +207,11 @@ class _Subjects:
         check_integer("seeds", seeds, low=1)
         kinds, source = options.pop("defences", None), options.pop("source", None)
         for kind in kinds or ():
-            check_choice("defences", kind, ("none", *DEFENCES))
-        if kinds is not None and parsed(subject.defence)[0] not in kinds:
+            check_choice("defences", kind, KINDS)
+        if kinds is not None and subject.kind not in kinds:
             return []
         if source is not None:
-            is_defence = parsed(source)[0].casefold() in ("none", *DEFENCES)
+            is_defence = parsed(source)[0].casefold() in KINDS
             source = self.of({"model": subject.name, "defence": source} if is_defence else source)
             if source.digest == subject.digest:
                 return []

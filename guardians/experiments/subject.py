@@ -19,10 +19,11 @@ from guardians.engine.victim import predicted_labels
 from guardians.experiments.names import parsed, written
 from guardians.models import bundled_models, digest, model_card
 
-__all__ = ["DEFENCES", "PASSES", "SEARCH_PASSES", "Subject", "defended"]
+__all__ = ["DEFENCES", "KINDS", "PASSES", "SEARCH_PASSES", "Subject", "defended"]
 
 DEFENCES = ("rse", "mi-pl", "mi-ol", "mi-combined")
 """Random Self-Ensemble, and the methods of Mixup Inference."""
+KINDS = ("none", *DEFENCES)
 PASSES = 10
 """Passes of a randomised defence when it answers."""
 SEARCH_PASSES = 2
@@ -70,6 +71,11 @@ class Subject:
         """
         return predicted_labels(self.module(seed), x, batch_size, hashed(seed, number, rows))
 
+    @property
+    def kind(self) -> str:
+        """Of the defence, one of `KINDS`."""
+        return parsed(self.defence)[0]
+
     @cached_property
     def digest(self) -> str:
         """Of all that it is made of, also as an attack asks it, see `guardians.models.digest`."""
@@ -91,7 +97,7 @@ def defended(name: str, model: nn.Module, defence: str, pool: Dataset | None = N
     """
     kind, given = parsed(defence)
     kind = kind.casefold()
-    check_choice("defence", kind, ("none", *DEFENCES))
+    check_choice("defence", kind, KINDS)
     if kind == "none":
         if given:
             raise ValueError(f"defence={defence!r}: none takes no arguments")

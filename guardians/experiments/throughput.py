@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from guardians.experiments.run import BARE_LOOP, Run
-from guardians.experiments.store import Store
+from guardians.experiments.store import Store, standing
 from guardians.figures import plot_cost
 from guardians.statistics import paired_difference, wilson_interval
 from guardians.tables import write_csv
@@ -130,7 +130,4 @@ def _contender(run: Run) -> tuple[Any, ...]:
 
 
 def _robust(store: Store, run: Run) -> np.ndarray:
-    outcomes = store.outcomes(run.key)
-    predictions = outcomes[["clean_prediction", "adversarial_prediction"]]
-    robust: np.ndarray = predictions.eq(outcomes["label"], axis=0).all(axis=1).to_numpy()
-    return robust
+    return standing(store.outcomes(run.key))[1].to_numpy()

@@ -146,7 +146,7 @@ def record(
 def native_attack(spec: Spec, model: nn.Module, batch_size: int, reference: str | None = None) -> Any:
     """The native attack, from where it is told or the image, with a toolkit's rules where a reference is named."""
     _, arguments = family_of(spec).native(spec.having(random_start=None))
-    options = {"targeted": spec.targeted, "batch_size": batch_size, "precision": "float32", "seed": 0}
+    options: dict[str, Any] = {"targeted": spec.targeted, "batch_size": batch_size, "precision": "float32", "seed": 0}
     return native_class(spec, reference)(model, **arguments, **options, verbose=False)
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "TOOLKITS",
     "build_attack",
     "build_prediction",
+    "global_seed",
     "is_available",
     "is_installed",
     "own_spec",
@@ -131,7 +132,7 @@ def build_attack(
         return attack
 
     def seeded(images: Tensor, labels: Tensor) -> Tensor:
-        with _global_seed(seed, images.device):
+        with global_seed(seed, images.device):
             return attack(images, labels)
 
     return seeded
@@ -171,7 +172,7 @@ def _recipe(implementation: str, spec: Spec) -> tuple[Any, dict[str, Any]] | Non
 
 
 @contextmanager
-def _global_seed(seed: int, device: torch.device) -> Iterator[None]:
+def global_seed(seed: int, device: torch.device) -> Iterator[None]:
     """The global generators of torch and numpy seeded inside, as they were outside."""
     state = np.random.get_state()  # noqa: NPY002 - what ART draws from
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -13,6 +13,7 @@ from models_for_tests import (
     art_classifier,
     is_fooled,
     linear_model,
+    nudged,
     small_net,
     snapshot,
     some_images,
@@ -181,9 +182,8 @@ def test_neither_the_batch_size_nor_the_order_matters(make, net64):
     y = right(net64, x)
     order = torch.randperm(17, generator=torch.Generator().manual_seed(0))
     whole, steady = make(net64, batch_size=17)(x, y), torch.ones(17, dtype=torch.bool)
-    for seed in range(8):
-        nudge = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype) - 0.5
-        moved = make(net64, batch_size=17)((x + 2e-15 * nudge).clamp(0, 1), y) - whole
+    for near in nudged(x, 1e-15):
+        moved = make(net64, batch_size=17)(near.clamp(0, 1), y) - whole
         steady &= moved.flatten(1).abs().amax(1) < 1e-9
     assert steady.sum() >= 12
     ordered, streamed = torch.empty_like(x), torch.empty_like(x)

@@ -16,6 +16,7 @@ from models_for_tests import (
     Constant,
     art_classifier,
     is_fooled,
+    nudged,
     small_net,
     snapshot,
     some_images,
@@ -119,9 +120,8 @@ def how_long_steady(found, search, x):
     on no two implementations ask the same, nor does one on two processors.
     """
     steady = len(found)
-    for seed in range(8):
-        nudge = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype) - 0.5
-        apart = [(own - other).abs().max() > 1e-11 for own, other in zip(found, search(x + 2e-14 * nudge), strict=True)]
+    for near in nudged(x, 1e-14):
+        apart = [(own - other).abs().max() > 1e-11 for own, other in zip(found, search(near), strict=True)]
         steady = min([steady, *(step for step, is_apart in enumerate(apart) if is_apart)])
     return steady
 

@@ -40,10 +40,8 @@ def test_the_studies_of_this_repository_are_read():
     assert "benchmark.yaml" in {path.name for path in studies}
     for study in studies.values():
         assert study.title
-        images, made = (
-            study_module.load_data(None, "test", 12),
-            study_module._Subjects(study, None, torch.device("cpu")),
-        )
+        images = study_module.load_data(None, "test", 12)
+        made = study_module._Subjects(study, None, torch.device("cpu"))
         subjects = [defended("small", small_net(), defence, images) for defence in ("none", "rse", "mi-ol")]
         for settings in study.runs:
             settings = settings | ({"source": "models_for_tests:linear_model"} if "source" in settings else {})
