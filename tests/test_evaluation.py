@@ -282,6 +282,24 @@ def test_random_models_are_judged_by_draws_that_chose_nothing():
     assert found.robust_accuracy > 0.75  # nine draws are right in most 90 times of 100
 
 
+def test_images_that_a_random_model_often_gets_right_are_attacked_though_it_mostly_gets_them_wrong():
+    class Brightness(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(40.0))
+
+        def forward(self, x):
+            return self.scale * (x.mean((1, 2, 3)) - 0.5)[:, None] * torch.tensor([1, -1]) + torch.randn(len(x), 2)
+
+    net, x, y = Brightness(), torch.full((40, 3, 8, 8), 0.49), torch.zeros(40, dtype=torch.long)
+    found = evaluated(net, x, y, eps=0.1, budget="fast")
+    assert found.robust_accuracy == 0
+    assert 0 < found.clean_accuracy < 0.5  # right in 29 draws of 100
+    with torch.no_grad():
+        right = torch.stack([net(found.x_adv).argmax(1) == y for _ in range(100)]).double().mean(0)
+    assert right.mean() < 0.05
+
+
 def test_a_model_that_is_all_wrong(net, x):
     y = (predicted(net, x) + 1) % 3
     found = evaluated(net, x, y)

@@ -106,6 +106,8 @@ class Ledger:
         stage: int16 (N,), the number of the stage that felled it; -1 where it stands.
         finished: int16 (N,), how many stages it is through.
         forward, backward: int64 (N,), how often the search evaluated the model and its gradient.
+        unsure: bool (N,), of a random model, which images it gets wrong as they are in most of its draws; they are
+            attacked too, until one is found that it gets wrong in all.
     """
 
     x_adv: Tensor
@@ -113,6 +115,7 @@ class Ledger:
     finished: np.ndarray
     forward: np.ndarray
     backward: np.ndarray
+    unsure: np.ndarray
     report: Report = field(default_factory=Report)
 
     @classmethod
@@ -120,7 +123,7 @@ class Ledger:
         """At the beginning."""
         stage, finished = np.full(len(x), STANDS, dtype=np.int16), np.zeros(len(x), dtype=np.int16)
         forward, backward = (np.zeros(len(x), dtype=np.int64) for _ in range(2))
-        return cls(x.clone(), stage, finished, forward, backward)
+        return cls(x.clone(), stage, finished, forward, backward, np.zeros(len(x), dtype=bool))
 
     @property
     def stands(self) -> np.ndarray:
@@ -130,7 +133,7 @@ class Ledger:
 
     def waiting(self, number: int) -> np.ndarray:
         """The positions of those that have stage `number` before them."""
-        return (self.stands & (self.finished <= number)).nonzero()[0]
+        return ((self.stands | self.unsure) & (self.finished <= number)).nonzero()[0]
 
 
 def run_stage(
@@ -188,7 +191,7 @@ def _run_stage_on(
         inputs["x_adv_init"] = images
     for finished in attack._search([inputs], device, len(rows), first_index + rows):
         index = rows[finished.index]
-        assert finished.fooled is not None
+        assert finished.fooled is not None and attack.report is not None
         felled = finished.fooled
         if eps is not None and attack.keeps == "nearest":
             # With the bound in float64, and the perturbation of float32 images exact in it.
@@ -199,14 +202,14 @@ def _run_stage_on(
         ledger.x_adv[torch.from_numpy(index[felled]).to(x.device)] = finished.x_adv[
             torch.from_numpy(felled).to(finished.x_adv.device)
         ].to(x)
-        ledger.stage[index[felled]] = number
+        ledger.stage[index[felled & ledger.stands[index]]] = number
+        ledger.unsure[index[felled]] = number == 0 and attack.report.is_random
         ledger.finished[index] = number + 1
         ledger.forward[index] += finished.forward
         ledger.backward[index] += finished.backward
         yield len(index)
-    report = attack.report
-    assert report is not None
-    ledger.report.add(report)
+    assert attack.report is not None
+    ledger.report.add(attack.report)
 
 
 def judge_again(estimator: Any, x: Tensor, y: Tensor, ledger: Ledger, *, first_index: int = 0, **options: Any) -> None:

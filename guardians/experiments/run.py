@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 import guardians
 from guardians.attacks.norms import lp_norm
-from guardians.attacks.registry import Spec
+from guardians.attacks.registry import Spec, family_of
 from guardians.attacks.sequence import AttackSequence
 from guardians.data import Dataset
 from guardians.engine.attack import Attack
@@ -180,7 +180,7 @@ class _Performance:
     def perform(self) -> None:
         """Do it, and write it."""
         run, about = self.run, self.about
-        module = run.subject.module(run.seed) if run.attack is None else (run.source or run.subject).attacked(run.seed)
+        module = self._asked()
         with undisturbed(module):
             if run.attack is None:
                 self._predict(module)
@@ -209,6 +209,14 @@ class _Performance:
         counted = attack.report if isinstance(attack, ClassifierAttack) and run.implementation == "native" else counting
         assert counted is not None
         self._write(outcomes, cost | _counts(counted))
+
+    def _asked(self) -> nn.Module:
+        """The subject, or the source, as an attack asks it; with all its passes where the attack's verdicts count."""
+        run, spec = self.run, self.run.attack
+        subject = run.source or run.subject
+        if spec is None or (spec.toolkit is None and issubclass(family_of(spec).native(spec)[0], AttackSequence)):
+            return subject.module(run.seed)
+        return subject.attacked(run.seed)
 
     def _loop(self, module: nn.Module, steps: int) -> None:
         """The model's passes alone, of as many steps."""
