@@ -13,7 +13,7 @@ import typer
 from torch import nn
 
 from guardians import __version__
-from guardians.attacks.registry import compared, usages
+from guardians.attacks.registry import usages
 from guardians.data import ENVIRONMENT_VARIABLE, Dataset, load_data
 from guardians.engine.checks import check_choice, check_integer
 from guardians.engine.victim import Victim
@@ -31,6 +31,7 @@ from guardians.models import (
     model_card,
     save_model,
 )
+from guardians.parity.cases import REFERENCES, pieces
 from guardians.tables import file_name, print_table
 from guardians.toolkits.build import IMPLEMENTATIONS, TOOLKITS, is_installed
 from guardians.training import ENSEMBLE, RECIPES, SCHEDULES, Recipe, robust_accuracy, train
@@ -181,8 +182,8 @@ def parity(
     resize: Resize = None,
     crop: Crop = None,
     n: Count = None,
-    attack: Annotated[list[str], typer.Option(help=f"Only this one, repeatable: {', '.join(compared())}.")] = [],  # noqa: B006
-    reference: Annotated[list[str], typer.Option(help=f"Only this one, repeatable: {', '.join(TOOLKITS)}.")] = [],  # noqa: B006
+    attack: Annotated[list[str], typer.Option(help=f"Only this one, repeatable: {', '.join(pieces())}.")] = [],  # noqa: B006
+    reference: Annotated[list[str], typer.Option(help=f"Only this one, repeatable: {', '.join(REFERENCES)}.")] = [],  # noqa: B006
     own_rules: Annotated[
         bool, typer.Option("--own-rules", help="Measure what the documented deviations change: deviations.csv.")
     ] = False,
@@ -192,7 +193,7 @@ def parity(
     data_seed: DataSeed = 0,
     out: Out = Path("runs"),
 ) -> None:
-    """Compare the native attacks with the toolkits' own, case by case: parity.csv."""
+    """Compare native attacks and defences with the toolkits' and the papers', case by case: parity.csv."""
     from guardians.parity import run_parity
 
     _check_run(batch_size, device, seed, data_seed)

@@ -78,23 +78,26 @@ BENCHMARK_COLUMNS = {
 }
 
 PARITY_COLUMNS = {
-    "case": "the attack, its threat model, its goal, its start and the reference",
+    "case": "the attack, its threat model, its goal, its start and the reference; of a defence or what belongs to one "
+    "its name, what is compared and the reference",
     "model": "name of the model",
     "model_digest": "first digits of a SHA-256 digest of its weights and structure, see `guardians.models.digest`",
     "data": "where the images came from, and the first digits of a SHA-256 digest of images and labels",
     "attack": "the attack, with its steps where it counts them, as PGD-40",
-    "reference": "toolkit that the native attack is held against",
+    "reference": "toolkit that native is held against; paper for a literal transcription of it",
     "kind": "of agreement asserted: exact, statistical or dominance; deviation where none is",
     "n": "number of images",
     "seed": "seed of the random starts",
     "batch_size": "images that the toolkit is given at a time",
-    "max_abs_diff": "largest absolute difference of any pixel of the final float32 images, each attack run on its own",
+    "max_abs_diff": "largest absolute difference of any pixel of the final float32 images, each attack run on its own; "
+    "of a defence in any of its answers, relative to the largest where that is above 1",
     "pixel_mismatch": "pixels over all steps at which one native step from the reference's own iterate lands further "
     "from the reference's next iterate than rounding",
     "unexplained": "those of them that the reference's gradient does not excuse, not being within rounding of zero "
     "(norm inf) or of the largest (norm 1); must be 0",
     "max_abs_diff_float64": "largest absolute difference of any pixel of the final images of two runs in float64, for "
-    "C&W of all its queries too; empty where the toolkit cannot compute in float64, and for dominance",
+    "C&W of all its queries too, of a defence in its answers; empty where the toolkit cannot compute in float64, and "
+    "for dominance and statistical",
     "label_agreement": "fraction of the images to whose two adversarial versions the model gives the same label",
     "native_success": "fraction of the images on which the native attack reached its goal",
     "reference_success": "fraction of the images on which the reference reached its goal",
@@ -104,7 +107,8 @@ PARITY_COLUMNS = {
     "l2_ratio": "mean L2 norm of the perturbation, native / reference",
     "query_ratio": "samples through the model, forward and backward, native / reference",
     "time_ratio": "wall-clock time, native / reference",
-    "verdict": "whether the kind of agreement holds",
+    "verdict": "whether the kind of agreement holds: exact; equivalent, or undecided where the interval of the "
+    "difference reaches beyond the margin; dominates; else different or weaker",
     "note": "what explains a difference",
 }
 

@@ -191,7 +191,8 @@ def _run_stage_on(
         inputs["x_adv_init"] = images
     for finished in attack._search([inputs], device, len(rows), first_index + rows):
         index = rows[finished.index]
-        assert finished.fooled is not None and attack.report is not None
+        assert finished.fooled is not None
+        assert attack.report is not None
         felled = finished.fooled
         if eps is not None and attack.keeps == "nearest":
             # With the bound in float64, and the perturbation of float32 images exact in it.

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from guardians.attacks.norms import CommonNorm, as_norm, ball_bounds, lp_norm, pull_into_ball
-from guardians.attacks.registry import Family, Spec, register
+from guardians.attacks.registry import Agreement, Family, Spec, register
 from guardians.engine.attack import Attack
 from guardians.engine.checks import ArgumentTypeError, check_choice
 from guardians.engine.interfaces import Estimator
@@ -347,4 +347,16 @@ def _native(spec: Spec) -> tuple[type[Attack], dict[str, Any]]:
     return Square, {"norm": spec.norm, "eps": spec.eps, **spec.arguments("p_init", steps="max_iter")}
 
 
-register(Family("Square", (np.inf, 2, 1), ("steps", "p_init"), _native, counts_steps=True))
+register(
+    Family(
+        "Square",
+        (np.inf, 2, 1),
+        ("steps", "p_init"),
+        _native,
+        counts_steps=True,
+        agreements=tuple(
+            Agreement("statistical", Spec("Square", norm, eps, params={"steps": 100}), references, targeted=(False,))
+            for norm, eps, references in ((np.inf, 8 / 255, ("ART", "torchattacks")), (2, 1.0, ("torchattacks",)))
+        ),
+    )
+)

@@ -1,4 +1,5 @@
-"""The cases: every form of a native attack that a toolkit has, in the threat models that the attack's file names."""
+"""The cases: every form of a native attack that a toolkit has, in the threat models that the attack's file names, and
+the other native pieces."""
 
 from __future__ import annotations
 
@@ -7,11 +8,12 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from guardians.attacks.registry import Spec, canonical, compared, families, family_of
+from guardians.parity.defences import DEFENCE_CASES, PAPER, DefenceCase
 from guardians.toolkits.build import TOOLKITS, is_available
 
-__all__ = ["REFERENCES", "Case", "cases"]
+__all__ = ["REFERENCES", "Case", "cases", "pieces"]
 
-REFERENCES = tuple(TOOLKITS)
+REFERENCES = (*TOOLKITS, PAPER)
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,17 @@ class Case:
     Attributes:
         spec: the attack and its threat model.
         reference: the toolkit.
-        kind: of the agreement asserted, see DESIGN's table: "exact" or "dominance".
+        kind: of the agreement asserted, see DESIGN's table: "exact", "statistical" or "dominance".
     """
 
     spec: Spec
     reference: str
     kind: str = "exact"
+
+    @property
+    def attack(self) -> str:
+        """Its name in tables."""
+        return self.spec.name
 
     @property
     def name(self) -> str:
@@ -35,22 +42,27 @@ class Case:
         how = "random-start" if self.spec.get("random_start") else "from-image"
         if self.kind != "exact" or family_of(self.spec).minimises_norm:
             how = self.kind
-        return f"{self.spec.name} L{self.spec.norm:g} {goal} {how} vs {self.reference}"
+        return f"{self.attack} L{self.spec.norm:g} {goal} {how} vs {self.reference}"
 
 
-def cases(attacks: Sequence[str] = (), references: Sequence[str] = ()) -> list[Case]:
-    """What the families that are registered say of themselves, of each toolkit that has the attack.
+def pieces() -> list[str]:
+    """The names of what there are cases of: attacks of families that say so, then defences and what belongs to them."""
+    return list(dict.fromkeys([*compared(), *(case.attack for case in DEFENCE_CASES)]))
+
+
+def cases(attacks: Sequence[str] = (), references: Sequence[str] = ()) -> list[Case | DefenceCase]:
+    """What registered families say of themselves, of each toolkit that has the attack; then `DEFENCE_CASES`.
 
     Args:
-        attacks: only these, such as "FGSM", "PGD-40" and "C&W", in upper or lower case; empty for all.
-        references: only these toolkits, in upper or lower case; empty for all.
+        attacks: only these, such as "FGSM", "PGD-40", "C&W" and "RSE", in upper or lower case; empty for all.
+        references: only these, in upper or lower case, see `REFERENCES`; empty for all.
 
     Raises:
         ValueError: an attack or a reference is unknown.
     """
     stated = [agreement for family in families() for agreement in family.agreements]
     wanted: set[str] = set()
-    for argument, names, known in (("attacks", attacks, compared()), ("references", references, REFERENCES)):
+    for argument, names, known in (("attacks", attacks, pieces()), ("references", references, REFERENCES)):
         chosen = {canonical(name, known) for name in names or known}
         unknown = sorted(chosen - set(known))
         if unknown:
@@ -58,8 +70,11 @@ def cases(attacks: Sequence[str] = (), references: Sequence[str] = ()) -> list[C
         wanted |= chosen
     found = [
         Case(replace(agreement.spec, targeted=targeted), reference, agreement.kind)
-        for reference, agreement in product(REFERENCES, stated)
+        for reference, agreement in product(TOOLKITS, stated)
         for targeted in agreement.targeted
-        if reference in (agreement.references or REFERENCES) and {reference, agreement.spec.name} <= wanted
+        if reference in (agreement.references or TOOLKITS) and {reference, agreement.spec.name} <= wanted
     ]
-    return [case for case in found if is_available(case.reference, case.spec)]
+    return [
+        *(case for case in found if is_available(case.reference, case.spec)),
+        *(case for case in DEFENCE_CASES if {case.reference, case.attack} <= wanted),
+    ]

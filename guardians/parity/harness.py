@@ -42,6 +42,8 @@ from guardians.toolkits.build import build_attack
 
 __all__ = ["Comparison", "compare", "run_parity", "target_labels"]
 
+STATISTICAL_MARGIN = 0.1
+"""Of the success of the same algorithm with other draws, which an interval of 100 images can lie within."""
 FLOAT64_IMAGES = 20
 """Images of the float64 runs, whose tolerance leaves no room for chance and whose arithmetic is slow."""
 SINGLE_IMAGES = 10
@@ -57,7 +59,8 @@ class Comparison:
         native, reference: the last images of the free float32 runs, (N, C, H, W).
         native_success, reference_success: bool (N,), whether each image fools the model.
         same_label: bool (N,), whether the model gives both images the same label.
-        verdict: "exact" or "different", "dominates" or "weaker"; "own rule" where no agreement was asked for.
+        verdict: "exact" or "different"; "equivalent", "undecided" or "different"; "dominates" or "weaker"; "own rule"
+            where no agreement was asked for.
         steps: the comparison step by step; None where there was none.
         max_abs_diff_float64: of the free float64 runs; None where there were none.
         query_ratio, time_ratio: native over reference, of passes and of seconds.
@@ -107,6 +110,8 @@ def compare(
     y = target_labels(labels, nb_classes) if case.spec.targeted else labels
     if case.kind == "dominance":
         return _dominance(case, model, x, y, nb_classes, batch_size)
+    if case.kind == "statistical":
+        return _statistical(case, model, x, y, nb_classes, batch_size, seed)
     if not goes_step_by_step(case.spec):
         correct = predicted_labels(model, x, batch_size) == labels  # the others are not descended from
         return _exactness(case, model, x[correct][:SINGLE_IMAGES], y[correct][:SINGLE_IMAGES], nb_classes)
@@ -143,26 +148,54 @@ def _exactness(case: Case, model: nn.Module, x: Tensor, y: Tensor, nb_classes: i
 
 def _dominance(case: Case, model: nn.Module, x: Tensor, y: Tensor, nb_classes: int, batch_size: int) -> Comparison:
     """The native attack at its defaults, and the toolkit's as the case says."""
-    setting: dict[str, Any] = {"nb_classes": nb_classes, "input_shape": tuple(x.shape[1:])}
-    native = build_attack("native", replace(case.spec, params={}), model, batch_size=batch_size, **setting)
+    native = replace(case.spec, params={})
+    # ART's default is one image at a time; its class gradients grow with the classes in a batch.
+    reference_batch = 1 if case.reference == "ART" else batch_size
+    runs = _side_by_side(case, native, model, x, y, nb_classes, (batch_size, reference_batch), None)
+    found = _of_runs(case, model, x, y, [runs], batch_size, "", None, None)
+    success = found.native_success, found.reference_success
+    dominates = is_dominated(found.native, found.reference, x, *success, case.spec.norm)
+    return replace(found, verdict="dominates" if dominates else "weaker")
+
+
+def _statistical(
+    case: Case, model: nn.Module, x: Tensor, y: Tensor, nb_classes: int, batch_size: int, seed: int
+) -> Comparison:
+    """The same algorithm with other draws: whether the paired interval of the difference is within the margin."""
+    runs = _side_by_side(case, case.spec, model, x, y, nb_classes, (batch_size, batch_size), seed)
+    found = _of_runs(case, model, x, y, [runs], batch_size, "", None, None)
+    _, low, high = paired_difference(found.native_success.cpu().numpy(), found.reference_success.cpu().numpy())
+    if max(-low, high) <= STATISTICAL_MARGIN:
+        return replace(found, verdict="equivalent")
+    return replace(found, verdict="different" if max(low, -high) > STATISTICAL_MARGIN else "undecided")
+
+
+def _side_by_side(
+    case: Case,
+    native_spec: Spec,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    nb_classes: int,
+    batch_sizes: tuple[int, int],
+    seed: int | None,
+) -> tuple[Trajectory, Trajectory]:
+    """Native's whole run and the toolkit's, each in batches of its own size."""
+    setting: dict[str, Any] = {"nb_classes": nb_classes, "input_shape": tuple(x.shape[1:]), "seed": seed}
+    native = build_attack("native", native_spec, model, batch_size=batch_sizes[0], **setting)
     assert isinstance(native, Attack)
     native_x_adv, native_seconds = timed(native, x, y)
     report = native.report
     assert report is not None
     native_passes = report.search_forward + report.search_backward + report.judgement_forward
     counting = CountingModel(model)
-    # ART's default is one image at a time; its class gradients grow with the classes in a batch.
-    reference = build_attack(
-        case.reference, case.spec, counting, batch_size=1 if case.reference == "ART" else batch_size, **setting
-    )
+    reference = build_attack(case.reference, case.spec, counting, batch_size=batch_sizes[1], **setting)
     reference_x_adv, reference_seconds = timed(reference, x, y)
-    run = Trajectory([], [], native_x_adv, native_passes, native_seconds)
     passes = counting.forward_samples + counting.backward_samples
-    other = Trajectory([], [], reference_x_adv, passes, reference_seconds)
-    found = _of_runs(case, model, x, y, [(run, other)], batch_size, "", None, None)
-    success = found.native_success, found.reference_success
-    dominates = is_dominated(found.native, found.reference, x, *success, case.spec.norm)
-    return replace(found, verdict="dominates" if dominates else "weaker")
+    return (
+        Trajectory([], [], native_x_adv, native_passes, native_seconds),
+        Trajectory([], [], reference_x_adv, passes, reference_seconds),
+    )
 
 
 def _of_runs(
@@ -236,7 +269,8 @@ def run_parity(
     check_integer("seed", seed, low=0)
     todo = cases(attacks, references)
     if own_rules:
-        todo = [case for case in todo if goes_step_by_step(case.spec) and rules_for(case.reference, case.spec)]
+        steps = [case for case in todo if isinstance(case, Case) and goes_step_by_step(case.spec)]
+        todo = [case for case in steps if rules_for(case.reference, case.spec)]
     key = ("case", "model", "model_digest", "data", "n", "batch_size", "seed")
     table = Table(Path(out) / ("deviations.csv" if own_rules else "parity.csv"), PARITY_COLUMNS, key)
     device = Victim(model).device or torch.device("cpu")
@@ -247,17 +281,13 @@ def run_parity(
     for case in tqdm(todo, desc="parity", unit="case", disable=not verbose):
         identity = {"case": case.name, **run}
         if identity not in table:
-            found = compare(
-                case,
-                model,
-                x,
-                labels,
-                nb_classes=len(data.classes),
-                batch_size=batch_size,
-                seed=seed,
-                own_rules=own_rules,
-            )
-            table.append(identity | _row(case, found))
+            names = {"attack": case.attack, "reference": case.reference, "kind": case.kind}
+            if isinstance(case, Case):
+                options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "own_rules": own_rules}
+                row = _row(case, compare(case, model, x, labels, nb_classes=len(data.classes), **options))
+            else:
+                row = case.row(model, x, labels, len(data.classes), seed)
+            table.append(dict.fromkeys(PARITY_COLUMNS) | identity | names | row)
         rows.append(identity)
     return table.select(rows)
 
@@ -266,16 +296,14 @@ def _row(case: Case, found: Comparison) -> dict[str, Any]:
     """The columns of `PARITY_COLUMNS` that a comparison fills."""
     difference, low, high = paired_difference(found.native_success.cpu().numpy(), found.reference_success.cpu().numpy())
     norm, counted = case.spec.norm if case.kind == "dominance" else 2, torch.ones_like(found.native_success)
-    if case.kind == "dominance":
+    if case.kind != "exact":
         counted = found.native_success & found.reference_success
     native_l2, reference_l2 = (
         lp_norm(images - found.x, norm)[counted].mean().item() for images in (found.native, found.reference)
     )
     steps = found.steps
     return {
-        "attack": case.spec.name,
-        "reference": case.reference,
-        "kind": "deviation" if found.verdict == "own rule" else case.kind,
+        **({"kind": "deviation"} if found.verdict == "own rule" else {}),
         "max_abs_diff": (found.native - found.reference).abs().max().item(),
         "pixel_mismatch": None if steps is None else steps.mismatches,
         "unexplained": None if steps is None else steps.unexplained,
@@ -297,6 +325,8 @@ def _row(case: Case, found: Comparison) -> dict[str, Any]:
 def _note(case: Case, found: Comparison) -> str:
     if case.kind == "dominance":
         return f"native at its defaults; l2_ratio is of the L{case.spec.norm:g} norms where both fool the model"
+    if case.kind == "statistical":
+        return f"margin {STATISTICAL_MARGIN:g}; l2_ratio is where both fool the model"
     rules = ", ".join(rule.__name__ for rule in rules_for(case.reference, case.spec))
     parts = [f"{'without' if found.verdict == 'own rule' else 'with'} the toolkit's {rules}"] if rules else []
     if not goes_step_by_step(case.spec):
