@@ -15,7 +15,8 @@ from guardians.defences import AdversarialTrainer, AveragedMixturePGD, MixupInfe
 from guardians.engine.search import bfloat16_is_native
 from guardians.engine.victim import predicted_labels
 from guardians.estimators import MixupInferenceClassifier, RandomSelfEnsembleClassifier
-from guardians.parity.cases import cases
+from guardians.parity.cases import Case, cases
+from guardians.parity.defences import DEFENCE_CASES
 from guardians.parity.harness import compare
 from guardians.toolkits.build import build_attack, is_available
 
@@ -222,7 +223,8 @@ def test_evaluate_gives_the_verdicts_of_the_cpu(budget, norm):
 def test_parity_holds_on_the_device(kind):
     pytest.importorskip("foolbox")
     x, y, net = some_images(N).cuda(), some_labels(N).cuda(), small_net().cuda()
-    chosen = [case for case in cases() if case.kind == kind and case.spec.get("steps", 1) <= 40]
+    every = [case for case in cases() if isinstance(case, Case) and case.kind == kind]
+    chosen = [case for case in every if case.spec.get("steps", 1) <= 40]
     failed = []
     for case in chosen:
         verdict = compare(case, net, x, y, nb_classes=CLASSES, batch_size=5).verdict
@@ -230,6 +232,13 @@ def test_parity_holds_on_the_device(kind):
             failed.append((case, verdict))
     assert chosen
     assert not failed
+
+
+@pytest.mark.parametrize("case", DEFENCE_CASES, ids=lambda case: case.name)
+def test_defences_are_those_of_the_papers_and_toolkits_on_the_device(case):
+    pytest.importorskip("torchattacks")
+    row = case.row(small_net().cuda(), some_images(N).cuda(), some_labels(N).cuda(), CLASSES, seed=0)
+    assert row["verdict"] == "exact"
 
 
 @pytest.mark.parametrize("toolkit", ["ART", "torchattacks", "foolbox"])
