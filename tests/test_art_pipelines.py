@@ -1,0 +1,413 @@
+"""Native pieces in whole pipelines of ART; what ART's own classes answer to the same call is the oracle."""
+
+import copy
+import multiprocessing
+import pickle
+import random
+import sys
+
+import art.attacks.evasion as art
+import numpy as np
+import pytest
+import torch
+from art import metrics
+from art.defences import trainer as art_trainers
+from art.defences.postprocessor import ClassLabels, HighConfidence, ReverseSigmoid, Rounded
+from art.defences.preprocessor import FeatureSqueezing, GaussianAugmentation, JpegCompression, SpatialSmoothing
+from art.estimators.classification import EnsembleClassifier
+from models_for_tests import CLASSES, SHAPE, art_classifier, small_net, some_images, some_labels
+from torch import nn
+from torchvision.models import VisionTransformer
+
+from guardians import attacks, defences
+from guardians.attacks import (
+    APGD,
+    DDN,
+    FAB,
+    FGSM,
+    FMN,
+    MALT,
+    PGD,
+    AutoAttack,
+    CarliniL2Method,
+    CarliniLInfMethod,
+    Square,
+)
+from guardians.estimators import MixupInferenceClassifier, RandomSelfEnsembleClassifier
+
+N = 12
+X, Y = some_images(N).numpy(), some_labels(N).numpy()
+ONE_HOT = np.eye(CLASSES, dtype=np.float32)[Y]
+BALL = {"eps": 0.05, "eps_step": 0.02}
+STEPS = {**BALL, "max_iter": 4}
+
+
+def art_draws():
+    """Seed what ART draws from."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def labels():
+    """Those that the net gives, so that every image is attacked."""
+    return small_net()(torch.from_numpy(X)).argmax(1).numpy()
+
+
+# AutoAttack of ART, a sequence of attacks
+
+
+@pytest.fixture
+def _multiprocess(monkeypatch):
+    monkeypatch.setitem(sys.modules, "multiprocess", multiprocessing)  # ART imports it even where it stays unused
+
+
+def sequence(package, estimator, **options):
+    """FGSM, PGD and PGD with momentum of a package."""
+    return [
+        package.FastGradientMethod(estimator, eps=0.02, **options),
+        package.ProjectedGradientDescent(estimator, **STEPS, verbose=False, **options),
+        package.ProjectedGradientDescent(estimator, **STEPS, decay=0.9, verbose=False, **options),
+    ]
+
+
+@pytest.mark.usefixtures("_multiprocess")
+@pytest.mark.parametrize("norm", [np.inf, 2])
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_arts_auto_attack_finds_the_same_with_native_attacks(norm, targeted, masked, labels):
+    mask = np.ones(SHAPE, dtype=np.float32)
+    mask[:, :3] = 0
+    found = []
+    for package in (attacks, art):
+        estimator = art_classifier(small_net())
+        auto = art.AutoAttack(
+            estimator,
+            norm=norm,
+            eps=0.3 if norm == 2 else 0.05,
+            attacks=sequence(package, estimator, norm=norm),
+            targeted=targeted,
+        )
+        found.append((auto.generate(X, labels, mask=mask if masked else None), auto.best_attacks, repr(auto)))
+    (ours, our_best, said), (theirs, their_best, _) = found
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    np.testing.assert_array_equal(our_best, their_best)
+    assert len(set(their_best)) > 1  # more than one attack of the sequence had something to do
+    assert "ProjectedGradientDescent(" in said
+
+
+@pytest.mark.usefixtures("_multiprocess")
+def test_arts_auto_attack_runs_every_native_attack(labels):
+    """In one sequence with ART's own, and each alone: what it fells is within the ball."""
+    eps, estimator = 0.03, art_classifier(small_net())
+    few = {"verbose": False, "seed": 0}
+    every = [
+        FGSM(estimator, eps=eps),
+        PGD(estimator, eps=eps, eps_step=eps / 4, max_iter=5, **few),
+        APGD(estimator, eps=eps, max_iter=5, nb_random_init=1, **few),
+        APGD(estimator, eps=eps, max_iter=5, nb_random_init=1, loss_type="difference_logits_ratio", **few),
+        Square(estimator, eps=eps, max_iter=30, **few),
+        MALT(estimator, eps=eps, max_iter=5, **few),
+        FAB(estimator, max_iter=5, **few),
+        FMN(estimator, max_iter=10, **few),
+        DDN(estimator, max_iter=10, **few),
+        CarliniL2Method(estimator, max_iter=5, binary_search_steps=2, **few),
+        CarliniLInfMethod(estimator, max_iter=5, **few),
+        AutoAttack(estimator, eps=eps, max_iter=5, n_queries=20, **few),
+    ]
+    standing = {}
+    for attack in every:
+        auto = art.AutoAttack(estimator, eps=eps, attacks=[attack])
+        x_adv = auto.generate(X, labels)
+        felled = estimator.predict(x_adv).argmax(1) != labels
+        assert x_adv.dtype == np.float32
+        assert (np.abs(x_adv - X).max((1, 2, 3)) <= eps * (1 + 1e-4)).all()
+        np.testing.assert_array_equal(felled, auto.best_attacks == 0)
+        standing[type(attack).__name__] = ~felled
+    together = art.AutoAttack(estimator, eps=eps, attacks=[*every, art.DeepFool(estimator, verbose=False)])
+    stands = estimator.predict(together.generate(X, labels)).argmax(1) == labels
+    assert stands.sum() <= min(alone.sum() for alone in standing.values())
+    assert not (stands & ~np.logical_and.reduce(list(standing.values()))).any()
+
+
+@pytest.mark.usefixtures("_multiprocess")
+def test_arts_auto_attack_changes_their_targets():
+    """It sets `targeted` of those that have it, and of those that have none says so in the log, as of ART's own."""
+    estimator = art_classifier(small_net())
+    for attack in (PGD(estimator, verbose=False), Square(estimator), FAB(estimator), DDN(estimator)):
+        attack.set_params(targeted=True)
+        assert attack.targeted
+    for attack in (MALT(estimator), AutoAttack(estimator), art.SquareAttack(estimator), art.DeepFool(estimator)):
+        with pytest.raises(ValueError, match="targeted"):
+            attack.set_params(targeted=True)
+
+
+COPIES = {"deep copy": copy.deepcopy, "pickle": lambda attack: pickle.loads(pickle.dumps(attack))}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda c: PGD(c, **STEPS, num_random_init=1, seed=3, verbose=False),
+        lambda c: CarliniL2Method(c, max_iter=3, binary_search_steps=1, seed=3, verbose=False),
+        lambda c: AutoAttack(c, eps=0.03, max_iter=3, n_queries=5, seed=3, verbose=False),
+    ],
+    ids=["PGD", "C&W", "AutoAttack"],
+)
+def test_attacks_can_be_sent_to_other_processes(copied, make, labels, tmp_path, monkeypatch):
+    """As ART's AutoAttack with `parallel_pool_size` sends them; here before and after they have run."""
+    monkeypatch.setattr("art.config.ART_DATA_PATH", str(tmp_path))
+    attack = make(art_classifier(small_net()))
+    before = copied(attack)
+    expected = attack.generate(X, labels)
+    for other in (before, copied(attack)):
+        assert other.estimator is not attack.estimator
+        np.testing.assert_array_equal(other.generate(X, labels), expected)
+
+
+# Metrics
+
+
+@pytest.mark.parametrize("norm", [np.inf, 2])
+def test_empirical_robustness_by_a_name_in_arts_table(norm, monkeypatch):
+    """ART knows attacks for it by name only: one that the user enters, `SUPPORTED_METHODS` being public."""
+    row = {"class": FGSM, "params": {"eps_step": 0.01}}
+    monkeypatch.setitem(metrics.metrics.SUPPORTED_METHODS, "guardians", row)
+    estimator, options = art_classifier(small_net()), {"eps": 1.0, "eps_step": 0.01, "norm": norm}
+    theirs = metrics.empirical_robustness(estimator, X, "fgsm", options)
+    ours = metrics.empirical_robustness(estimator, X, "guardians", options)
+    assert theirs > 0
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_empirical_robustness_of_attacks_that_are_not_minimal_is_refused_as_of_arts(monkeypatch):
+    """It asks every attack for `minimal`, which of ART's FGSM alone has."""
+    estimator = art_classifier(small_net())
+    with pytest.raises(NotImplementedError, match="pgd"):
+        metrics.empirical_robustness(estimator, X, "pgd")
+    for attack in (PGD, art.ProjectedGradientDescent, DDN):
+        monkeypatch.setitem(metrics.metrics.SUPPORTED_METHODS, "pgd", {"class": attack})
+        with pytest.raises(ValueError, match="minimal"):
+            metrics.empirical_robustness(estimator, X, "pgd")
+
+
+@pytest.mark.parametrize("y", [None, Y, ONE_HOT], ids=["no labels", "indices", "one-hot"])
+def test_adversarial_accuracy_takes_them_as_crafters(y):
+    estimator = art_classifier(small_net())
+    ours, theirs = (
+        metrics.adversarial_accuracy(estimator, X, y, attack_crafter=package.FastGradientMethod(estimator, eps=0.01))
+        for package in (attacks, art)
+    )
+    assert ours == theirs
+    assert 0 < theirs < 1
+
+
+# Trainers
+
+
+def trained(make, y=ONE_HOT, estimator=art_classifier, **options):
+    """The weights after two epochs of a trainer."""
+    net = small_net()
+    classifier = estimator(net, optimizer=torch.optim.SGD(net.parameters(), lr=0.01))
+    art_draws()
+    make(classifier).fit(X, y, batch_size=5, nb_epochs=2, **options)
+    return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
+
+
+def proxy():
+    net = small_net(1)
+    return art_classifier(net, optimizer=torch.optim.SGD(net.parameters(), lr=0.01))
+
+
+def oaat(classifier, attack):
+    """Weight perturbation from the first epoch, neither perceptual attack nor weight averages."""
+    params = {"lr": 0.01, "momentum": 0, "weight_decay": 0, "lr_schedule": "cosine", "oaat_warmup": 0, "norm": "inf"}
+    params |= {"epsilon": 0.05, "i_epsilon": 0.03, "alternate_iter_eps": 1, "max_iter": 4, "beta": 2, "alpha": 1}
+    params |= {"awp_warmup": 0, "awp_gamma": 0.01, "list_swa_epoch": [], "list_swa_tau": [], "swa_save_epoch": 9}
+    return art_trainers.AdversarialTrainerOAATPyTorch(classifier, proxy(), proxy(), [], attack, params)
+
+
+TRAINERS = {
+    "AdversarialTrainer": lambda c, a: art_trainers.AdversarialTrainer(c, a, ratio=0.5),
+    "TRADES": lambda c, a: art_trainers.AdversarialTrainerTRADESPyTorch(c, a, beta=3.0),
+    "AWP, PGD": lambda c, a: art_trainers.AdversarialTrainerAWPPyTorch(c, proxy(), a, "PGD", 0.01, 6.0, 0),
+    "AWP, TRADES": lambda c, a: art_trainers.AdversarialTrainerAWPPyTorch(c, proxy(), a, "TRADES", 0.01, 6.0, 0),
+    "OAAT": oaat,
+}
+
+
+@pytest.mark.parametrize("make", TRAINERS.values(), ids=TRAINERS)
+def test_arts_trainers_train_the_same_on_native_attacks(make):
+    ours, theirs = (
+        trained(lambda c, package=package: make(c, package.ProjectedGradientDescent(c, **STEPS, verbose=False)))
+        for package in (attacks, art)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    start = torch.cat([parameter.detach().flatten() for parameter in small_net().parameters()])
+    assert (theirs - start).abs().max() > 1e-3
+
+
+# Native estimators, without noise and with mixed images that are the images themselves: they are the model, and
+# whatever ART does with them, it does with its own classifier of that model's log-probabilities.
+
+
+class LogProbabilities(nn.Module):
+    """A net in float32, whatever ART's decision attacks ask with."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x.float()).log_softmax(1)
+
+
+POOL = some_images(20, seed=5), torch.arange(20) % CLASSES
+SETTINGS = {"loss": nn.CrossEntropyLoss(), "input_shape": SHAPE, "nb_classes": CLASSES, "device_type": "cpu"}
+SETTINGS |= {"clip_values": (0.0, 1.0)}
+NO_NOISE = {"sigma_init": 0.0, "sigma_inner": 0.0, "n": 2, "seed": 0}
+NO_MIXTURE = {"lam": 1.0, "num_samples": 2, "seed": 0}
+
+
+def rse(net=None, **options):
+    return RandomSelfEnsembleClassifier(net or small_net(), **{**SETTINGS, **NO_NOISE, **options})
+
+
+def mi(net=None, **options):
+    return MixupInferenceClassifier(net or small_net(), POOL, **{**SETTINGS, **NO_MIXTURE, **options})
+
+
+def plain(net=None, **options):
+    return art_classifier(LogProbabilities(net or small_net()), **options)
+
+
+native_estimators = pytest.mark.parametrize("native", [rse, mi], ids=["RSE", "MI"])
+ART_ATTACKS = {
+    "HopSkipJump": lambda c: art.HopSkipJump(c, max_iter=2, max_eval=20, init_eval=5, verbose=False),
+    "HopSkipJump, norm inf": lambda c: art.HopSkipJump(
+        c, norm=np.inf, max_iter=2, max_eval=20, init_eval=5, verbose=False
+    ),
+    "Boundary": lambda c: art.BoundaryAttack(
+        c, targeted=False, max_iter=3, num_trial=3, sample_size=3, init_size=20, verbose=False
+    ),
+    "Square": lambda c: art.SquareAttack(c, eps=0.05, max_iter=20, verbose=False),
+    "DeepFool": lambda c: art.DeepFool(c, max_iter=5, verbose=False),
+    "APGD": lambda c: art.AutoProjectedGradientDescent(c, eps=0.05, max_iter=5, nb_random_init=1, verbose=False),
+    "APGD, DLR": lambda c: art.AutoProjectedGradientDescent(
+        c, eps=0.05, max_iter=5, nb_random_init=1, loss_type="difference_logits_ratio", verbose=False
+    ),
+    "FGSM": lambda c: art.FastGradientMethod(c, eps=0.05),
+    "PGD": lambda c: art.ProjectedGradientDescent(c, **STEPS, num_random_init=2, verbose=False),
+    "C&W": lambda c: art.CarliniL2Method(c, initial_const=5, max_iter=3, binary_search_steps=2, verbose=False),
+    "NewtonFool": lambda c: art.NewtonFool(c, max_iter=3, verbose=False),
+    "JSMA": lambda c: art.SaliencyMapMethod(c, gamma=0.02, verbose=False),
+    "spatial transformation": lambda c: art.SpatialTransformation(
+        c, max_translation=10, num_translations=2, max_rotation=10, num_rotations=2, verbose=False
+    ),
+    "universal perturbation": lambda c: art.UniversalPerturbation(
+        c, attacker="fgsm", attacker_params={"eps": 0.05}, max_iter=1, verbose=False
+    ),
+}
+
+
+@native_estimators
+@pytest.mark.parametrize("name", ART_ATTACKS)
+def test_arts_attacks_do_the_same_to_native_estimators(native, name, monkeypatch):
+    seeded = np.random.RandomState  # ART's decision attacks take a new one, which they do not seed
+    monkeypatch.setattr(np.random, "RandomState", lambda seed=0: seeded(seed))
+    found = []
+    for estimator in (native(), plain()):
+        art_draws()
+        found.append(ART_ATTACKS[name](estimator).generate(X))
+    ours, theirs = found
+    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+    assert (theirs != X).any()
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@native_estimators
+def test_ensembles_of_native_estimators(native):
+    """As members of ART's ensemble, which ART's and native attacks then attack."""
+    ensembles = [
+        EnsembleClassifier([make(small_net(seed)) for seed in (0, 1)], clip_values=(0.0, 1.0), channels_first=True)
+        for make in (native, plain)
+    ]
+    ours, theirs = (ensemble.predict(X) for ensemble in ensembles)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    expected = art.ProjectedGradientDescent(ensembles[1], **STEPS, verbose=False).generate(X, Y)
+    for package in (attacks, art):
+        x_adv = package.ProjectedGradientDescent(ensembles[0], **STEPS, verbose=False).generate(X, Y)
+        np.testing.assert_allclose(x_adv, expected, atol=1e-5)
+
+
+PREPROCESSORS = {
+    "smoothing": lambda: SpatialSmoothing(window_size=3, channels_first=True),
+    "squeezing": lambda: FeatureSqueezing((0, 1), bit_depth=4),
+    "JPEG": lambda: JpegCompression((0, 1), quality=80, channels_first=True),
+    "both": lambda: [
+        FeatureSqueezing((0, 1), bit_depth=4),
+        JpegCompression((0, 1), quality=80, channels_first=True),
+    ],
+}
+POSTPROCESSORS = {
+    "rounded": lambda: Rounded(decimals=3),
+    "high confidence": lambda: HighConfidence(cutoff=0.1),
+    "reverse sigmoid": lambda: ReverseSigmoid(beta=0.5, gamma=0.1),
+}
+
+
+@pytest.mark.parametrize("make", PREPROCESSORS.values(), ids=PREPROCESSORS)
+def test_preprocessors_under_native_attacks_and_estimators(make):
+    found = [
+        package.ProjectedGradientDescent(estimator, **STEPS, verbose=False).generate(X, Y)
+        for estimator in (
+            rse(preprocessing_defences=make()),
+            mi(preprocessing_defences=make()),
+            plain(preprocessing_defences=make()),
+        )
+        for package in (attacks, art)
+    ]
+    assert (found[-1] != X).any()
+    for x_adv in found[:-1]:
+        np.testing.assert_allclose(x_adv, found[-1], atol=1e-5)
+
+
+@pytest.mark.parametrize("make", POSTPROCESSORS.values(), ids=POSTPROCESSORS)
+def test_postprocessors_under_native_attacks(make):
+    """They are of `predict` alone: gradients are the model's, and labels where none are given are what it says."""
+    estimator = art_classifier(nn.Sequential(small_net(), nn.Softmax(1)), postprocessing_defences=make())
+    assert (np.diff(np.sort(estimator.predict(X)))[:, -1] > 0).all()  # ART shares labels among equals
+    for y in (Y, None):
+        ours, theirs = (package.FastGradientMethod(estimator, eps=0.03).generate(X, y) for package in (attacks, art))
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+@native_estimators
+@pytest.mark.parametrize("make", [ClassLabels, lambda: Rounded(decimals=1)], ids=["class labels", "rounded"])
+def test_postprocessors_of_native_estimators(native, make):
+    """They get log-probabilities, as they get logits of a classifier that has them."""
+    ours, theirs = (of(postprocessing_defences=make()) for of in (native, plain))
+    np.testing.assert_allclose(ours.predict(X), theirs.predict(X), atol=1e-5)
+    x_adv = [art.FastGradientMethod(estimator, eps=0.03).generate(X, Y) for estimator in (ours, theirs)]
+    np.testing.assert_allclose(*x_adv, atol=1e-6)
+
+
+# ART's trainers of native estimators
+
+
+ESTIMATOR_TRAINERS = {
+    "AdversarialTrainer": lambda c: art_trainers.AdversarialTrainer(c, art.FastGradientMethod(c, eps=0.03)),
+    "MadryPGD": lambda c: art_trainers.AdversarialTrainerMadryPGD(c, eps=0.05, eps_step=0.02, max_iter=2),
+    "TRADES": lambda c: art_trainers.AdversarialTrainerTRADESPyTorch(c, art.FastGradientMethod(c, eps=0.03), 3.0),
+    "FBF": lambda c: art_trainers.AdversarialTrainerFBFPyTorch(c, eps=0.05),
+    "DPInstaHide": lambda c: art_trainers.DPInstaHideTrainer(c, GaussianAugmentation(augmentation=False)),
+}
+
+
+@native_estimators
+@pytest.mark.parametrize("make", ESTIMATOR_TRAINERS.values(), ids=ESTIMATOR_TRAINERS)
+def test_arts_trainers_of_native_estimators(native, make):
+    ours, theirs = (trained(make, estimator=of) for of in (native, plain))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
