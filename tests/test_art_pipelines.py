@@ -346,10 +346,6 @@ PREPROCESSORS = {
     "smoothing": lambda: SpatialSmoothing(window_size=3, channels_first=True),
     "squeezing": lambda: FeatureSqueezing((0, 1), bit_depth=4),
     "JPEG": lambda: JpegCompression((0, 1), quality=80, channels_first=True),
-    "both": lambda: [
-        FeatureSqueezing((0, 1), bit_depth=4),
-        JpegCompression((0, 1), quality=80, channels_first=True),
-    ],
 }
 POSTPROCESSORS = {
     "rounded": lambda: Rounded(decimals=3),
@@ -372,6 +368,14 @@ def test_preprocessors_under_native_attacks_and_estimators(make):
     assert (found[-1] != X).any()
     for x_adv in found[:-1]:
         np.testing.assert_allclose(x_adv, found[-1], atol=1e-5)
+
+
+def test_chains_of_preprocessors_in_numpy_are_refused_as_by_art():
+    chain = [FeatureSqueezing((0, 1), bit_depth=4), SpatialSmoothing(window_size=3, channels_first=True)]
+    for estimator in (rse(preprocessing_defences=chain), plain(preprocessing_defences=chain)):
+        for package in (attacks, art):
+            with pytest.raises(NotImplementedError, match="combination of preprocessing"):
+                package.FastGradientMethod(estimator, eps=0.05).generate(X, Y)
 
 
 @pytest.mark.parametrize("make", POSTPROCESSORS.values(), ids=POSTPROCESSORS)
@@ -410,4 +414,224 @@ ESTIMATOR_TRAINERS = {
 @pytest.mark.parametrize("make", ESTIMATOR_TRAINERS.values(), ids=ESTIMATOR_TRAINERS)
 def test_arts_trainers_of_native_estimators(native, make):
     ours, theirs = (trained(make, estimator=of) for of in (native, plain))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+# Estimators that are changed after the attack was made
+
+CHANGES = {
+    "clip_values": {"clip_values": (0.3, 0.7)},
+    "preprocessing": {"preprocessing": (0.5, 0.25)},
+    "preprocessors": {"preprocessing_defences": SpatialSmoothing(window_size=3, channels_first=True)},
+    "all at once": {"clip_values": (-1.0, 2.0), "preprocessing": (0.5, 0.25)},
+}
+KINDS = {
+    "FGSM": lambda package, c: package.FastGradientMethod(c, eps=0.05),
+    "PGD": lambda package, c: package.ProjectedGradientDescent(c, **STEPS, verbose=False),
+    "PGD, norm 2": lambda package, c: package.ProjectedGradientDescent(
+        c, norm=2, eps=0.5, eps_step=0.2, max_iter=3, verbose=False
+    ),
+}
+kinds = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@kinds
+def test_estimators_changed_after_the_attack_was_made(make, change):
+    """As ART's attack that is made afterwards: its PGD, made before, refuses images in numpy for some changes."""
+    estimator = art_classifier(small_net())
+    attack = make(attacks, estimator)
+    before = attack.generate(X.clip(0.3, 0.7), Y)
+    estimator.set_params(**change)
+    found, expected = (made.generate(X.clip(0.3, 0.7), Y) for made in (attack, make(art, estimator)))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert not np.allclose(found, before)
+
+
+@kinds
+def test_a_model_that_is_trained_between_two_calls(make):
+    found = []
+    for package in (attacks, art):
+        net = small_net()
+        estimator = art_classifier(net, optimizer=torch.optim.SGD(net.parameters(), lr=0.05))
+        attack = make(package, estimator)
+        attack.generate(X, Y)
+        torch.manual_seed(0)
+        estimator.fit(X, ONE_HOT, batch_size=4, nb_epochs=1)
+        found.append(attack.generate(X, Y))
+    np.testing.assert_allclose(*found, atol=1e-5)
+
+
+# Other shapes and worlds
+
+
+def conv_net(shape, classes):
+    """A convolution and a linear layer for images of any shape."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        size = 6 * ((shape[1] - 1) // 2) * ((shape[2] - 1) // 2)
+        conv, head = nn.Conv2d(shape[0], 6, 3, stride=2), nn.Linear(size, classes)
+    return nn.Sequential(conv, nn.Tanh(), nn.Flatten(), head).eval()
+
+
+def vit(shape, classes):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = VisionTransformer(8, 4, 2, 2, 16, 32, num_classes=classes).eval()
+        nn.init.normal_(net.heads.head.weight)
+    return net
+
+
+WORLDS = {
+    "one channel": (conv_net, (1, 8, 8), 5, (0.0, 1.0)),
+    "not square": (conv_net, (3, 6, 11), 5, (0.0, 1.0)),
+    "two classes": (conv_net, SHAPE, 2, (0.0, 1.0)),
+    "100 classes": (conv_net, SHAPE, 100, (0.0, 1.0)),
+    "from -1 to 1": (conv_net, SHAPE, 5, (-1.0, 1.0)),
+    "bytes": (lambda *of: nn.Sequential(Scaled(), conv_net(*of)), SHAPE, 5, (0.0, 255.0)),
+    "ViT": (vit, SHAPE, 10, (0.0, 1.0)),
+}
+
+
+class Scaled(nn.Module):
+    def forward(self, x):
+        return x / 255
+
+
+def world(name):
+    make, shape, classes, (low, high) = WORLDS[name]
+    estimator = art_classifier(make(shape, classes), input_shape=shape, nb_classes=classes, clip_values=(low, high))
+    x = torch.rand((N, *shape), generator=torch.Generator().manual_seed(0)).numpy() * np.float32(
+        high - low
+    ) + np.float32(low)
+    return estimator, x, estimator.predict(x).argmax(1), high - low
+
+
+@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("targeted", [False, True])
+def test_steps_along_the_gradient_are_arts_in_every_world(name, targeted):
+    estimator, x, y, width = world(name)
+    y = (y + targeted) % estimator.nb_classes
+    for norm, eps in ((np.inf, 0.05), (2, 0.5)):
+        options = {"norm": norm, "eps": eps * width, "eps_step": eps * width / 3, "targeted": targeted}
+        for kind, more in (("FastGradientMethod", {}), ("ProjectedGradientDescent", {"max_iter": 4, "verbose": False})):
+            ours, theirs = (
+                getattr(package, kind)(estimator, **options, **more).generate(x, y) for package in (attacks, art)
+            )
+            assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+            np.testing.assert_allclose(ours / width, theirs / width, atol=1e-6)
+
+
+SEARCHES = {
+    "APGD": lambda package, c, width: package.AutoProjectedGradientDescent(
+        c, eps=0.02 * width, eps_step=0.04 * width, max_iter=5, nb_random_init=1, verbose=False
+    ),
+    "Square": lambda package, c, width: package.SquareAttack(
+        c, eps=0.15 * width, p_init=0.3, max_iter=100, verbose=False
+    ),
+    "C&W": lambda package, c, width: package.CarliniL2Method(
+        c, initial_const=0.1, learning_rate=0.05, binary_search_steps=3, max_iter=4, verbose=False
+    ),
+    "C&W, norm inf": lambda package, c, width: package.CarliniLInfMethod(
+        c, largest_const=2, const_factor=50, decrease_factor=0.5, max_iter=4, verbose=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("make", SEARCHES.values(), ids=SEARCHES)
+def test_searches_succeed_as_often_as_arts_in_every_world(make, name):
+    estimator, x, y, width = world(name)
+    fooled = []
+    for package in (attacks, art):
+        art_draws()
+        x_adv = make(package, estimator, width).generate(x, y)
+        assert (x_adv.shape, x_adv.dtype) == (x.shape, np.float32)
+        assert (estimator.clip_values[0] <= x_adv).all()
+        assert (x_adv <= estimator.clip_values[1]).all()
+        fooled.append((estimator.predict(x_adv).argmax(1) != y).sum())
+    assert fooled[0] >= fooled[1]
+    assert fooled[0] > 0
+
+
+class LogitsAndFeatures(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        features = self.net[:-1](x)
+        return self.net[-1](features), features
+
+
+def test_a_model_that_returns_several_outputs():
+    """ART's classifier takes what a module returns for its logits, so those go first through a module of its own."""
+    net = conv_net(SHAPE, CLASSES)
+    with pytest.raises(TypeError, match="tuple"):
+        art.FastGradientMethod(art_classifier(LogitsAndFeatures(net)), eps=0.05).generate(X, Y)
+    ours = FGSM(art_classifier(LogitsAndFeatures(net)), eps=0.05).generate(X, Y)
+    theirs = art.FastGradientMethod(art_classifier(net), eps=0.05).generate(X, Y)
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+# Labels that are probabilities
+
+SOFT = np.random.default_rng(0).dirichlet(np.ones(CLASSES), N).astype(np.float32)
+LOSSES = {
+    "cross-entropy": nn.CrossEntropyLoss(),
+    "smoothed": nn.CrossEntropyLoss(label_smoothing=0.1),
+    "squares": nn.MSELoss(),
+    "divergence": nn.KLDivLoss(reduction="batchmean"),
+    "margins": nn.MultiMarginLoss(),  # of labels alone: the largest counts
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("targeted", [False, True])
+@kinds
+def test_probabilities_are_labels_as_they_are_for_art(make, targeted, loss):
+    estimator, found = art_classifier(small_net(), loss=loss), []
+    for package in (attacks, art):
+        attack = make(package, estimator)
+        attack.set_params(targeted=targeted)
+        found.append(attack.generate(X, SOFT))
+    np.testing.assert_allclose(*found, atol=1e-6)
+    assert np.allclose(found[0], attack.generate(X, SOFT.argmax(1)), atol=1e-6) == (loss is LOSSES["margins"])
+
+
+def test_probabilities_for_bare_modules_and_estimators_with_gradients_of_their_own():
+    ensemble = EnsembleClassifier([art_classifier(small_net())], clip_values=(0.0, 1.0), channels_first=True)
+    expected = art.ProjectedGradientDescent(art_classifier(small_net()), **STEPS, verbose=False).generate(X, SOFT)
+    for estimator in (small_net(), ensemble):
+        found = PGD(estimator, **STEPS, verbose=False).generate(X, SOFT)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_probabilities_follow_their_images():
+    """Through batches, restarts and refills."""
+    options = {"eps": 0.02, "eps_step": 0.01, "max_iter": 4, "num_random_init": 2, "early_stop": True, "seed": 0}
+    options |= {"precision": "float32", "verbose": False}
+    whole = PGD(small_net(), **options).generate(X, SOFT)
+    parts = PGD(small_net(), **options, batch_size=5).generate(X, SOFT)
+    np.testing.assert_allclose(whole, parts, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.MSELoss(), nn.MultiMarginLoss()])
+@pytest.mark.parametrize("kind", ["FastGradientMethod", "ProjectedGradientDescent"])
+def test_our_trainer_trains_on_probabilities_as_arts_does(kind, loss):
+    options = BALL if kind == "FastGradientMethod" else {**STEPS, "verbose": False}
+
+    def classifier(net, **of):
+        return art_classifier(net, loss=loss, **of)
+
+    ours, theirs = (
+        trained(
+            lambda c, package=package, trainers=trainers: trainers.AdversarialTrainer(
+                c, getattr(package, kind)(c, **options), ratio=0.5
+            ),
+            SOFT,
+            classifier,
+        )
+        for package, trainers in ((attacks, defences), (art, art_trainers))
+    )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
