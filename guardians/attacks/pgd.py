@@ -77,7 +77,7 @@ class SteepestAscent(Attack):
 
     def objective(self, logits: Tensor, y: Tensor, state: State) -> Tensor:
         """The victim's loss, negated for targets."""
-        loss = self.victim.loss(logits, y)
+        loss = self.victim.loss(logits, y, state.probabilities)
         return -loss if self.targeted else loss
 
     def update(self, state: State, answer: Answer) -> Progress:
@@ -143,13 +143,14 @@ class SteepestAscent(Attack):
         self._step += 1
         if self.victim.averages_loss:
             gradient = gradient / len(state)
+        rows = one_hot(state.y, self.victim.nb_classes or -1) if state.probabilities is None else state.probabilities
         self.summary_writer.update(
             batch_id=self._batch,
             global_step=self._step,
             grad=gradient.cpu().numpy(),
             estimator=self.estimator,
             x=state.x_adv.cpu().numpy(),
-            y=one_hot(state.y, self.victim.nb_classes or -1).cpu().numpy().astype(np.float32),
+            y=rows.cpu().numpy().astype(np.float32),
             targeted=self.targeted,
         )
 

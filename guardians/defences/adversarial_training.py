@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 _WATCHABLE = 5000
 """Images of which a fiftieth tells a collapse from chance."""
 _Images = tuple[Tensor, Tensor]
-"""Images (N, ...) and their labels (N,), on the CPU."""
+"""Images (N, ...) and their labels (N,), or rows of one-hot labels or probabilities (N, classes), on the CPU."""
 
 
 class AdversarialTrainer(Trainer):
@@ -132,7 +132,8 @@ class AdversarialTrainer(Trainer):
 
         Args:
             x: images (N, ...), floating point, within the classifier's `clip_values`; computed on in the model's dtype.
-            y: labels (N,), or one-hot rows (N, classes).
+            y: labels (N,), or rows (N, classes), one-hot or of probabilities, which are trained on as the classifier's
+                `fit` does: by cross-entropy as they are, by a loss of labels as the largest.
             batch_size: images in a step; the last batch of an epoch may be smaller.
             nb_epochs: passes over the images.
             checkpoint: a file, written after each epoch and on Ctrl-C, which then waits for the end of the step. Where
@@ -156,7 +157,7 @@ class AdversarialTrainer(Trainer):
         if not images.is_floating_point() or not len(images):
             got = f"dtype {images.dtype} and shape {tuple(images.shape)}"
             raise ValueError(f"x has {got}: must be floating-point images, at least one")
-        images, labels = images.to(self._dtype), labels_from(y, len(images), self._classifier.nb_classes).cpu()
+        images, labels = images.to(self._dtype), self._labels(y, len(images))
         images = checked_images("x", images, Victim(self._classifier))
         (images, labels), held_out = self._split(images, labels)
 
@@ -198,7 +199,7 @@ class AdversarialTrainer(Trainer):
 
         def take(rows: Tensor) -> _Images:
             x, y = generator.get_batch()
-            return torch.as_tensor(x).to(self._dtype), labels_from(y, len(x), self._classifier.nb_classes)
+            return torch.as_tensor(x).to(self._dtype), self._labels(y, len(x))
 
         self._run(
             generator.size,
@@ -316,9 +317,9 @@ class AdversarialTrainer(Trainer):
             run_epochs(model, nb_epochs, progress, best, batches, step, measure, record, checkpoint)
 
     def _loss(self, asked: InPrecision, x: Tensor, y: Tensor) -> Tensor:
-        """As the classifier's `fit` computes it, of images on the device and labels (N,)."""
+        """As the classifier's `fit` computes it, of images on the device, and labels."""
         classifier = self._classifier
-        target: Any = np.eye(classifier.nb_classes, dtype=np.float32)[y.numpy()]
+        target: Any = np.eye(classifier.nb_classes, dtype=np.float32)[y.numpy()] if y.ndim == 1 else y.numpy()
         if classifier.preprocessing_operations:
             array, target = classifier._apply_preprocessing(x.cpu().numpy(), target, fit=True)
             x = torch.from_numpy(array).to(x.device)
@@ -377,6 +378,11 @@ class AdversarialTrainer(Trainer):
         """Whether it attacks the classifier that is trained."""
         return attack.estimator is self._classifier or attack.estimator is self._classifier.model
 
+    def _labels(self, y: Any, n: int) -> Tensor:
+        """Labels (n,), or where rows are given these in float32: (n, classes)."""
+        labels, given = labels_from(y, n, self._classifier.nb_classes), torch.as_tensor(y)
+        return (given.float() if given.ndim == 2 and given.shape[1] > 1 else labels).cpu()
+
     def _split(self, images: Tensor, labels: Tensor) -> tuple[_Images, _Images | None]:
         """Images and labels to train on, and those that are held out."""
         held = self.holdout
@@ -387,8 +393,9 @@ class AdversarialTrainer(Trainer):
             return (images, labels), None
         if not (isinstance(self.attacks[0], Attack) and hasattr(self.attacks[0], "eps")):
             raise ValueError(f"holdout={held}: the first attack must be native FGSM or PGD, whose ball is then watched")
-        taken = held_out_mask(labels, held, self.seed or 0)
-        return (images[~taken], labels[~taken]), (images[taken], labels[taken])
+        classes = labels if labels.ndim == 1 else labels.argmax(1)
+        taken = held_out_mask(classes, held, self.seed or 0)
+        return (images[~taken], labels[~taken]), (images[taken], classes[taken])
 
     def _robust_accuracy(self, images: Tensor, labels: Tensor, batch_size: int) -> float:
         attack, device = self.attacks[0], self._classifier.device

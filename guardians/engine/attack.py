@@ -138,8 +138,9 @@ class Attack(ClassifierAttack):
 
         Args:
             batches: such as a `DataLoader`'s: pairs of images (N, C, H, W) and labels (N,), or images alone, whose
-                labels are then the model's predictions. Images are of the model's dtype, on any device. Arguments of
-                the attack that differ from sample to sample do not fit a stream.
+                labels are then the model's predictions; of rows (N, classes) the largest counts. Images are of the
+                model's dtype, on any device. Arguments of the attack that differ from sample to sample do not fit a
+                stream.
             first_index: the position of the first image in the data, on which draws depend; those of the results count
                 from 0.
 
@@ -156,6 +157,7 @@ class Attack(ClassifierAttack):
             if not isinstance(x, Tensor):
                 raise TypeError(f"x of type {type(x).__name__}: batches must be of tensors")
             inputs = self._checked_inputs(x, y, {})
+            inputs.pop("probabilities", None)
             for n in (2, 3):  # what fits two lengths fits any
                 self._check_call(x[:1].expand(n, *x.shape[1:]))
             names, shape = names or inputs.keys(), shape or x.shape[1:]

@@ -28,6 +28,7 @@ __all__ = [
     "labels_from",
     "mask_from",
     "optional",
+    "probabilities_from",
 ]
 
 
@@ -206,7 +207,7 @@ def labels_from(y: Any, n: int, nb_classes: int | None) -> Tensor:
         if not ((y >= 0).all() and ((y.double().sum(1) - 1).abs() < 1e-3).all()):
             raise ValueError("y has rows that are not one-hot, nor probabilities: each must sum to 1")
         if ((y != 0) & (y != 1)).any():
-            logger.warning("y has rows of probabilities: the class of the largest is the label")
+            logger.warning("y has rows of probabilities: the class of the largest is the label that success goes by")
         return y.to(torch.float64).argmax(1)
     indices = y.reshape(n).long()
     if y.is_floating_point() and not (y.reshape(n) == indices).all():
@@ -216,6 +217,14 @@ def labels_from(y: Any, n: int, nb_classes: int | None) -> Tensor:
         allowed = "[0, classes)" if nb_classes is None else f"[0, {nb_classes})"
         raise ValueError(f"y has labels from {lowest} to {highest}: must be in {allowed}")
     return indices
+
+
+def probabilities_from(y: Any) -> Tensor | None:
+    """The rows (N, classes) of labels that `labels_from` has checked, in float64, where they are not all one-hot."""
+    y = torch.as_tensor(y).detach()
+    if y.ndim != 2 or y.shape[1] == 1 or not ((y != 0) & (y != 1)).any():
+        return None
+    return y.to(torch.float64)
 
 
 def mask_from(mask: Any, x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from guardians.engine.checks import (
     checked_images,
     labels_from,
     mask_from,
+    probabilities_from,
 )
 from guardians.engine.parameters import Parameters
 from guardians.engine.report import Report
@@ -117,9 +118,10 @@ class ClassifierAttack(Parameters, EvasionAttack):
             x: images (N, C, H, W), or (N, ...) as the model takes them, within `clip_values`; those that are a little
                 outside are attacked from the clipped image, which the log says. They are computed on, and returned, in
                 float32, or in float64 for a float64 model.
-            y: labels as indices (N,), or one-hot or probability rows (N, classes), of which the largest counts; the
-                targets of a targeted attack. None takes the model's predictions, which avoids label leaking (Kurakin et
-                al. 2017, section 4.1).
+            y: labels as indices (N,), or one-hot or probability rows (N, classes); the targets of a targeted attack.
+                Native FGSM and PGD ascend the loss of the probabilities, where it is defined for them, as ART's do; for
+                all other ends and attacks the largest counts. None takes the model's predictions, which avoids label
+                leaking (Kurakin et al. 2017, section 4.1).
             kwargs: of native attacks: `mask`, broadcastable to `x`, where it is zero pixels are not perturbed;
                 `x_adv_init`, images of the shape of `x` at which the search starts; and `first_index`, the position of
                 the first image in the data, on which draws depend. Others are ignored, as ART does, with a warning.
@@ -157,7 +159,8 @@ class ClassifierAttack(Parameters, EvasionAttack):
     def _run(self, inputs: dict[str, Tensor], device: torch.device, first_index: int) -> Tensor:
         """Adversarial images where `inputs["x"]` is, computed on `device`.
 
-        `inputs` may have labels "y" (N,), without which the predictions are taken, and what `_options` names.
+        `inputs` may have labels "y" (N,), without which the predictions are taken, "probabilities" (N, classes) where
+        they were given so, and what `_options` names.
         """
 
     def _known(self) -> str:
@@ -178,7 +181,7 @@ class ClassifierAttack(Parameters, EvasionAttack):
             return self._run(inputs, device, int(first_index))
 
     def _checked_inputs(self, x: Tensor, y: Any, options: dict[str, Any]) -> dict[str, Tensor]:
-        """The images "x" and, where they are given, "y" as labels (N,), "mask" and "x_adv_init"."""
+        """The images "x" and, where they are given, "y" as labels (N,), "probabilities", "mask" and "x_adv_init"."""
         if y is None and self.targeted:
             raise ValueError("y=None: a targeted attack needs the target labels")
         with isolated(x.device):
@@ -199,6 +202,8 @@ class ClassifierAttack(Parameters, EvasionAttack):
                 )
             if y is not None:
                 inputs["y"] = labels_from(y, len(x), self.victim.nb_classes)
+                if (rows := probabilities_from(y)) is not None:
+                    inputs["probabilities"] = rows
         return inputs
 
     def _see_classes(self, x: Tensor) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["stream"]
 
-_GIVEN = ("x", "y", "mask", "x_adv_init", "index", "forward", "backward")
+_GIVEN = ("x", "y", "probabilities", "mask", "x_adv_init", "index", "forward", "backward")
 """What a search starts from, and what it has cost so far."""
 _KEPT = ("doubted", "best", "best_distance")
 """What a restart does not forget."""
@@ -51,8 +51,8 @@ def stream(
 
     Args:
         attack: the attack, with its victim and options.
-        batches: dicts of "x" and, where there are any, "y", "mask" and "x_adv_init", each (N, ...), read when rows are
-            free. All is checked by then. Without "y" the victim's predictions are the labels.
+        batches: dicts of "x" and, where there are any, "y", "probabilities", "mask" and "x_adv_init", each (N, ...),
+            read when rows are free. All is checked by then. Without "y" the victim's predictions are the labels.
         seed: of all random numbers; those of a sample also depend on its position in the data, not on the batch.
         first_index: the position of the first sample, or the positions of all.
         device: where batches go; None leaves them where they are.

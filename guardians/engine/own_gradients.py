@@ -49,7 +49,7 @@ class EstimatorModule(nn.Module):
         vars(predictions)["asked"] = x
         return predictions
 
-    def loss(self, predictions: Tensor, y: Tensor) -> Tensor:
+    def loss(self, predictions: Tensor, y: Tensor, probabilities: Tensor | None = None) -> Tensor:
         """The loss of labels (N,), whose gradient is the estimator's `loss_gradient` at the images asked about.
 
         ART has it of whole batches, often of their mean, so it is known up to a factor. The values (N,) are the
@@ -58,6 +58,7 @@ class EstimatorModule(nn.Module):
         Args:
             predictions: of `forward`, or a part of its rows.
             y: their labels (N,).
+            probabilities: rows (N, classes) that the estimator is given in the place of one-hot ones.
 
         Raises:
             ValueError: the predictions are not of `forward`.
@@ -68,7 +69,8 @@ class EstimatorModule(nn.Module):
             raise ValueError(f"logits: must be those that {type(self.estimator).__name__} has returned, or some rows")
         first = predictions.storage_offset() // whole.shape[1]
         value = cross_entropy(predictions.detach(), y, reduction="none")
-        loss: Tensor = _Loss.apply(asked[first : first + len(predictions)], value, y, self)
+        rows = one_hot(y, self.estimator.nb_classes) if probabilities is None else probabilities
+        loss: Tensor = _Loss.apply(asked[first : first + len(predictions)], value, rows, self)
         return loss
 
     @contextmanager
@@ -107,9 +109,9 @@ class _Predictions(torch.autograd.Function):
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, y: Tensor, module: EstimatorModule) -> Tensor:
+    def forward(ctx: Any, x: Tensor, value: Tensor, rows: Tensor, module: EstimatorModule) -> Tensor:
         if ctx.needs_input_grad[0]:
-            labels = one_hot(y, module.estimator.nb_classes).cpu().numpy().astype(np.float32)
+            labels = rows.cpu().numpy().astype(np.float32)
             with module.differentiating():
                 gradient = module.estimator.loss_gradient(x=_array(x), y=labels)
             ctx.save_for_backward(torch.from_numpy(np.asarray(gradient)).to(x))

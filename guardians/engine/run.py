@@ -126,7 +126,7 @@ class Run:
         """State of samples at the start of a search or of a restart, with what the engine knows of them.
 
         Args:
-            samples: "x", "index" and "restart", and "y", "mask" and "x_adv_init" where they are given.
+            samples: "x", "index" and "restart", and what else of `loop._GIVEN` is given.
         """
         x, n = samples["x"], len(samples["x"])
         if "y" not in samples:

@@ -38,6 +38,7 @@ class State:
     Attributes:
         x: images (N, ...).
         y: labels, or targets of a targeted attack, (N,).
+        probabilities: of the classes (N, classes), where the labels were given so; else None.
         mask: bool (N, ...), true where pixels may be perturbed; None where there is no mask.
         x_adv_init: images (N, ...) at which the search starts the first time, or None.
         index: int64 array (N,), the positions of the samples among those of the call.
@@ -68,6 +69,7 @@ class State:
 
     x = property(lambda state: state.known["x"])
     y = property(lambda state: state.known["y"])
+    probabilities = property(lambda state: state.known.get("probabilities"))
     mask = property(lambda state: state.known.get("mask"))
     x_adv_init = property(lambda state: None if state.known["restart"].any() else state.known.get("x_adv_init"))
     restart = property(lambda state: state.known["restart"])

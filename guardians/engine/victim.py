@@ -179,19 +179,25 @@ class Victim:
         """`x` clamped to `clip_values`."""
         return x if self.clip_values is None else x.clamp(*(bound.to(x) for bound in self.clip_values))
 
-    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Loss of each sample, for labels (N,): cross-entropy, or the loss of the estimator.
+    def loss(self, logits: Tensor, y: Tensor, probabilities: Tensor | None = None) -> Tensor:
+        """Loss of each sample: cross-entropy, or the loss of the estimator.
 
         A loss that cannot be had per sample comes back as it is; its sum has the same gradient direction.
+
+        Args:
+            logits: (N, classes).
+            y: labels (N,).
+            probabilities: of the classes (N, classes), in the place of the labels where the loss is defined for them.
         """
         if self._asked is not None:
-            return self._asked.loss(logits, y)
+            return self._asked.loss(logits, y, probabilities)
         if self._estimator is None:
-            return cross_entropy(logits, y, reduction="none")
+            return cross_entropy(logits, y if probabilities is None else probabilities.to(logits), reduction="none")
         given = self._estimator.loss
         if self._loss_of is None or self._loss_of[0] is not given:
             self._loss_of = given, _PerSampleLoss(given)
-        target = self._estimator.reduce_labels(one_hot(y, logits.shape[1]).to(logits.dtype))
+        rows = one_hot(y, logits.shape[1]) if probabilities is None else probabilities
+        target = self._estimator.reduce_labels(rows.to(logits.dtype))
         if self.has_single_output:
             logits, target = logits[:, 1:], target.to(logits.dtype)[:, None]
         return self._loss_of[1](logits, target)

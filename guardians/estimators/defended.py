@@ -111,14 +111,22 @@ class DefendedClassifier(PyTorchClassifier, ABC):
         return np.concatenate([output.cpu().numpy() for output in outputs])
 
     def _apply_preprocessing(self, x: Any, y: Any, fit: bool = False, no_grad: bool = True) -> tuple[Any, Any]:
-        """ART's, of images in a precision that the model takes: with NumPy 2, ART's decision attacks make float64."""
-        if all(parameter.dtype != torch.float64 for parameter in self.model.parameters()):
-            if isinstance(x, Tensor) and x.dtype == torch.float64:
-                x = x.float()
-            elif isinstance(x, np.ndarray) and x.dtype == np.float64:
-                x = x.astype(np.float32)
-        processed: tuple[Any, Any] = super()._apply_preprocessing(x, y, fit=fit, no_grad=no_grad)
-        return processed
+        """ART's, before and after which images are in a precision that the model takes.
+
+        With NumPy 2, ART's decision attacks make float64, and so do some of ART's preprocessors.
+        """
+        x, y = super()._apply_preprocessing(self._in_its_precision(x), y, fit=fit, no_grad=no_grad)
+        return self._in_its_precision(x), y
+
+    def _in_its_precision(self, x: Any) -> Any:
+        """Images in float32 for float64, unless the model has float64 parameters."""
+        if any(parameter.dtype == torch.float64 for parameter in self.model.parameters()):
+            return x
+        if isinstance(x, Tensor) and x.dtype == torch.float64:
+            return x.float()
+        if isinstance(x, np.ndarray) and x.dtype == np.float64:
+            return x.astype(np.float32)
+        return x
 
 
 _OF_THE_WEIGHTS = ("model", "optimizer")

@@ -1083,15 +1083,25 @@ def test_bounds_of_single_pixels_hold_for_the_smallest_image(make, clip_values, 
 
 
 @every_kind
-def test_probabilities_stand_for_their_largest_and_the_log_says_so(kind, estimator, caplog):
+def test_probabilities_are_ascended_as_by_art_and_success_goes_by_the_largest(kind, estimator, caplog):
     x, y = some_images(12).numpy(), some_labels(12)
     ours, theirs = both(kind, estimator)
-    rows = (0.9 * one_hot(y, CLASSES) + 0.1 / CLASSES).numpy()
+    rows = (0.6 * one_hot(y, CLASSES) + 0.1).numpy() / 1.1
     with caplog.at_level(logging.INFO):
         found = ours.generate(x, rows)
-    assert np.array_equal(found, ours.generate(x, y.numpy()))
-    assert_as_art(found, theirs.generate(x, one_hot(y, CLASSES).numpy()))
+    assert_as_art(found, theirs.generate(x, rows))
+    assert not np.allclose(found, ours.generate(x, y.numpy()))
     assert "probabilities" in caplog.text
+    ours.set_params(early_stop=True)
+    predicted = estimator.predict(ours.generate(x, rows)).argmax(1)
+    assert np.array_equal(ours.report.fooled, predicted != y.numpy())
+
+
+@pytest.mark.parametrize("make", [cw2, cwinf], ids=["C&W 2", "C&W inf"])
+def test_probabilities_stand_for_their_largest_where_there_is_no_loss(make, estimator):
+    x, y = some_images(6), some_labels(6)
+    found = make(estimator).generate(x.numpy(), (0.6 * one_hot(y, CLASSES) + 0.1).numpy() / 1.1)
+    assert np.array_equal(found, make(estimator).generate(x.numpy(), y.numpy()))
 
 
 @every_kind
