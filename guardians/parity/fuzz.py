@@ -142,7 +142,7 @@ class Problem:
         mask = torch.rand((self.n, *self.shape)) < 0.5 if self.masked else None
         with torch.no_grad():
             for parameter in layers[-1].parameters():
-                parameter *= self.gain
+                parameter.mul_(self.gain)
         return nn.Sequential(*layers).to(dtype).eval(), _PIXELS[self.pixels](uniform).to(dtype), mask
 
 
@@ -241,14 +241,16 @@ def problems(attacks: Sequence[str] = (), references: Sequence[str] = ()) -> Sea
         "min_stepsize": st.floats(0.001, 0.1),
         "rho": st.floats(0.5, 0.99),
     }
-    scaled = {"eps_step", "const", "learning_rate"}
+    # torchattacks' Carlini-Wagner weighs a distance of 1e-16, the rounding of arctanh and tanh. Adam divides by it plus
+    # 1e-8, so that each step moves a pixel by 6e-9 of the learning rate.
+    scaled = {"eps_step": factors, "const": factors, "learning_rate": st.floats(0.05, 0.5)}
 
     @st.composite
     def problem(draw: Any) -> Problem:
         case = draw(st.sampled_from(list(forms.values())).flatmap(st.sampled_from))
         spec = case.spec
         given = dict(spec.params)
-        params = {name: given[name] * draw(factors) for name in sorted(scaled & set(given))}
+        params = {name: given[name] * draw(factor) for name, factor in scaled.items() if name in given}
         for name in family_of(spec).parameters:
             if name in drawn_anew and (name in given or name != "steps"):
                 params[name] = draw(drawn_anew[name])
