@@ -261,6 +261,11 @@ def problems(attacks: Sequence[str] = (), references: Sequence[str] = ()) -> Sea
         # ART casts to float32. Attacks that minimise a norm choose between queries, which rounding decides in float32;
         # the harness compares them in float64 too.
         dtypes = ["float32"] if case.reference == "ART" else ["float64", "float32"] if by_step else ["float64"]
+        # Where ReLUs are all off, DDN goes in a direction drawn at random.
+        nets = ["linear", "smooth"] if spec.family == "DDN" else list(_ACTIVATIONS)
+        # ART's L2 steps vanish where squares of a gradient underflow in float32, which near there is a matter of rounding
+        # (docs/deviations.md).
+        gains = [1, 10] if (case.reference, spec.norm) == ("ART", 2) else [1, 10, 100]
         # Of attacks that minimise a norm, and of APGD, only those images are compared that are not fooled as they are:
         # native gives them back at once, and the toolkits descend from them.
         labels = (
@@ -268,9 +273,9 @@ def problems(attacks: Sequence[str] = (), references: Sequence[str] = ()) -> Sea
         )
         return Problem(
             replace(case, spec=spec),
-            net=draw(st.sampled_from(list(_ACTIVATIONS))),
+            net=draw(st.sampled_from(nets)),
             classes=classes,
-            gain=draw(st.sampled_from([1, 10, 100])),
+            gain=draw(st.sampled_from(gains)),
             shape=(draw(st.sampled_from([1, 3])), draw(st.integers(1, 6)), draw(st.integers(1, 6))),
             pixels=draw(st.sampled_from(list(_PIXELS))),
             n=n,
