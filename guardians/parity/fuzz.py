@@ -263,8 +263,7 @@ def problems(attacks: Sequence[str] = (), references: Sequence[str] = ()) -> Sea
         dtypes = ["float32"] if case.reference == "ART" else ["float64", "float32"] if by_step else ["float64"]
         # Where ReLUs are all off, DDN goes in a direction drawn at random.
         nets = ["linear", "smooth"] if spec.family == "DDN" else list(_ACTIVATIONS)
-        # ART's L2 steps vanish where squares of a gradient underflow in float32, which near there is a matter of rounding
-        # (docs/deviations.md).
+        # ART's L2 steps vanish where the squares of a gradient underflow in float32 (docs/deviations.md).
         gains = [1, 10] if (case.reference, spec.norm) == ("ART", 2) else [1, 10, 100]
         # Of attacks that minimise a norm, and of APGD, only those images are compared that are not fooled as they are:
         # native gives them back at once, and the toolkits descend from them.

@@ -50,11 +50,11 @@ def without_annealing(first, last, share, x):
 
 
 PLANTED = {
-    "the sign of targets": (SteepestAscent, "objective", towards_the_label, "FGSM"),
-    "no projection": (SteepestAscent, "inside", without_projection, "PGD-10"),
-    "an output in float32": (SteepestAscent, "returned", in_float32, "FGSM"),
-    "no mask": (pgd, "free_gradient", without_mask, "FGSM"),
-    "no annealing": (fmn, "annealed", without_annealing, "FMN-20"),
+    "the sign of targets": (SteepestAscent, "objective", towards_the_label, "FGSM", "ART"),
+    "no projection": (SteepestAscent, "inside", without_projection, "PGD-10", "ART"),
+    "an output in float32": (SteepestAscent, "returned", in_float32, "FGSM", "foolbox"),
+    "no mask": (pgd, "free_gradient", without_mask, "FGSM", "ART"),
+    "no annealing": (fmn, "annealed", without_annealing, "FMN-20", "foolbox"),
 }
 HAS = {
     "the sign of targets": lambda problem: problem.case.spec.targeted,
@@ -66,9 +66,9 @@ HAS = {
 
 
 def plant(fault, monkeypatch):
-    owner, name, faulty, attack = PLANTED[fault]
+    owner, name, faulty, attack, reference = PLANTED[fault]
     monkeypatch.setattr(owner, name, faulty)
-    return found(attacks=[attack])
+    return found(attacks=[attack], references=[reference])
 
 
 @pytest.mark.parametrize("fault", PLANTED)
@@ -86,7 +86,7 @@ def test_a_planted_fault_is_found_and_shrunk(fault, monkeypatch):
 
 def test_the_same_seed_finds_the_same_counterexample_whose_code_shows_the_difference(monkeypatch):
     findings = plant("the sign of targets", monkeypatch)
-    assert found(attacks=["FGSM"]) == findings
+    assert found(attacks=["FGSM"], references=["ART"]) == findings
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(findings.counterexample.code, {})
     assert printed.getvalue().strip() == findings.difference
@@ -101,7 +101,7 @@ def test_an_error_is_a_difference(monkeypatch):
         raise RuntimeError("planted")
 
     monkeypatch.setattr(SteepestAscent, "objective", fails)
-    assert found(attacks=["FGSM"]).difference == "RuntimeError: planted"
+    assert found(attacks=["FGSM"], references=["foolbox"]).difference == "RuntimeError: planted"
 
 
 def test_attacks_that_step_onto_the_boundary_are_compared_up_to_there(monkeypatch):
