@@ -240,6 +240,8 @@ def problems(attacks: Sequence[str] = (), references: Sequence[str] = ()) -> Sea
         "max_stepsize": st.floats(0.1, 2),
         "min_stepsize": st.floats(0.001, 0.1),
         "rho": st.floats(0.5, 0.99),
+        "confidence": st.floats(0, 1),
+        "searches": st.integers(1, 4),
     }
     # torchattacks' Carlini-Wagner weighs a distance of 1e-16, the rounding of arctanh and tanh. Adam divides by it plus
     # 1e-8, so that each step moves a pixel by 6e-9 of the learning rate.
@@ -252,7 +254,9 @@ def problems(attacks: Sequence[str] = (), references: Sequence[str] = ()) -> Sea
         given = dict(spec.params)
         params = {name: given[name] * draw(factor) for name, factor in scaled.items() if name in given}
         for name in family_of(spec).parameters:
-            if name in drawn_anew and (name in given or name != "steps"):
+            # torchattacks searches for no c, and keeps images without the confidence (docs/deviations.md).
+            without = ("confidence", "searches") if case.reference == "torchattacks" else ()
+            if name in drawn_anew and name not in without and (name in given or name != "steps"):
                 params[name] = draw(drawn_anew[name])
         eps = None if spec.eps is None else spec.eps * draw(factors)
         spec = replace(spec.having(**params), eps=eps)
