@@ -232,6 +232,7 @@ def _fuzz(n: int, attacks: list[str], references: list[str], seed: int, own_rule
     """Print what the fuzzer finds; exit status 1 where native and a toolkit differ."""
     from guardians.parity.fuzz import fuzz
 
+    check_integer("fuzz", n, low=1)
     if own_rules:
         raise ValueError("--own-rules: --fuzz compares native with the toolkits' rules")
     found = fuzz(n, attacks=attacks, references=references, seed=seed)

@@ -170,9 +170,12 @@ def test_the_command_prints_the_counterexample_and_fails(monkeypatch, capsys):
     ]
 
 
-def test_the_command_refuses_other_rules(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["guardians", "parity", "--fuzz", "5", "--own-rules"])
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["5", "--own-rules"], "--own-rules: --fuzz compares"), (["0"], "fuzz=0: must be")]
+)
+def test_the_command_refuses(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["guardians", "parity", "--fuzz", *arguments])
     with pytest.raises(SystemExit) as exit:
         run()
     assert exit.value.code == 2
-    assert "--own-rules" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
