@@ -187,6 +187,13 @@ def parity(
     own_rules: Annotated[
         bool, typer.Option("--own-rules", help="Measure what the documented deviations change: deviations.csv.")
     ] = False,
+    fuzz: Annotated[
+        int | None,
+        typer.Option(
+            help="Instead, on this many random small networks and images; --attack, --reference and --seed apply.",
+            metavar="PROBLEMS",
+        ),
+    ] = None,
     batch_size: BatchSize = 100,
     device: Device = "cpu",
     seed: Seed = 0,
@@ -197,6 +204,9 @@ def parity(
     from guardians.parity import run_parity
 
     _check_run(batch_size, device, seed, data_seed)
+    if fuzz is not None:
+        _fuzz(fuzz, attack, reference, seed, own_rules)
+        return
     classifier = load_model(model, weights, device)
     images = _announced_data(data, n, data_seed, download, resize, crop)
     _check_fit(model, classifier, images, device)
@@ -217,6 +227,23 @@ def parity(
     typer.echo(f"{len(frame)} cases: {counts or 'the toolkits have none of this kind'}")
     if frame["verdict"].isin(["different", "weaker"]).any():
         raise typer.Exit(1)
+
+
+def _fuzz(n: int, attacks: list[str], references: list[str], seed: int, own_rules: bool) -> None:
+    """Print what the fuzzer finds; exit status 1 where native and a toolkit differ."""
+    from guardians.parity.fuzz import fuzz
+
+    check_integer("fuzz", n, low=1)
+    if own_rules:
+        raise ValueError("--own-rules: --fuzz compares native with the toolkits' rules")
+    found = fuzz(n, attacks=attacks, references=references, seed=seed)
+    counts = ", ".join(f"{count} against {reference}" for reference, count in sorted(found.counts.items()))
+    typer.echo(f"{found.counts.total()} problems: {counts}")
+    if found.counterexample is not None:
+        typer.echo(f"native differs: {found.difference}\nThe smallest counterexample found, to run again:\n")
+        typer.echo(found.counterexample.code)
+        raise typer.Exit(1)
+    typer.echo("no difference")
 
 
 @app.command()

@@ -89,7 +89,7 @@ class DecoupledDirectionNorm(Attack):
         if state.mask is not None:
             gradient = gradient.masked_fill(~state.mask, 0)
         alpha = widest(x, self.victim.clip_values) * annealed(1.0, 0.01, state.steps / self.max_iter, x)
-        delta = state.x_adv - x + alpha * steepest_ascent(gradient, 2)
+        delta = state.x_adv - x + alpha * self.direction(gradient)
         state.epsilon = torch.minimum(self.rescaled(state.epsilon, answer.fooled), state.farthest)
         length = lp_norm(delta, 2)
         state.x_adv = self.victim.clip(x + delta * (per_image(state.epsilon, x) / length.masked_fill(length == 0, 1)))
@@ -98,6 +98,10 @@ class DecoupledDirectionNorm(Attack):
         state.steps = state.steps + 1
         nearest = state.best_distance == 0  # nothing can be nearer
         return Progress(torch.from_numpy(state.steps >= self.max_iter).to(x.device) | nearest)
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """Along which a step goes, of 2-norm 1."""
+        return steepest_ascent(gradient, 2)
 
     def rescaled(self, epsilon: Tensor, fooled: Tensor) -> Tensor:
         """The next radius (N,)."""

@@ -124,9 +124,9 @@ class Recorder(CountingModel):
 
 
 def record(
-    reference: str, spec: Spec, model: nn.Module, x: Tensor, y: Tensor, nb_classes: int, seed: int
+    reference: str, spec: Spec, model: nn.Module, x: Tensor, y: Tensor, nb_classes: int, seed: int, **options: Any
 ) -> Trajectory:
-    """The run of a toolkit's attack on one batch.
+    """The run of a toolkit's attack on one batch; `options` are of its call, as ART's `mask`.
 
     Raises:
         RuntimeError: it took another number of gradients than the steps asked for.
@@ -136,7 +136,7 @@ def record(
     attack = build_attack(
         reference, spec, recorder, nb_classes=nb_classes, input_shape=shape, batch_size=len(x), seed=seed
     )
-    trajectory = recorder.trajectory(lambda: attack(x, y))
+    trajectory = recorder.trajectory(lambda: attack(x, y, **options))
     steps = spec.get("steps", 1)
     if not len(trajectory.iterates) == len(trajectory.gradients) == steps:
         raise RuntimeError(f"{reference} took {len(trajectory.gradients)} gradients for {steps} steps: {spec}")
@@ -150,11 +150,13 @@ def native_attack(spec: Spec, model: nn.Module, batch_size: int, reference: str 
     return native_class(spec, reference)(model, **arguments, **options, verbose=False)
 
 
-def compare_steps(attack: SteepestAscent, reference: Trajectory, x: Tensor, y: Tensor) -> Steps:
+def compare_steps(
+    attack: SteepestAscent, reference: Trajectory, x: Tensor, y: Tensor, mask: Tensor | None = None
+) -> Steps:
     """Let the native attack take each step of the reference from the reference's own iterate."""
     p = float(attack.norm)
     with undisturbed(attack.victim.module), torch.no_grad():
-        state = _start(attack, x, y, reference)
+        state = _start(attack, x, y, reference, mask)
         steps = _differences(state.x_adv, reference.iterates[0], p)
         for iterate, gradient, landing in reference.steps():
             state.x_adv = iterate
@@ -164,13 +166,15 @@ def compare_steps(attack: SteepestAscent, reference: Trajectory, x: Tensor, y: T
     return steps
 
 
-def replay(attack: SteepestAscent, native: Trajectory, x: Tensor, y: Tensor, steps_asked: int) -> Steps:
+def replay(
+    attack: SteepestAscent, native: Trajectory, x: Tensor, y: Tensor, steps_asked: int, mask: Tensor | None = None
+) -> Steps:
     """Whether a free native run is a chain of the native steps that were compared, up to the images returned."""
     p = float(attack.norm)
     if len(native.iterates) != steps_asked:
         return Steps(0, x.numel(), float("inf"))
     with torch.no_grad():
-        state = _start(attack, x, y, native)
+        state = _start(attack, x, y, native, mask)
         steps = _differences(state.x_adv, native.iterates[0], p)
         for iterate, gradient, landing in native.steps():
             state.x_adv = iterate
@@ -181,18 +185,22 @@ def replay(attack: SteepestAscent, native: Trajectory, x: Tensor, y: Tensor, ste
     return steps
 
 
-def free_run(spec: Spec, reference: str | None, model: nn.Module, x: Tensor, y: Tensor, start: Tensor) -> Trajectory:
+def free_run(
+    spec: Spec, reference: str | None, model: nn.Module, x: Tensor, y: Tensor, start: Tensor, **options: Any
+) -> Trajectory:
     """The native attack's own run from the same start, with a toolkit's rules where a reference is named."""
     recorder = Recorder(model)
     attack = native_attack(spec, recorder, len(x), reference)
     with undisturbed(model):
         attack.victim.predict(x[:1])  # tells it the number of classes, which is no part of the run
-    return recorder.trajectory(lambda: attack(x, y, x_adv_init=start))
+    return recorder.trajectory(lambda: attack(x, y, x_adv_init=start, **options))
 
 
-def _start(attack: SteepestAscent, x: Tensor, y: Tensor, trajectory: Trajectory) -> State:
+def _start(attack: SteepestAscent, x: Tensor, y: Tensor, trajectory: Trajectory, mask: Tensor | None) -> State:
     index = np.arange(len(x))
     given = {"x": x, "y": y, "x_adv_init": trajectory.iterates[0], "index": index, "restart": np.zeros_like(index)}
+    if mask is not None:
+        given["mask"] = mask.expand(x.shape)
     state = State(given, SampleRng(0, index))
     attack.start(state)
     return state

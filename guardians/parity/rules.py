@@ -151,6 +151,14 @@ class RoundedFactors(DecoupledDirectionNorm):
         return torch.where(fooled, epsilon * shrink, epsilon * grow)
 
 
+class FlooredDirection(DecoupledDirectionNorm):
+    """foolbox: gradients of a norm below 1e-12 give shorter steps; native steps have the same length always."""
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """The gradient over its norm or 1e-12, whichever is larger."""
+        return gradient / lp_norm(gradient, 2).clamp_min(1e-12)
+
+
 class UnprojectedFastMinimumNorm(FastMinimumNorm):
     """foolbox, norm 2: the projection divides a norm by itself, so that no step is ever drawn back into the ball."""
 
@@ -244,7 +252,7 @@ _RULES: dict[tuple[type[Attack], str, float], tuple[type[Attack], ...]] = {
     (AutoProjectedGradientDescent, "torchattacks", 2): (TorchattacksAutoPGD,),
     (CarliniWagnerL2, "foolbox", 2): (FoolboxCarliniWagner,),
     (CarliniWagnerL2, "torchattacks", 2): (TorchattacksCarliniWagner,),
-    (DecoupledDirectionNorm, "foolbox", 2): (RoundedFactors,),
+    (DecoupledDirectionNorm, "foolbox", 2): (RoundedFactors, FlooredDirection),
     (FastMinimumNorm, "foolbox", 2): (UnprojectedFastMinimumNorm,),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ from guardians.attacks.registry import Spec
 from guardians.parity.comparison import Recorder, Trajectory, native_attack
 from guardians.toolkits.build import build_attack
 
-__all__ = ["is_dominated", "largest_difference", "runs_of_one"]
+__all__ = ["before_ties", "is_dominated", "largest_difference", "runs_of_one"]
 
 
 def runs_of_one(
@@ -30,6 +32,22 @@ def runs_of_one(
         start = {"x_adv_init": run.iterates[0]} if spec.get("random_start") else {}
         runs.append((native_recorder.trajectory(lambda: ours(*pair, **start)), run))  # noqa: B023
     return runs
+
+
+_TIE = 1e-9
+"""Of the two largest logits: the queries themselves agree within 1e-10."""
+
+
+def before_ties(run: Trajectory, model: nn.Module) -> Trajectory:
+    """A run up to its first query, that excluded, at which rounding decides the label.
+
+    Where the network is linear, an attack that steps to the boundary between two classes lands on it exactly, and
+    whether it has fooled the model there, on which its next step depends, is not the same in two implementations.
+    """
+    with torch.no_grad():
+        first, second = model(torch.cat(run.iterates)).topk(2).values.unbind(1)
+    ties = (first - second <= _TIE).nonzero()
+    return replace(run, iterates=run.iterates[: max(int(ties[0]), 1)]) if len(ties) else run
 
 
 def largest_difference(runs: list[tuple[Trajectory, Trajectory]], x: Tensor, norm: float) -> float:

@@ -39,13 +39,15 @@ class ArtAttack:
             raise TypeError(f"art_attack={got}: must be an instance of an art.attacks.EvasionAttack")
         self.art_attack = art_attack
 
-    def __call__(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+    def __call__(self, images: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Adversarial images on the device and in the dtype of `images`; ART computes on its estimator's device.
 
         Args:
             images: (N, ...), in the range of the estimator's `clip_values`.
             labels: indices (N,) or one-hot rows (N, classes), the targets of a targeted attack; None leaves it to the
                 attack, most take the model's predictions.
+            mask: broadcastable to `images`, bool or floating point; where it is zero an attack that takes masks does
+                not perturb. ART's other attacks ignore it.
 
         Raises:
             TypeError: the images are not a floating-point tensor.
@@ -66,8 +68,9 @@ class ArtAttack:
             protection = _protected(module)
             dtype = next((weight.dtype for weight in module.parameters() if weight.is_floating_point()), dtype)
         x = images.detach().to("cpu", dtype, copy=True).numpy()
+        options = {} if mask is None else {"mask": mask.cpu().numpy()}
         with protection, torch.inference_mode(False), torch.enable_grad():
-            return torch.as_tensor(self.art_attack.generate(x=x, y=y)).to(images)
+            return torch.as_tensor(self.art_attack.generate(x=x, y=y, **options)).to(images)
 
 
 @contextmanager

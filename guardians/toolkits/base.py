@@ -28,7 +28,8 @@ __all__ = [
     "own_arguments",
 ]
 
-TensorAttack = Callable[[Tensor, Tensor], Tensor]
+TensorAttack = Callable[..., Tensor]
+"""Of images and labels, and what else it takes, as ART's attacks a `mask`."""
 Recipe = tuple[str, dict[str, Any]]
 """The name of a toolkit's class, and its arguments."""
 Builder = Callable[[Spec], Recipe | None]

@@ -131,9 +131,9 @@ def build_attack(
     if seed is None:
         return attack
 
-    def seeded(images: Tensor, labels: Tensor) -> Tensor:
+    def seeded(images: Tensor, labels: Tensor, **options: Any) -> Tensor:
         with global_seed(seed, images.device):
-            return attack(images, labels)
+            return attack(images, labels, **options)
 
     return seeded
 

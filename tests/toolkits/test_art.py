@@ -37,6 +37,15 @@ def test_labels_as_indices_as_one_hot_rows_or_none(net, estimator, x, y):
     assert torch.equal(attack(x), attack(x, net(x).argmax(1)))
 
 
+def test_pixels_outside_the_mask_are_not_perturbed(estimator, x, y):
+    mask = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    x_adv = ArtAttack(pgd(estimator))(x, y, mask)
+    assert torch.equal(x_adv[~mask], x[~mask])
+    assert (x_adv != x)[mask].any()
+    expected = pgd(estimator).generate(x.numpy(), one_hot(y, CLASSES).numpy(), mask=mask.numpy())
+    np.testing.assert_array_equal(x_adv.numpy(), expected)
+
+
 def test_two_classes_with_index_labels(net, x, y):
     estimator = art_classifier(torch.nn.Sequential(net, torch.nn.Linear(CLASSES, 2)).eval(), nb_classes=2)
     expected = pgd(estimator).generate(x.numpy(), np.eye(2, dtype=np.float32)[y % 2])
