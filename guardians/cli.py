@@ -247,7 +247,7 @@ def check(
             "--all", help="All attacks and defences that are known by name: conformance.csv; fails for native ones."
         ),
     ] = False,
-    seconds: Annotated[float, typer.Option(help="With --all, CPU time for each of them.")] = SECONDS,
+    seconds: Annotated[float, typer.Option(help="With --all, CPU time for an attack of a toolkit.")] = SECONDS,
     out: Out = Path("runs"),
 ) -> None:
     """Check whether attacks and defences keep to the contract: batches, devices, bounds, seeds, the model left alone.

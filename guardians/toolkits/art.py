@@ -108,7 +108,8 @@ def wrap(
         arguments = arguments | {"targeted": spec.targeted}
     if "batch_size" in attack.attack_params:
         arguments = {"batch_size": batch_size} | arguments
-    return ArtAttack(attack(_classifier(model, nb_classes, input_shape), **arguments))
+    with _protected(model):  # some constructors ask the model, and leave it in evaluation mode
+        return ArtAttack(attack(_classifier(model, nb_classes, input_shape), **arguments))
 
 
 def logits(model: nn.Module, nb_classes: int, input_shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
