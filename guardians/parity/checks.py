@@ -270,8 +270,9 @@ def check_predictions_stand_in_for_labels(make: Make) -> None:
 
 
 def check_bad_input_is_refused(make: Make) -> None:
-    """Images with NaN, labels that no class has, and labels for other images are errors."""
+    """Images with NaN, labels that no class has, and labels for other images are errors; what is right is none."""
     x, y = _images()
+    make(_net())(x, y)
     bad = {
         "images with NaN": (x.clone().index_fill_(0, torch.tensor([1]), float("nan")), y),
         "a label that no class has": (x, y.clone().index_fill_(0, torch.tensor([1]), CLASSES)),
@@ -531,7 +532,8 @@ def _ball(attack: Any) -> tuple[float, float]:
 
 
 def _asks_for_gradients(make: Make) -> bool:
-    net, asked = _net(), []
+    net = _net()
+    asked: list[Tensor] = []
 
     def watch(module: nn.Module, inputs: Any, logits: Tensor) -> None:
         if logits.requires_grad:

@@ -22,7 +22,6 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from guardians.attacks.norms import as_norm
 from guardians.attacks.registry import Spec, canonical, families, family_of
 from guardians.data import Dataset
 from guardians.experiments.bench import spec_of
@@ -73,11 +72,22 @@ _FEW = {
     "num_trial": 5,
     "projected_sinkhorn_max_iter": 20,
     "query_limit": 500,
+    "rel_stepsize": 0.25,
     "repeats": 10,
     "steps": 10,
     "sub_dim": 5,
 }
 """Values of arguments, where an attack of a toolkit has them."""
+_OWN: dict[str, dict[str, Any]] = {
+    "ART:SpatialTransformation": {
+        "max_rotation": 15.0,
+        "max_translation": 20.0,
+        "num_rotations": 3,
+        "num_translations": 3,
+    },
+    "ART:Wasserstein": {"norm": "wasserstein"},
+}
+"""Arguments without which an attack of a toolkit does nothing, or nothing here."""
 
 LEFT_OUT = {
     name: reason
@@ -87,13 +97,15 @@ LEFT_OUT = {
         "is for sounds": "ART:CarliniWagnerASR ART:ImperceptibleASR ART:ImperceptibleASRPyTorch",
         "is for videos": "ART:AdversarialTexturePyTorch ART:FrameSaliencyAttack ART:OverTheAirFlickeringPyTorch",
         "is for detectors of objects": "ART:DPatch ART:OverloadPyTorch ART:RobustDPatch ART:SNAL",
-        "is for classifiers without gradients of their own kind": "ART:DecisionTreeAttack "
-        "ART:HighConfidenceLowUncertainty",
+        "is for decision trees or Gaussian processes": "ART:DecisionTreeAttack ART:HighConfidenceLowUncertainty",
         "is for tables of features": "ART:LowProFool",
         "pastes a patch or a beam of light": """ART:AdversarialPatch ART:AdversarialPatchNumpy
             ART:AdversarialPatchPyTorch ART:GRAPHITEBlackbox ART:GRAPHITEWhiteboxPyTorch ART:LaserAttack""",
         "needs other images": """ART:FeatureAdversariesNumpy ART:FeatureAdversariesPyTorch
             foolbox:BinarizationRefinementAttack foolbox:DatasetAttack torchattacks:LGV""",
+        "takes one image at a time": "ART:ShadowAttack",
+        "is for models that return probabilities": "ART:SimBA ART:VirtualAdversarialMethod",
+        "takes targets only": "ART:TargetedUniversalPerturbation foolbox:GenAttack",
         "is made for a defence": "AveragedMixturePGD",
     }.items()
     for name in names.split()
@@ -252,7 +264,7 @@ def _norm_of(spec: Spec) -> float | None:
     given = spec.get("norm")
     if given is None:
         return _norm_in(spec.family)
-    return None if given == "wasserstein" else as_norm(str(given).removeprefix("L"))
+    return None if given == "wasserstein" else float(str(given).removeprefix("L"))
 
 
 def _norm_in(name: str) -> float:
@@ -266,7 +278,6 @@ def _norm_in(name: str) -> float:
 def _few_steps(toolkit: str, attack: str, norm: float) -> dict[str, Any]:
     """Arguments of a toolkit's class with which it is quick, on images of 5 classes."""
     few: dict[str, Any] = _FEW | {"eps_step": EPS[norm] / 4, "n_classes": CLASSES}
-    if attack == "Wasserstein":
-        few["norm"] = "wasserstein"
+    few |= _OWN.get(f"{toolkit}:{attack}", {})
     known = inspect.signature(TOOLKITS[toolkit].attacks()[attack]).parameters
     return {name: value for name, value in few.items() if name in known}
