@@ -270,7 +270,7 @@ def _norm_of(spec: Spec) -> float | None:
 def _norm_in(name: str) -> float:
     """The norm that the name of a toolkit's class says; inf where it says none."""
     if "VirtualAdversarial" in name:
-        return 2
+        return 2.0
     found = re.search(r"L([12])(?![a-z])", name)
     return float(found[1]) if found else np.inf
 

@@ -134,6 +134,7 @@ def test_the_table_is_of_all_pieces_and_checks(committed):
     assert list(committed.columns) == list(CONFORMANCE_COLUMNS)
     assert set(committed["outcome"]) <= {*OUTCOMES, "left out"}
     ran = committed[committed["outcome"] != "left out"]
+    assert not committed.duplicated(["implementation", "name", "norm", "check"]).any()
     kinds = [{check.__name__.removeprefix("check_") for check in kind} for kind in (ATTACK_CHECKS, DEFENCE_CHECKS)]
     for _, rows in ran.groupby(["implementation", "name", "norm"], dropna=False):
         assert set(rows["check"]) in kinds
