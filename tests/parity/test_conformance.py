@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 NATIVE = [(name, norm) for name, norm in all_names() if ":" not in name]
 
 
-@pytest.mark.parametrize(("name", "norm"), NATIVE)
+# AutoAttack in the other norms is in the committed table: it takes half a minute.
+@pytest.mark.parametrize(("name", "norm"), [one for one in NATIVE if "AutoAttack" not in one[0] or one[1] == np.inf])
 def test_native_pieces_pass(name, norm):
     found = list(piece(name, norm).results())
     assert not [result for result in found if result.outcome not in ("passed", "skipped")]
