@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
 import torch
 import typer
 from torch import nn
@@ -32,6 +33,7 @@ from guardians.models import (
     save_model,
 )
 from guardians.parity.cases import REFERENCES, pieces
+from guardians.parity.conformance import SECONDS, piece, run_conformance
 from guardians.tables import file_name, print_table
 from guardians.toolkits.build import IMPLEMENTATIONS, TOOLKITS, is_installed
 from guardians.training import ENSEMBLE, RECIPES, SCHEDULES, Recipe, robust_accuracy, train
@@ -244,6 +246,64 @@ def _fuzz(n: int, attacks: list[str], references: list[str], seed: int, own_rule
         typer.echo(found.counterexample.code)
         raise typer.Exit(1)
     typer.echo("no difference")
+
+
+@app.command()
+def check(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="NAME",
+            help="package.module:Attack, or a defence of the same form, called with a model; an attack that `bench` "
+            f"knows, or a defence: {', '.join(DEFENCES)}. All also with (name=value, ...).",
+        ),
+    ] = None,
+    norm: Annotated[
+        str | None, typer.Option(help="Of attacks known by name: inf, 2 or 1.", show_default="the attack's, else inf")
+    ] = None,
+    eps: Annotated[
+        float | None,
+        typer.Option(parser=_number, metavar="NUMBER", help="Their radius.", show_default="0.03, 0.3 or 1 by norm"),
+    ] = None,
+    defence: Annotated[
+        bool | None,
+        typer.Option("--defence/--attack", help="What the NAME makes.", show_default="a module is a defence"),
+    ] = None,
+    every: Annotated[
+        bool,
+        typer.Option(
+            "--all", help="All attacks and defences that are known by name: conformance.csv; fails for native ones."
+        ),
+    ] = False,
+    seconds: Annotated[float, typer.Option(help="With --all, CPU time for an attack of a toolkit.")] = SECONDS,
+    out: Out = Path("runs"),
+) -> None:
+    """Check whether attacks and defences keep to the contract: batches, devices, bounds, seeds, the model left alone.
+
+    Example: guardians check package.module:Attack "torchattacks:PGD(steps=10)"
+    """
+    if every == bool(names):
+        raise ValueError(f"NAME={names or 'none'}: must be one or more names, or --all")
+    if norm is not None:
+        check_choice("norm", norm, ("inf", "2", "1"))
+    if every:
+        frame, interrupted = run_conformance(out, seconds)
+        counts = frame.groupby(["implementation", "outcome"]).size().unstack(fill_value=0).reset_index()
+        print_table(counts, title=f"Checks: {frame['name'].nunique()} attacks and defences")
+        typer.echo(f"table: {out / 'conformance.csv'}")
+        if interrupted:
+            sys.exit(130)
+        failed = "failed" in set(frame.loc[frame["implementation"] == "native", "outcome"])
+    else:
+        failed = False
+        for wanted in [piece(name, None if norm is None else float(norm), eps, defence) for name in names or ()]:
+            found = pd.DataFrame([asdict(result) for result in wanted.results()])
+            print_table(found, title=wanted.name)
+            outcomes = found["outcome"].value_counts()
+            typer.echo(", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()))
+            failed |= "failed" in outcomes
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """The `guardians` command, in process: what it prints, what it writes, and how it fails."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -100,6 +101,41 @@ def image_folder(folder, seed=0):
                 pixels = rng.integers(256, size=(8, 8, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
     return folder
+
+
+# Checks
+
+
+def test_check_says_of_each_check_whether_it_passed(command):
+    result = command("check", "fgsm", "--norm", "2", "--eps", "1/2")
+    assert result.code == 0
+    assert "norm_ball" in result.out
+    assert re.search(r"\d+ passed", result.lines[-1])
+    assert "failed" not in result.lines[-1]
+
+
+def test_check_fails_with_an_attack_or_a_defence_of_ones_own(command):
+    Path("my_own_pieces.py").write_text(
+        "import torch\n"
+        "def attack(model, eps=0.1):\n"
+        "    return lambda x, y: x + eps\n"
+        "class Defence(torch.nn.Module):\n"
+        "    def __init__(self, model):\n"
+        "        super().__init__()\n"
+        "        self.model = model\n"
+        "    def forward(self, x):\n"
+        "        return self.model(x - x.mean(0))\n"
+    )
+    result = command("check", "my_own_pieces:attack(eps=0.2)", "my_own_pieces:Defence")
+    assert result.code == 1
+    assert re.search(r"images_are_finite_and_in_range +failed +returns pixels from .* to 1\.2", result.out)
+    assert re.search(r"images_are_answered_alone +failed +answers about an image depend on the others", result.out)
+
+
+def test_check_names_a_wrong_argument(command):
+    assert command("check").error == "NAME=none: must be one or more names, or --all"
+    assert command("check", "PGD-5", "--norm", "3").error.startswith("norm='3': ")
+    assert command("check", "no.such:thing").error.startswith("name='no.such:thing': 'thing' cannot be imported")
 
 
 # Evaluation

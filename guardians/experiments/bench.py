@@ -30,7 +30,7 @@ from guardians.statistics import wilson_interval
 from guardians.tables import BENCHMARK_COLUMNS, write_csv
 from guardians.toolkits.build import IMPLEMENTATIONS, TOOLKITS, is_available, is_installed, own_spec
 
-__all__ = ["ATTACKS", "benchmark_table", "run_benchmark", "runs_of", "summarise"]
+__all__ = ["ATTACKS", "benchmark_table", "run_benchmark", "runs_of", "spec_of", "summarise"]
 
 logger = logging.getLogger(__name__)
 
@@ -291,26 +291,46 @@ def runs_of(
 
 def _specs(attacks: Sequence[str], norm: float, eps: float, eps_step: float, random_start: bool) -> list[Spec | None]:
     """The attacks under these names, None for "clean", in the order in which they run."""
-    known = ", ".join(("clean", *usages(), *(f"{toolkit}:NAME" for toolkit in TOOLKITS)))
     if isinstance(attacks, str) or not attacks:
-        raise ValueError(f"attacks={attacks!r}: must be a list; known are {known}")
+        raise ValueError(f"attacks={attacks!r}: must be a list; known are {_known()}")
     specs: dict[Spec | None, tuple[int, int]] = {}
     for attack in attacks:
-        name, arguments = parsed(str(attack))
-        toolkit, colon, own = name.partition(":")
-        if colon:
-            specs[own_spec(canonical(toolkit, TOOLKITS), own, arguments, norm, eps)] = (2, 0)
-            continue
-        spec = named(name, norm, eps, eps_step=eps_step, random_start=random_start)
-        if spec is None and canonical(name, ("clean",)) != "clean":
-            raise ValueError(f"attack {attack!r} is unknown; known are {known}")
-        if spec is not None and arguments:
-            spec = spec.having(**arguments)
-        if spec is not None:
-            family_of(spec)
+        spec = spec_of(str(attack), norm, eps, eps_step=eps_step, random_start=random_start)
         # FGSM comes before the others, which are compared with it.
-        specs[spec] = (0, 0) if spec is None else (1 + (spec.family != _WEAKEST), spec.get("steps", 0))
+        steps = 0 if spec is None or spec.toolkit is not None else spec.get("steps", 0)
+        specs[spec] = (0, 0) if spec is None else (1 + (spec.family != _WEAKEST), steps)
     return sorted(specs, key=lambda spec: specs[spec])
+
+
+def spec_of(attack: str, norm: float, eps: float, **params: Any) -> Spec | None:
+    """The attack under a name as `runs_of` takes them; None for "clean".
+
+    Args:
+        attack: the name, also with arguments.
+        norm: of the threat model.
+        eps: radius of the ball.
+        params: of a registered attack that counts its steps, those that it has.
+
+    Raises:
+        ValueError: there is none, or it does not have this norm or one of the arguments.
+        ImportError: it is of a toolkit that is not installed.
+    """
+    name, arguments = parsed(attack)
+    toolkit, colon, own = name.partition(":")
+    if colon:
+        return own_spec(canonical(toolkit, TOOLKITS), own, arguments, norm, eps)
+    spec = named(name, norm, eps, **params)
+    if spec is None and canonical(name, ("clean",)) != "clean":
+        raise ValueError(f"attack {attack!r} is unknown; known are {_known()}")
+    if spec is not None and arguments:
+        spec = spec.having(**arguments)
+    if spec is not None:
+        family_of(spec)
+    return spec
+
+
+def _known() -> str:
+    return ", ".join(("clean", *usages(), *(f"{toolkit}:NAME" for toolkit in TOOLKITS)))
 
 
 def _has(implementation: str, spec: Spec | None, defence: str) -> bool:

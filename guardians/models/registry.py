@@ -23,6 +23,7 @@ __all__ = [
     "ARCHITECTURES",
     "build_model",
     "bundled_models",
+    "import_callable",
     "load_model",
     "load_weights",
     "model_card",
@@ -149,16 +150,27 @@ def save_model(model: nn.Module, card: dict[str, Any], folder: str | os.PathLike
     return path
 
 
-def _import_model(name: str) -> nn.Module:
+def import_callable(argument: str, name: str) -> Callable[..., Any]:
+    """What is called `package.module:callable`; the working directory is searched as well.
+
+    Raises:
+        ValueError: it cannot be imported or called; the message names the argument.
+    """
     module_name, _, attribute = name.partition(":")
-    with _working_directory_on_path():  # for the call too: it may import more
+    with _working_directory_on_path():
         try:
-            factory = getattr(importlib.import_module(module_name), attribute)
+            found = getattr(importlib.import_module(module_name), attribute)
         except Exception as error:  # the module is the user's, and its import may fail in any way
             reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"model={name!r}: {attribute or 'nothing'!r} cannot be imported: {reason}") from error
-        if not callable(factory):
-            raise ValueError(f"model={name!r}: not a callable but {type(factory).__name__}")
+            raise ValueError(f"{argument}={name!r}: {attribute or 'nothing'!r} cannot be imported: {reason}") from error
+    if not callable(found):
+        raise ValueError(f"{argument}={name!r}: not a callable but {type(found).__name__}")
+    return found
+
+
+def _import_model(name: str) -> nn.Module:
+    with _working_directory_on_path():  # for the call too: it may import more
+        factory = import_callable("model", name)
         try:
             model = factory()
         except Exception as error:

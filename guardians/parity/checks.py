@@ -7,7 +7,11 @@ wrong, or `unittest.SkipTest` where there is nothing to check; pytest knows both
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import process_time
 from typing import Any
 from unittest import SkipTest
 
@@ -22,21 +26,47 @@ from guardians.toolkits.build import global_seed
 
 __all__ = [
     "ATTACK_CHECKS",
+    "CLASSES",
     "DEFENCE_CHECKS",
+    "OUTCOMES",
+    "SHAPE",
+    "Result",
     "check_attack",
     "check_defence",
     "failures",
+    "is_defence",
     "parametrize_with_checks",
+    "results",
 ]
 
 Make = Callable[..., Any]
 """Makes an attack, or a defence, of a model."""
 Check = Callable[[Make], None]
 
-_SHAPE, _CLASSES, _N = (3, 8, 8), 5, 24
+SHAPE, CLASSES, _N = (3, 8, 8), 5, 24
+"""Of the images that pieces are checked with."""
 _ROUNDING = 1e-5
 _FEW = 0.01
 """Share of the pixels that rounding may move by a whole step: those whose gradient is zero but for it."""
+_SEEDS, _SIGMAS = 64, 6
+"""Seeds over which answers of a random defence are averaged, and standard errors by which two means may differ."""
+
+OUTCOMES = ("passed", "failed", "skipped", "timed out")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a check.
+
+    Attributes:
+        check: its name, without "check_".
+        outcome: one of `OUTCOMES`.
+        why: what is wrong, or why nothing was checked; empty where it passed.
+    """
+
+    check: str
+    outcome: str
+    why: str = ""
 
 
 def check_attack(make: Make) -> None:
@@ -59,17 +89,43 @@ def check_defence(make: Make) -> None:
 
 def failures(make: Make, checks: Iterable[Check]) -> dict[str, str]:
     """What is wrong, by the name of the check; an error of another kind is wrong as well."""
-    found = {}
+    return {f"check_{found.check}": found.why for found in results(make, checks) if found.outcome == "failed"}
+
+
+def results(make: Make, checks: Iterable[Check], seconds: float | None = None) -> Iterator[Result]:
+    """What comes of each check, from the same state of the global generators of torch and numpy.
+
+    Where a package is not installed that the piece needs, all is skipped.
+
+    Args:
+        make: the attack, or the defence.
+        checks: of `ATTACK_CHECKS` or `DEFENCE_CHECKS`.
+        seconds: of CPU time for all checks together; the one that is interrupted, and those after it, timed out. Only
+            in the main thread of a Unix process. None for no limit.
+    """
+    left = seconds
     for check in checks:
+        name = check.__name__.removeprefix("check_")
+        began = process_time()
         try:
-            check(make)
-        except SkipTest:
-            continue
+            with global_seed(0, torch.device("cpu")), _limited(left):
+                check(make)
+            found = Result(name, "passed")
+        except (SkipTest, ImportError) as reason:
+            found = Result(name, "skipped", str(reason))
+        except _OutOfTime:
+            found = Result(name, "timed out", f"the checks have {seconds:g} s of CPU time together")
+        except AssertionError as error:
+            found = Result(name, "failed", str(error))
         except Exception as error:  # someone else's code may fail in any way
-            found[check.__name__] = (
-                str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
-            )
-    return found
+            found = Result(name, "failed", f"{type(error).__name__}: {error}")
+        yield found
+        left = None if left is None else max(0.0, left - (process_time() - began))
+
+
+def is_defence(make: Make) -> bool:
+    """Whether what is made of a model is a module, as defences are, rather than a callable of images and labels."""
+    return isinstance(make(_net()), nn.Module)
 
 
 def parametrize_with_checks(makes: Iterable[Make], checks: Iterable[Check] | None = None) -> Any:
@@ -83,28 +139,35 @@ def parametrize_with_checks(makes: Iterable[Make], checks: Iterable[Check] | Non
 
 
 def check_shape_dtype_and_device(make: Make) -> None:
-    """Adversarial images are tensors like the images."""
-    x, _, x_adv = _attacked(make)
-    assert isinstance(x_adv, Tensor), f"returns {type(x_adv).__name__}, not a tensor"
-    for name in ("shape", "dtype", "device"):
-        got, wanted = getattr(x_adv, name), getattr(x, name)
-        assert got == wanted, f"returns images of {name} {got} for those of {wanted}"
+    """Adversarial images are tensors like the images; where there is a GPU also on that."""
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        x, y = (tensor.to(device) for tensor in _images())
+        _assert_alike(x, make(_net().to(device))(x, y))
+
+
+def check_double_precision(make: Make) -> None:
+    """For a float64 model and images, adversarial images are in float64 and within the ball and [0, 1]."""
+    x, y = _images()
+    x = x.double()
+    attack = make(_net().double())
+    x_adv = attack(x, y)
+    _assert_alike(x, x_adv)
+    _assert_in_range(x_adv)
+    if _has_ball(attack):
+        _assert_in_ball(attack, x, x_adv)
 
 
 def check_images_are_finite_and_in_range(make: Make) -> None:
     """Adversarial images have no NaN and lie in [0, 1], to the last bit."""
-    _, _, x_adv = _attacked(make)
-    assert x_adv.isfinite().all(), "returns images with NaN or infinite pixels"
-    low, high = float(x_adv.min()), float(x_adv.max())
-    assert low >= 0 and high <= 1, f"returns pixels from {low:.9g} to {high:.9g}: must be in [0, 1]"  # noqa: PT018
+    x, y = _images()
+    _assert_in_range(make(_net())(x, y))
 
 
 def check_norm_ball(make: Make) -> None:
     """Where an attack has `eps`, perturbations have a norm (`norm`, else inf) of at most that, but for rounding."""
-    attack, x, y = make(_net()), *_images()
-    norm, eps = _ball(attack)
-    size = lp_norm((attack(x, y) - x).double(), norm).max().item()
-    assert size <= eps * (1 + _ROUNDING) + 1e-6, f"leaves the ball: norm {size:.6g} where eps is {eps:.6g}"
+    attack, (x, y) = make(_net()), _images()
+    _ball(attack)
+    _assert_in_ball(attack, x, attack(x, y))
 
 
 def check_inputs_are_left_alone(make: Make) -> None:
@@ -118,14 +181,13 @@ def check_inputs_are_left_alone(make: Make) -> None:
 
 
 def check_model_is_left_alone(make: Make) -> None:
-    """Parameters, buffers, modes, hooks and `requires_grad` of the model are what they were."""
-    net = _net()
-    net.features[0].requires_grad_(False)
-    before = _state(net)
-    make(net)(*_images())
-    after = _state(net)
-    for name, value in before.items():
-        assert _same(value, after[name]), f"changes the model: {name}"
+    """Weights, buffers, modes, hooks and `requires_grad` are what they were, of a model in evaluation and training."""
+    for training in (False, True):
+        net = _net().train(training)
+        net.features[0].requires_grad_(False)
+        before = _state(net)
+        make(net)(*_images())
+        _assert_same(before, _state(net), "changes the model: ")
 
 
 def check_parameters_get_no_gradient(make: Make) -> None:
@@ -145,41 +207,75 @@ def check_seeds_decide(make: Make) -> None:
     assert _same(first, second), "gives other images for the same seeds"
 
 
+def check_own_seed_decides(make: Make) -> None:
+    """Where it takes a `seed`, that decides alone, and the global generators are not drawn from."""
+    found = []
+    for state in range(2):
+        with global_seed(state, torch.device("cpu")):
+            found.append(_with_options(make, seed=0)(*_images()))
+    assert _same(*found), "gives other images for the same seed of its own when the global generators differ"
+
+
+def check_generators_are_not_seeded(make: Make) -> None:
+    """The global generators of torch and numpy are not set to a fixed state, by which later draws would repeat."""
+    _assert_not_seeded(lambda: make(_net())(*_images()))
+
+
 def check_images_do_not_depend_on_the_batch(make: Make) -> None:
-    """An image is attacked in the same way in smaller batches, and in another order; of attacks without chance."""
+    """An image is attacked in the same way in smaller batches, and of attacks without chance in another order."""
     x, y = _images()
-    whole = _seeded(make, 0)
-    if not _same(whole, _seeded(make, 1)):
-        raise SkipTest("it draws random numbers")
-    parts = torch.cat([make(_net())(*part) for part in zip(x.split(5), y.split(5), strict=True)])
-    order = torch.from_numpy(np.random.default_rng(0).permutation(_N))
-    shuffled = torch.empty_like(whole)
-    shuffled[order] = make(_net())(x[order], y[order])
-    for name, other in (("in smaller batches", parts), ("in another order", shuffled)):
+    whole, others = _seeded(make, 0), {}
+    if _same(whole, _seeded(make, 1)):
+        others["in smaller batches"] = torch.cat(
+            [make(_net())(*part) for part in zip(x.split(5), y.split(5), strict=True)]
+        )
+        order = torch.from_numpy(np.random.default_rng(0).permutation(_N))
+        others["in another order"] = torch.empty_like(whole)
+        others["in another order"][order] = make(_net())(x[order], y[order])
+    else:  # whose draws depend on a seed of its own, or else on the order of the calls
+        whole = _with_options(make, seed=0)(x, y)
+        others["for batch_size=5"] = _with_options(make, seed=0, batch_size=5)(x, y)
+    for name, other in others.items():
         moved = ((whole - other).abs() > 100 * _ROUNDING).double().mean().item()
         assert moved <= _FEW, f"gives other images {name}: {100 * moved:.1f} % of the pixels"
 
 
-def check_labels_may_be_one_hot(make: Make) -> None:
-    """Where it has ART's `generate`, indices and one-hot rows are the same labels, and images come back in float32."""
+def check_label_formats(make: Make) -> None:
+    """Labels are int64 or int32; ART's `generate` also takes one-hot rows, and returns images in float32."""
+    x, y = _images()
+    found = {f"labels in {labels.dtype}": _seeded(make, 0, labels) for labels in (y, y.int())}
+    if hasattr(make(_net()), "generate"):
+        for name, labels in {"indices": y.numpy(), "one-hot labels": np.eye(CLASSES, dtype=np.float32)[y]}.items():
+            with global_seed(0, x.device):
+                x_adv = make(_net()).generate(x.numpy(), labels)
+            assert isinstance(x_adv, np.ndarray), f"generate returns {type(x_adv).__name__}, not an array"
+            assert x_adv.dtype == np.float32, f"generate returns {x_adv.dtype}"
+            found[f"{name} in generate"] = torch.from_numpy(x_adv)
+    first = next(iter(found.values()))
+    for name, other in found.items():
+        moved = ((first - other).abs() > _ROUNDING).double().mean().item()
+        assert moved <= _FEW, f"gives other images for {name}: {100 * moved:.1f} % of the pixels"
+
+
+def check_predictions_stand_in_for_labels(make: Make) -> None:
+    """Where it has ART's `generate`, no labels are the model's predictions."""
     x, y = _images()
     if not hasattr(make(_net()), "generate"):
         raise SkipTest("it has no generate")
     found = []
-    for labels in (y.numpy(), np.eye(_CLASSES, dtype=np.float32)[y.numpy()]):
+    for labels in (y.numpy(), None):
         with global_seed(0, x.device):
             found.append(make(_net()).generate(x.numpy(), labels))
-    assert isinstance(found[0], np.ndarray), f"generate returns {type(found[0]).__name__}, not an array"
-    assert found[0].dtype == np.float32, f"generate returns {found[0].dtype}"
-    assert np.abs(found[0] - found[1]).max() <= _ROUNDING, "gives other images for one-hot labels"
+    assert np.abs(found[0] - found[1]).max() <= _ROUNDING, "gives other images without labels than for the predictions"
 
 
 def check_bad_input_is_refused(make: Make) -> None:
-    """Images with NaN, labels that no class has, and labels for other images are errors."""
+    """Images with NaN, labels that no class has, and labels for other images are errors; what is right is none."""
     x, y = _images()
+    make(_net())(x, y)
     bad = {
         "images with NaN": (x.clone().index_fill_(0, torch.tensor([1]), float("nan")), y),
-        "a label that no class has": (x, y.clone().index_fill_(0, torch.tensor([1]), _CLASSES)),
+        "a label that no class has": (x, y.clone().index_fill_(0, torch.tensor([1]), CLASSES)),
         "fewer labels than images": (x, y[1:]),
     }
     for name, (images, labels) in bad.items():
@@ -194,7 +290,10 @@ def check_success_is_as_reported(make: Make) -> None:
     """Where it has `report.fooled`, that is what the model makes of the images."""
     net, (x, y) = _net(), _images()
     attack = make(net)
-    x_adv, reported = attack(x, y), getattr(getattr(attack, "report", None), "fooled", None)
+    x_adv, reported = attack(x, y), _fooled_in(attack)
+    if reported is None:
+        attack = _with_options(make, early_stop=True)  # native attacks judge where they stop early
+        x_adv, reported = attack(x, y), _fooled_in(attack)
     if reported is None:
         raise SkipTest("it reports nothing")
     fooled = (net(x_adv).argmax(1) != y).numpy()
@@ -204,39 +303,52 @@ def check_success_is_as_reported(make: Make) -> None:
 
 
 def check_never_weaker_than_fgsm(make: Make) -> None:
-    """Where it has `eps`, it fools at least as many images as one step of that size."""
+    """Where it has `eps` and asks for gradients, it fools at least as many images as one step of that size."""
     net, (x, y) = _net(), _images()
     attack = make(net)
     norm, eps = _ball(attack)
+    if not _asks_for_gradients(make):
+        raise SkipTest("it asks the model for no gradients")
     own, other = (int((net(images).argmax(1) != y).sum()) for images in (attack(x, y), FGSM(net, norm, eps)(x, y)))
     assert own >= other, f"fools {own} of {_N} images where FGSM fools {other}"
 
 
+def check_labels_are_avoided(make: Make) -> None:
+    """Without targets the loss of the labels rises."""
+    before, after = _losses(make, {}, _images()[1])
+    assert after > before, f"the loss of the labels is {after:.4g} after and {before:.4g} before the attack"
+
+
 def check_targets_are_approached(make: Make) -> None:
-    """Where it is made with `targeted=True`, labels are targets, whose loss falls."""
-    net, (x, y) = _net(), _images()
+    """Where it is made with `targeted=True`, labels are targets, whose loss falls; or it refuses that."""
+    _, y = _images()
     try:
-        attack = make(net, targeted=True)
-    except TypeError:
+        before, after = _losses(make, {"targeted": True}, (y + 1) % CLASSES)
+    except (TypeError, ValueError) as error:
+        if "target" not in str(error):
+            raise
         raise SkipTest("it has no targets") from None
-    targets = (y + 1) % _CLASSES
-    before, after = (nn.functional.cross_entropy(net(images), targets).item() for images in (x, attack(x, targets)))
     assert after < before, f"the loss of the targets is {after:.4g} after and {before:.4g} before the attack"
 
 
 ATTACK_CHECKS: tuple[Check, ...] = (
     check_shape_dtype_and_device,
+    check_double_precision,
     check_images_are_finite_and_in_range,
     check_norm_ball,
     check_inputs_are_left_alone,
     check_model_is_left_alone,
     check_parameters_get_no_gradient,
     check_seeds_decide,
+    check_own_seed_decides,
+    check_generators_are_not_seeded,
     check_images_do_not_depend_on_the_batch,
-    check_labels_may_be_one_hot,
+    check_label_formats,
+    check_predictions_stand_in_for_labels,
     check_bad_input_is_refused,
     check_success_is_as_reported,
     check_never_weaker_than_fgsm,
+    check_labels_are_avoided,
     check_targets_are_approached,
 )
 """Of attacks."""
@@ -246,7 +358,7 @@ def check_logits(make: Make) -> None:
     """A defence returns finite logits (N, classes) that are differentiable with respect to the images."""
     x, _ = _images()
     logits = _defence(make)(x)
-    assert logits.shape == (_N, _CLASSES), f"returns shape {tuple(logits.shape)} for {_N} images and {_CLASSES} classes"
+    assert logits.shape == (_N, CLASSES), f"returns shape {tuple(logits.shape)} for {_N} images and {CLASSES} classes"
     assert logits.isfinite().all(), "returns logits that are NaN or infinite"
 
 
@@ -274,7 +386,11 @@ def check_randomness_is_declared(make: Make) -> None:
 
 
 def check_images_are_answered_alone(make: Make) -> None:
-    """The answer about an image does not depend on the other images of the batch; a random one's given its draws."""
+    """The answer about an image does not depend on the other images of its batch.
+
+    A random one is asked with the draws of each image given (`guardians.engine.rng.row_keys`); if it does not take
+    them, the means of its probabilities over many seeds are compared.
+    """
     defence, (x, _) = _defence(make), _images()
     keys, rows = np.arange(_N, dtype=np.uint64), np.arange(_N)
 
@@ -283,23 +399,45 @@ def check_images_are_answered_alone(make: Make) -> None:
             logits: Tensor = defence(x[torch.from_numpy(rows)])
         return logits
 
-    whole = answer(rows)
-    if not (_close(whole, answer(rows)) and _close(whole, answer(rows, seed=1))):
-        raise SkipTest("its draws are not those of the images")
-    for some in (rows[:1], rows[::-1].copy(), rows[7:12]):
-        apart = (whole[torch.from_numpy(some)] - answer(some)).abs().max().item()
-        assert apart <= 1e-4, f"answers about an image depend on the others of its batch: logits move by {apart:.3g}"
+    def moments(rows: np.ndarray, first: int) -> tuple[Tensor, Tensor]:
+        drawn = torch.stack([answer(rows, first + seed).double().softmax(1) for seed in range(_SEEDS)])
+        return drawn.mean(0), drawn.var(0) / _SEEDS
+
+    whole, others = answer(rows), (rows[:1], rows[::-1].copy(), rows[7:12])
+    if _close(whole, answer(rows)) and _close(whole, answer(rows, seed=1)):
+        for some in others:
+            apart = (whole[torch.from_numpy(some)] - answer(some)).abs().max().item()
+            assert apart <= 1e-4, (
+                f"answers about an image depend on the others of its batch: logits move by {apart:.3g}"
+            )
+        return
+    mean, variance = moments(rows, 0)
+    for number, some in enumerate(others, start=1):
+        other, other_variance = moments(some, number * _SEEDS)
+        chosen = torch.from_numpy(some)
+        error = (variance[chosen] + other_variance).sqrt()
+        apart = ((mean[chosen] - other).abs() / error.clamp_min(_ROUNDING)).max().item()
+        assert apart <= _SIGMAS, (
+            f"answers about an image depend on the others of its batch: the mean probabilities over {_SEEDS} seeds "
+            f"are {apart:.3g} standard errors apart"
+        )
 
 
 def check_answering_changes_nothing(make: Make) -> None:
-    """Parameters, buffers and modes are the same after a forward pass."""
+    """Weights, buffers, modes, hooks and the images are the same after a forward pass."""
     defence, (x, _) = _defence(make), _images()
-    before = _state(defence)
+    before, images = _state(defence), x.clone()
     with torch.no_grad():
         defence(x)
-    after = _state(defence)
-    for name, value in before.items():
-        assert _same(value, after[name]), f"a forward pass changes {name}"
+    _assert_same(before, _state(defence), "a forward pass changes ")
+    assert torch.equal(x, images), "writes into the images that it is given"
+
+
+def check_answering_seeds_no_generator(make: Make) -> None:
+    """The global generators are not set to a fixed state, by which what is random would seem to be none."""
+    defence, (x, _) = _defence(make), _images()
+    with torch.no_grad():
+        _assert_not_seeded(lambda: defence(x))
 
 
 DEFENCE_CHECKS: tuple[Check, ...] = (
@@ -308,6 +446,7 @@ DEFENCE_CHECKS: tuple[Check, ...] = (
     check_randomness_is_declared,
     check_images_are_answered_alone,
     check_answering_changes_nothing,
+    check_answering_seeds_no_generator,
 )
 """Of defences."""
 
@@ -320,7 +459,7 @@ class _Net(nn.Module):
         parts = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
         parts += [nn.Conv2d(8, 12, 3, stride=2, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Dropout(0.3)]
         self.features = nn.Sequential(*parts)
-        self.head = nn.Linear(12 * 4 * 4, _CLASSES)
+        self.head = nn.Linear(12 * 4 * 4, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, classes) of images (N, 3, 8, 8)."""
@@ -345,7 +484,7 @@ def _net() -> _Net:
 
 def _pixels(seed: int) -> Tensor:
     """Of which some are exactly 0 and 1."""
-    x = torch.rand((_N, *_SHAPE), generator=torch.Generator().manual_seed(seed))
+    x = torch.rand((_N, *SHAPE), generator=torch.Generator().manual_seed(seed))
     return (1.25 * x - 0.125).clamp(0, 1)
 
 
@@ -356,23 +495,88 @@ def _images() -> tuple[Tensor, Tensor]:
         return x, _net()(x).argmax(1)
 
 
-def _attacked(make: Make) -> tuple[Tensor, Tensor, Any]:
-    x, y = _images()
-    return x, y, make(_net())(x, y)
-
-
-def _seeded(make: Make, seed: int) -> Tensor:
+def _seeded(make: Make, seed: int, labels: Tensor | None = None) -> Tensor:
     x, y = _images()
     with global_seed(seed, x.device):
-        x_adv: Tensor = make(_net())(x, y)
+        x_adv: Tensor = make(_net())(x, y if labels is None else labels)
     return x_adv
 
 
+def _with_options(make: Make, **options: Any) -> Any:
+    try:
+        return make(_net(), **options)
+    except (TypeError, ValueError) as error:
+        raise SkipTest(f"it takes no {' and '.join(options)}") from error
+
+
+def _fooled_in(attack: Any) -> Any:
+    return getattr(getattr(attack, "report", None), "fooled", None)
+
+
+def _losses(make: Make, options: dict[str, Any], labels: Tensor) -> tuple[float, float]:
+    """Of the labels, before and after the attack."""
+    net, (x, _) = _net(), _images()
+    x_adv = make(net, **options)(x, labels)
+    before, after = (nn.functional.cross_entropy(net(images), labels).item() for images in (x, x_adv))
+    return before, after
+
+
+def _has_ball(attack: Any) -> bool:
+    return isinstance(getattr(attack, "eps", None), (int, float))
+
+
 def _ball(attack: Any) -> tuple[float, float]:
-    eps = getattr(attack, "eps", None)
-    if not isinstance(eps, (int, float)):
+    if not _has_ball(attack):
         raise SkipTest("it has no eps")
-    return as_norm(getattr(attack, "norm", np.inf)), float(eps)
+    return as_norm(getattr(attack, "norm", np.inf)), float(attack.eps)
+
+
+def _asks_for_gradients(make: Make) -> bool:
+    net = _net()
+    asked: list[Tensor] = []
+
+    def watch(module: nn.Module, inputs: Any, logits: Tensor) -> None:
+        if logits.requires_grad:
+            logits.register_hook(asked.append)  # which a backward pass calls
+
+    net.register_forward_hook(watch)
+    make(net)(*_images())
+    return bool(asked)
+
+
+def _assert_alike(x: Tensor, x_adv: Any) -> None:
+    assert isinstance(x_adv, Tensor), f"returns {type(x_adv).__name__}, not a tensor"
+    for name in ("shape", "dtype", "device"):
+        got, wanted = getattr(x_adv, name), getattr(x, name)
+        assert got == wanted, f"returns images of {name} {got} for those of {wanted}"
+
+
+def _assert_in_range(x_adv: Tensor) -> None:
+    assert x_adv.isfinite().all(), "returns images with NaN or infinite pixels"
+    low, high = float(x_adv.min()), float(x_adv.max())
+    assert low >= 0 and high <= 1, f"returns pixels from {low:.9g} to {high:.9g}: must be in [0, 1]"  # noqa: PT018
+
+
+def _assert_in_ball(attack: Any, x: Tensor, x_adv: Tensor) -> None:
+    norm, eps = _ball(attack)
+    size = lp_norm((x_adv - x).double(), norm).max().item()
+    assert size <= eps * (1 + _ROUNDING) + 1e-6, f"leaves the ball: norm {size:.6g} where eps is {eps:.6g}"
+
+
+def _assert_not_seeded(call: Callable[[], Any]) -> None:
+    torch_states, numpy_states = [], []
+    for seed in range(2):
+        with global_seed(seed, torch.device("cpu")):
+            call()
+            torch_states.append(torch.get_rng_state())
+            numpy_states.append(np.random.get_state()[1])  # type: ignore[index]  # noqa: NPY002
+    assert not torch.equal(*torch_states), "seeds the global generator of torch"
+    assert not np.array_equal(*numpy_states), "seeds the global generator of numpy"
+
+
+def _assert_same(before: dict[str, Any], after: dict[str, Any], message: str) -> None:
+    for name, value in before.items():
+        assert _same(value, after[name]), f"{message}{name}"
 
 
 def _defence(make: Make) -> Any:
@@ -381,12 +585,14 @@ def _defence(make: Make) -> Any:
 
 
 def _state(net: nn.Module) -> dict[str, Any]:
-    """All of a module that others might see."""
-    state: dict[str, Any] = {f"value of {name}": value.clone() for name, value in net.state_dict().items()}
+    """All of a module that others might see, but for the gradients."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    tensors = [*net.named_parameters(), *net.named_buffers()]
+    state: dict[str, Any] = {f"value of {name}": value.detach().clone() for name, value in tensors}
     state |= {f"requires_grad of {name}": value.requires_grad for name, value in net.named_parameters()}
     for name, part in net.named_modules():
         state[f"mode of {name or 'the model'}"] = part.training
-        state[f"hooks of {name or 'the model'}"] = list(part._forward_hooks)
+        state[f"hooks of {name or 'the model'}"] = [list(getattr(part, kind)) for kind in kinds]
     return state
 
 
@@ -400,3 +606,28 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 def _raise(found: dict[str, str]) -> None:
     assert not found, "\n".join(f"{name}: {message}" for name, message in found.items())
+
+
+class _OutOfTime(BaseException):
+    """No `Exception`, which an attack may catch."""
+
+
+@contextmanager
+def _limited(seconds: float | None) -> Iterator[None]:
+    """Raise inside after so many seconds of CPU time."""
+    if seconds is None:
+        yield
+        return
+    if seconds <= 0:
+        raise _OutOfTime
+
+    def stop(*_: Any) -> None:
+        raise _OutOfTime
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)

@@ -87,9 +87,9 @@ def _protected(module: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def attacks() -> list[str]:
-    """The names of all evasion attacks in `art.attacks.evasion`; some are for other frameworks or data."""
-    return list(attack_classes(evasion, EvasionAttack))
+def attacks() -> dict[str, type]:
+    """All evasion attacks in `art.attacks.evasion` by name; some are for other frameworks or data."""
+    return attack_classes(evasion, EvasionAttack)
 
 
 def own(name: str, arguments: dict[str, Any], norm: float, eps: float) -> tuple[bool, dict[str, Any]]:
@@ -105,11 +105,14 @@ def wrap(
     attack, arguments = getattr(evasion, recipe[0]), recipe[1]
     if "verbose" in attack.attack_params:
         arguments = arguments | {"verbose": False}
+    if spec.targeted and "targeted" not in attack.attack_params:
+        raise ValueError(f"targeted=True: art's {recipe[0]} does not take targets")
     if "targeted" in attack.attack_params:
         arguments = arguments | {"targeted": spec.targeted}
     if "batch_size" in attack.attack_params:
         arguments = {"batch_size": batch_size} | arguments
-    return ArtAttack(attack(_classifier(model, nb_classes, input_shape), **arguments))
+    with _protected(model):  # some constructors ask the model, and leave it in evaluation mode
+        return ArtAttack(attack(_classifier(model, nb_classes, input_shape), **arguments))
 
 
 def logits(model: nn.Module, nb_classes: int, input_shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:

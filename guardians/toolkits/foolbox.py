@@ -81,10 +81,10 @@ class FoolboxAttack(ToolkitAttack):
             raise ValueError(f"eps=None: {type(innermost).__name__} needs the radius of the ball")
 
 
-def attacks() -> list[str]:
-    """The names of all attacks in `foolbox.attacks`."""
+def attacks() -> dict[str, type]:
+    """All attacks in `foolbox.attacks` by name."""
     found = installed(PACKAGE).attacks
-    return list(attack_classes(found, found.base.Attack))
+    return attack_classes(found, found.base.Attack)
 
 
 def own(name: str, arguments: dict[str, Any], norm: float, eps: float) -> tuple[bool, dict[str, Any]]:

@@ -102,11 +102,11 @@ def _check_bounds(victim: Victim) -> None:
         raise ValueError(f"the estimator's clip_values are {got}: must be (0, 1), the range of torchattacks")
 
 
-def attacks() -> list[str]:
-    """The names of all attacks of torchattacks that are made of a model."""
+def attacks() -> dict[str, type]:
+    """All attacks of torchattacks that are made of a model, by name."""
     package = installed(PACKAGE)
     found = attack_classes(package, package.attack.Attack)
-    return [name for name, attack in found.items() if next(iter(inspect.signature(attack).parameters)) == "model"]
+    return {name: kind for name, kind in found.items() if next(iter(inspect.signature(kind).parameters)) == "model"}
 
 
 def own(name: str, arguments: dict[str, Any], norm: float, eps: float) -> tuple[bool, dict[str, Any]]:

@@ -230,7 +230,7 @@ def test_the_former_import_path_warns_and_works():
 def test_lists_of_what_a_toolkit_has(toolkit, some, none):
     pytest.importorskip(toolkit)
     module = import_module(f"guardians.toolkits.{toolkit}")
-    names = module.attacks()
+    names = list(module.attacks())
     assert names == sorted(set(names))
     assert some <= set(names)
     assert not none & set(names)
