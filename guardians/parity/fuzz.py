@@ -222,7 +222,8 @@ def problems(attacks: Sequence[str] = (), references: Sequence[str] = ()) -> Sea
     installed("hypothesis")
     from hypothesis import strategies as st
 
-    stated = [case for case in cases(attacks, references) if case.kind == "exact"]
+    known = [case for case in cases(attacks, references) if isinstance(case, Case)]
+    stated = [case for case in known if case.kind == "exact"]
     for reference in {case.reference for case in stated} if references else ():
         installed(TOOLKITS[reference].PACKAGE)
     stated = [case for case in stated if is_installed(case.reference)]
