@@ -20,7 +20,9 @@ from guardians.engine.checks import check_choice, check_integer
 from guardians.engine.victim import Victim
 from guardians.evaluation import BUDGETS
 from guardians.evaluation import evaluate as run_evaluation
+from guardians.experiments.audit import audit as run_audit
 from guardians.experiments.bench import ATTACKS, run_benchmark
+from guardians.experiments.planted import audit_planted
 from guardians.experiments.study import find_studies, load_study, perform_study
 from guardians.experiments.subject import DEFENCES
 from guardians.models import (
@@ -34,7 +36,7 @@ from guardians.models import (
 )
 from guardians.parity.cases import REFERENCES, pieces
 from guardians.parity.conformance import SECONDS, piece, run_conformance
-from guardians.tables import file_name, print_table
+from guardians.tables import file_name, print_table, write_csv
 from guardians.toolkits.build import IMPLEMENTATIONS, TOOLKITS, is_installed
 from guardians.training import ENSEMBLE, RECIPES, SCHEDULES, Recipe, robust_accuracy, train
 
@@ -173,6 +175,61 @@ def evaluate(
         if save_images:
             evaluation.save_images(folder / "images")
         typer.echo(f"tables and curve: {folder}")
+
+
+@app.command()
+def audit(
+    model: Model = "resnet9-16-pgd-at",
+    weights: Weights = None,
+    data: Data = None,
+    download: Download = False,
+    resize: Resize = None,
+    crop: Crop = None,
+    n: Annotated[int, typer.Option("--n", "--images", help="Images.")] = 100,
+    norm: Annotated[str, typer.Option(help="inf, 2 or 1.")] = "inf",
+    eps: Annotated[float, typer.Option(parser=_number, metavar="NUMBER", help="Radius.", show_default="8/255")] = 8
+    / 255,
+    eot_samples: Annotated[int, typer.Option(help="Draws of a random model for one gradient.")] = 1,
+    surrogate: Annotated[
+        list[str], typer.Option(help="Model whose adversarial images are tried on this one, repeatable.")
+    ] = [],  # noqa: B006
+    planted: Annotated[
+        bool, typer.Option("--planted", help="Audit defences that only hide from gradients, and sound ones: audit.csv.")
+    ] = False,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    data_seed: DataSeed = 0,
+    out: Out = Path("runs/audit"),
+) -> None:
+    """Say what would make an evaluation of a model by its gradients untrustworthy: audit.csv.
+
+    Example: guardians audit --model package.module:make_model --data folder --eps 8/255
+    """
+    check_choice("norm", norm, ("inf", "2", "1"))
+    _check_run(1, device, seed, data_seed)
+    images = _announced_data(data, n, data_seed, download, resize, crop)
+    if planted:
+        frame = audit_planted(images, out, device=device, seed=seed)
+        print_table(frame, ["defence", "model", "right", "planted", "raised", "verdict"], "Audit of planted defences")
+        typer.echo(f"table: {out / 'audit.csv'}")
+        if frame["verdict"].isin(["missed", "false alarm"]).any():
+            raise typer.Exit(1)
+        return
+    classifier = load_model(model, weights, device)
+    _check_fit(model, classifier, images, device)
+    found = run_audit(
+        classifier,
+        images.as_floats().to(device),
+        images.labels.to(device),
+        norm=norm if norm == "inf" else float(norm),
+        eps=eps,
+        eot_samples=eot_samples,
+        surrogates=[load_model(name, device=device) for name in surrogate],
+        seed=seed,
+    )
+    typer.echo(str(found))
+    write_csv(found.table, out / "audit.csv")
+    typer.echo(f"table: {out / 'audit.csv'}")
 
 
 @app.command()
