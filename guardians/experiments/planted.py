@@ -21,7 +21,7 @@ from guardians.experiments.audit import RULES, audit
 from guardians.models import load_model, model_card
 from guardians.tables import Table
 
-__all__ = ["AUDIT_COLUMNS", "PLANTED", "SOUND", "Planted", "audit_planted"]
+__all__ = ["AUDIT_COLUMNS", "PLANTED", "SOUND", "Planted", "audit_planted", "rules_as_markdown"]
 
 _BASE = "resnet9-16-standard"
 AUDIT_COLUMNS = {
@@ -256,3 +256,20 @@ def audit_planted(
         measured = dict(zip(found.table["flag"], found.table["value"], strict=True))
         table.append(key | {"right": found.n, "eot": planted.eot_samples, "verdict": verdict} | flags | measured)
     return table.select(keys)
+
+
+def rules_as_markdown(frame: pd.DataFrame) -> str:
+    """The rules as a table, with what was measured of sound models and of planted defences that they flag.
+
+    Args:
+        frame: rows of `AUDIT_COLUMNS`.
+    """
+    is_sound, raised = frame["planted"].fillna("") == "", frame["raised"].fillna("").str.split("; ")
+    lines = ["| flag | measured | limit | sound, at most | flagged, at least | source | what to do |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    for rule in RULES:
+        values, is_flagged = frame[rule.name], [rule.name in flags for flags in raised]
+        figures = [f"{value:.2g}" for value in (rule.threshold, values[is_sound].max(), values[is_flagged].min())]
+        figures = ["-" if figure == "nan" else figure for figure in figures]
+        lines.append("| " + " | ".join([rule.name, rule.measured, *figures, rule.source, rule.advice]) + " |")
+    return "\n".join(lines)

@@ -1,6 +1,7 @@
 """The audit: what only hides is flagged, what is sound is not, and each rule says so for a model that breaks it."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from guardians.cli import run
 from guardians.data import Dataset
 from guardians.experiments import planted
 from guardians.experiments.audit import RULES
-from guardians.experiments.planted import AUDIT_COLUMNS, PLANTED, SOUND, Planted, audit_planted
+from guardians.experiments.planted import AUDIT_COLUMNS, PLANTED, SOUND, Planted, audit_planted, rules_as_markdown
 from guardians.tables import read_csv
 
 INF = float("inf")
+ROOT = Path(__file__).parents[2]
 N = 16
 
 
@@ -177,6 +179,21 @@ def test_the_table_says_what_was_caught_and_goes_on_where_it_was(tmp_path, monke
     monkeypatch.setattr(planted, "audit", None)
     assert audit_planted(data, tmp_path, defences=defences, verbose=False).equals(frame)
     assert read_csv(tmp_path / "audit.csv").equals(frame)
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return read_csv(ROOT / "results" / "audit.csv")
+
+
+def test_all_that_was_planted_is_caught_and_nothing_that_is_sound(committed):
+    assert list(committed.columns) == list(AUDIT_COLUMNS)
+    assert committed["defence"].tolist() == [defence.name for defence in (*PLANTED, *SOUND)]
+    assert committed["verdict"].tolist() == ["caught"] * len(PLANTED) + ["sound"] * len(SOUND)
+
+
+def test_the_docs_have_the_rules_and_what_was_measured(committed):
+    assert rules_as_markdown(committed) in (ROOT / "docs" / "audit.md").read_text()
 
 
 def test_the_command_prints_and_writes_what_was_found(tmp_path, capsys, monkeypatch):
