@@ -33,8 +33,8 @@ _PROBED = 64
 _STEPS = 20
 _QUERIES = 300
 _FEW = 0.02
-"""Of the images. Limits were set on 60 images and looked at on 100 others, where all that is measured of sound models is
-0, and the least that raised a flag of a planted defence 0.07 (docs/audit.md)."""
+"""Of the images. Limits were set on 60 images and looked at on 100 others, where all measures of sound models are 0 and
+the least that raised a flag of a planted defence is 0.07 (docs/audit.md)."""
 
 
 @dataclass(frozen=True)
