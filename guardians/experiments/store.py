@@ -186,7 +186,7 @@ class Store:
         """Take in what `export` has written; runs that are here stay."""
         runs = pd.read_csv(Path(folder) / _NAMES[0], dtype=str)
         outcomes = pd.read_csv(
-            Path(folder) / _NAMES[1], compression="xz", dtype={"key": str}, float_precision="round_trip"
+            Path(folder) / _NAMES[1], compression="xz", dtype={"key": str, "stage": str}, float_precision="round_trip"
         )
         of = dict(tuple(outcomes.groupby("key")))
         for key, known, figures in runs[["key", "known", "figures"]].to_numpy(dtype=str).tolist():
