@@ -82,6 +82,10 @@ Model = Annotated[
     ),
 ]
 Weights = Annotated[Path | None, typer.Option(help=".safetensors or .pt file with the model's state dict.")]
+Norm = Annotated[str, typer.Option(help="inf, 2 or 1.")]
+Surrogates = Annotated[
+    list[str], typer.Option("--surrogate", help="Model whose adversarial images are tried on this one, repeatable.")
+]
 Device = Annotated[str, typer.Option(help="For example cpu or cuda.")]
 BatchSize = Annotated[int, typer.Option(help="Images in one forward pass.")]
 Seed = Annotated[int, typer.Option(help="Of the random draws of the attacks.")]
@@ -122,7 +126,7 @@ def evaluate(
     resize: Resize = None,
     crop: Crop = None,
     n: Count = None,
-    norm: Annotated[str, typer.Option(help="inf, 2 or 1.")] = "inf",
+    norm: Norm = "inf",
     eps: Annotated[
         list[float],
         typer.Option(
@@ -134,9 +138,7 @@ def evaluate(
     ] = [8 / 255],  # noqa: B006
     budget: Annotated[str, typer.Option(help=f"{', '.join(BUDGETS)}.")] = "standard",
     batch_size: Annotated[int | None, typer.Option(help="Images in one forward pass.", show_default="chosen")] = None,
-    surrogate: Annotated[
-        list[str], typer.Option(help="Model whose adversarial images are tried on this one, repeatable.")
-    ] = [],  # noqa: B006
+    surrogate: Surrogates = [],  # noqa: B006
     save_images: Annotated[bool, typer.Option("--save-images", help="Write the adversarial images too.")] = False,
     device: Device = "cpu",
     seed: Seed = 0,
@@ -147,7 +149,7 @@ def evaluate(
 
     Example: guardians evaluate --model package.module:make_model --data folder --n 1000
     """
-    check_choice("norm", norm, ("inf", "2", "1"))
+    p = _checked_norm(norm)
     check_choice("budget", budget, BUDGETS)
     _check_run(1 if batch_size is None else batch_size, device, seed, data_seed)
     classifier = load_model(model, weights, device)
@@ -158,7 +160,7 @@ def evaluate(
         classifier,
         images.as_floats().to(device),
         images.labels.to(device),
-        norm=norm if norm == "inf" else float(norm),
+        norm=p,
         eps=eps,
         budget=budget,
         batch_size=batch_size,
@@ -186,13 +188,11 @@ def audit(
     resize: Resize = None,
     crop: Crop = None,
     n: Annotated[int, typer.Option("--n", "--images", help="Images.")] = 100,
-    norm: Annotated[str, typer.Option(help="inf, 2 or 1.")] = "inf",
+    norm: Norm = "inf",
     eps: Annotated[float, typer.Option(parser=_number, metavar="NUMBER", help="Radius.", show_default="8/255")] = 8
     / 255,
     eot_samples: Annotated[int, typer.Option(help="Draws of a random model for one gradient.")] = 1,
-    surrogate: Annotated[
-        list[str], typer.Option(help="Model whose adversarial images are tried on this one, repeatable.")
-    ] = [],  # noqa: B006
+    surrogate: Surrogates = [],  # noqa: B006
     planted: Annotated[
         bool, typer.Option("--planted", help="Audit defences that only hide from gradients, and sound ones: audit.csv.")
     ] = False,
@@ -205,7 +205,7 @@ def audit(
 
     Example: guardians audit --model package.module:make_model --data folder --eps 8/255
     """
-    check_choice("norm", norm, ("inf", "2", "1"))
+    p = _checked_norm(norm)
     _check_run(1, device, seed, data_seed)
     images = _announced_data(data, n, data_seed, download, resize, crop)
     if planted:
@@ -221,7 +221,7 @@ def audit(
         classifier,
         images.as_floats().to(device),
         images.labels.to(device),
-        norm=norm if norm == "inf" else float(norm),
+        norm=p,
         eps=eps,
         eot_samples=eot_samples,
         surrogates=[load_model(name, device=device) for name in surrogate],
@@ -341,8 +341,7 @@ def check(
     """
     if every == bool(names):
         raise ValueError(f"NAME={names or 'none'}: must be one or more names, or --all")
-    if norm is not None:
-        check_choice("norm", norm, ("inf", "2", "1"))
+    p = None if norm is None else _checked_norm(norm)
     if every:
         frame, interrupted = run_conformance(out, seconds)
         counts = frame.groupby(["implementation", "outcome"]).size().unstack(fill_value=0).reset_index()
@@ -353,7 +352,7 @@ def check(
         failed = "failed" in set(frame.loc[frame["implementation"] == "native", "outcome"])
     else:
         failed = False
-        for wanted in [piece(name, None if norm is None else float(norm), eps, defence) for name in names or ()]:
+        for wanted in [piece(name, p, eps, defence) for name in names or ()]:
             found = pd.DataFrame([asdict(result) for result in wanted.results()])
             print_table(found, title=wanted.name)
             outcomes = found["outcome"].value_counts()
@@ -392,7 +391,7 @@ def bench(
     implementation: Annotated[
         list[str], typer.Option(help=f"Only this one, repeatable: {', '.join(IMPLEMENTATIONS)}.")
     ] = [],  # noqa: B006
-    norm: Annotated[str, typer.Option(help="inf, 2 or 1.")] = "inf",
+    norm: Norm = "inf",
     eps: Annotated[
         float,
         typer.Option(
@@ -598,6 +597,11 @@ def _announced_data(
         note = f"note: without --data or {ENVIRONMENT_VARIABLE}, a sample stands in that is too small for conclusions"
         typer.secho(note, fg="yellow")
     return images
+
+
+def _checked_norm(norm: str) -> float:
+    check_choice("norm", norm, ("inf", "2", "1"))
+    return float(norm)
 
 
 def _check_run(batch_size: int, device: str, seed: int, data_seed: int = 0) -> None:

@@ -26,7 +26,7 @@ from guardians.attacks.apgd import APGD
 from guardians.attacks.auto_attack import auto_attack_stages
 from guardians.attacks.malt import MALT
 from guardians.attacks.norms import CommonNorm, as_norm, lp_norm
-from guardians.attacks.objectives import margin
+from guardians.attacks.objectives import margin_gradient
 from guardians.attacks.registry import Family, Spec, register
 from guardians.attacks.sequence import CLEAN, STANDS, AttackSequence, Judgement, Ledger, Stage, judge_again, run_stage
 from guardians.attacks.square import Square
@@ -40,7 +40,16 @@ from guardians.models.identity import digest
 from guardians.statistics import wilson_interval
 from guardians.tables import write_csv
 
-__all__ = ["BUDGETS", "FLAGS", "Cascade", "Evaluation", "evaluate"]
+__all__ = [
+    "BUDGETS",
+    "FLAGS",
+    "Cascade",
+    "Evaluation",
+    "check_surrogates",
+    "checked_inputs",
+    "evaluate",
+    "transfer_attack",
+]
 
 BUDGETS = ("fast", "standard", "thorough")
 FLAGS = {
@@ -276,8 +285,8 @@ def evaluate(
     check_choice("norm", as_norm(norm), (1.0, 2.0, np.inf))
     check_choice("budget", budget, BUDGETS)
     check_seed("seed", seed)
-    inputs = _checked(model, images, labels)
-    _check_surrogates(surrogates, Victim(model), inputs)
+    inputs = checked_inputs(model, images, labels)
+    check_surrogates(surrogates, Victim(model), inputs)
     found: dict[float, Evaluation] = {}
     for radius in sorted(set(radii)):
         run = _Run(model, inputs, as_norm(norm), radius, budget, batch_size, seed, surrogates, out, verbose)
@@ -390,13 +399,7 @@ class _Run:
                 if isinstance(model, nn.Module):
                     model = _LogOf(model)
                     victim = Victim(model)
-            with torch.enable_grad():
-                points = x.clone().requires_grad_(True)
-                value = margin(victim.logits(points), y, targeted=False).sum()
-                if not value.requires_grad:
-                    self.flags.append("no gradient")
-                    return model, False
-                (gradient,) = torch.autograd.grad(value, points, allow_unused=True)
+            gradient = margin_gradient(victim, x, y)
         if gradient is None:
             self.flags.append("no gradient")
             return model, False
@@ -417,11 +420,10 @@ class _Run:
             return Stage("square", Square(self.model, **options, max_iter=queries), sampled)
 
         def transfer(*, sampled: bool = False) -> list[Stage]:
-            search = partial(APGD, **self.common, **ball, loss_type="margin", max_iter=40, nb_random_init=0)
             judgement = Judgement(self.model, **self.common, early_stop=True)
             names = [f"transfer-{number}" for number in range(1, len(self.surrogates) + 1)]
             return [
-                Stage(name, judgement, sampled, search(surrogate, early_stop=False))
+                Stage(name, judgement, sampled, transfer_attack(surrogate, **self.common, **ball))
                 for name, surrogate in zip(names, self.surrogates, strict=True)
             ]
 
@@ -567,7 +569,12 @@ class _LogOf(nn.Module):
         return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
 
 
-def _check_surrogates(surrogates: Sequence[Any], victim: Victim, inputs: dict[str, Tensor]) -> None:
+def transfer_attack(surrogate: nn.Module | PyTorchClassifier, **options: Any) -> APGD:
+    """What makes images on another model that are then tried on the one that is attacked; `options` are of `APGD`."""
+    return APGD(surrogate, **options, loss_type="margin", max_iter=40, nb_random_init=0)
+
+
+def check_surrogates(surrogates: Sequence[Any], victim: Victim, inputs: dict[str, Tensor]) -> None:
     """Raise where one cannot be attacked on these images, or allows others than the model does."""
     if isinstance(surrogates, nn.Module) or not isinstance(surrogates, Sequence):
         raise TypeError(f"surrogates of type {type(surrogates).__name__}: must be a list of models")
@@ -587,7 +594,7 @@ def _check_surrogates(surrogates: Sequence[Any], victim: Victim, inputs: dict[st
             raise ValueError(f"surrogates[{number}] has {classes} classes: labels go up to {int(inputs['y'].max())}")
 
 
-def _checked(model: Any, images: Any, labels: Any) -> dict[str, Tensor]:
+def checked_inputs(model: Any, images: Any, labels: Any) -> dict[str, Tensor]:
     """Images "x" and labels "y", as an attack checks them."""
     attack: Attack = Judgement(model)
     x = images if isinstance(images, Tensor) else attack._from_array("images", images)

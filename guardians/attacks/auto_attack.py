@@ -80,10 +80,6 @@ class AutoAttack(AttackSequence):
 
     _options = ("first_index",)
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.report: Any = None
-
     def _run(self, inputs: dict[str, Tensor], device: torch.device, first_index: int) -> Tensor:
         x, y = inputs["x"], self._labels(inputs, device)
         seed = fresh_seed() if self.seed is None else int(self.seed)
@@ -113,8 +109,7 @@ class AutoAttack(AttackSequence):
                     bar.update(count)
                     bar.set_postfix_str(f"robust accuracy {ledger.stands.mean():.1%}")
         judge_again(self.estimator, x, y, ledger, first_index=first_index, **common | {"seed": seed + 1})
-        self.report = ledger.report
-        self.report.fooled = ~ledger.stands
+        ledger.report.fooled = ~ledger.stands
         return ledger.x_adv
 
 

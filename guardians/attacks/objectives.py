@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, softplus
 
 from guardians.engine.run import margin
+from guardians.engine.victim import Victim
 
-__all__ = ["OBJECTIVE_FUNCTIONS", "TAKE_CONFIDENCE", "largest_other", "logit_gap", "margin"]
+__all__ = ["OBJECTIVE_FUNCTIONS", "TAKE_CONFIDENCE", "largest_other", "logit_gap", "margin", "margin_gradient"]
 
 ObjectiveFunction = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
@@ -25,6 +26,17 @@ def largest_other(logits: Tensor, classes: Tensor) -> Tensor:
     """The class (N,) with the largest of the logits (N, classes), `classes` (N,) set aside; the first where equal."""
     finite = logits.clamp_min(torch.finfo(logits.dtype).min)  # where all others are -inf, it is one of them
     return finite.scatter(1, classes[:, None], -torch.inf).argmax(1)
+
+
+def margin_gradient(victim: Victim, x: Tensor, y: Tensor) -> Tensor | None:
+    """Of the untargeted margin at images (N, ...) with labels (N,); None where logits do not depend on the images."""
+    with torch.enable_grad():
+        points = x.clone().requires_grad_(True)
+        value = margin(victim.logits(points), y, targeted=False).sum()
+        if not value.requires_grad:
+            return None
+        gradient: Tensor | None = torch.autograd.grad(value, points, allow_unused=True)[0]
+    return gradient
 
 
 def _pick(values: Tensor, classes: Tensor) -> Tensor:

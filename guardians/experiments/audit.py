@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,14 +18,16 @@ from tqdm.auto import tqdm
 from guardians.attacks.apgd import APGD
 from guardians.attacks.fgsm import FGSM
 from guardians.attacks.norms import as_norm, dual, lp_norm, random_in_ball, steepest_ascent
-from guardians.attacks.objectives import margin
+from guardians.attacks.objectives import margin, margin_gradient
 from guardians.attacks.pgd import PGD
 from guardians.attacks.sequence import Judgement
 from guardians.attacks.square import Square
 from guardians.engine.attack import Attack
 from guardians.engine.checks import check_choice, check_integer, check_number, check_seed
+from guardians.engine.report import Report
 from guardians.engine.rng import ForkedGenerators, SampleRng, row_keys
 from guardians.engine.victim import Victim, isolated, undisturbed
+from guardians.evaluation import check_surrogates, checked_inputs, transfer_attack
 
 __all__ = ["RULES", "Audit", "Rule", "audit"]
 
@@ -77,10 +80,8 @@ class Audit:
 
     def __str__(self) -> str:
         lines = [f"{'':<2}{'flag':<26} {'value':>8} {'limit':>6}  measured"]
-        values = [
-            "-" if value != value else f"{value:.3g}" for value in self.table["value"].tolist()
-        ]  # NaN is not itself
-        for value, row in zip(values, self.table.itertuples(), strict=True):
+        for row in self.table.itertuples():
+            value = f"{row.value:.3g}".replace("nan", "-")
             lines.append(f"{'!' if row.raised else '':<2}{row.flag:<26} {value:>8} {row.threshold:>6g}  {row.measured}")
         lines += [f"! {row.flag}: {row.advice} ({row.source})" for row in self.table[self.table["raised"]].itertuples()]
         return "\n".join([*lines, f"{len(self.flags)} of {len(self.table)} flags raised, on {self.n} images"])
@@ -102,35 +103,29 @@ class _Probed:
     ) -> None:
         self.model, self.victim, self.surrogates = model, Victim(model), surrogates
         self.norm, self.eps, self.eot_samples, self.common = norm, eps, eot_samples, common
-        clean = Judgement(model, **common, early_stop=True)
-        clean(x, y)
-        assert clean.report is not None
-        assert clean.report.fooled is not None
-        self.is_random, self.depends_on_batch = clean.report.is_random, clean.report.depends_on_batch
-        right = torch.from_numpy(~clean.report.fooled).to(x.device)
+        clean = _run(Judgement(model, **common, early_stop=True), x, y)
+        self.is_random, self.depends_on_batch = clean.is_random, clean.depends_on_batch
+        right = torch.from_numpy(~_fooled(clean)).to(x.device)
         self.x, self.y = x[right], y[right]
         self._found: dict[Any, np.ndarray] = {}
 
-    def fooled(self, kind: type[Attack], eps: float | None = None, **options: Any) -> np.ndarray:
+    def fooled(self, kind: type[Attack], **options: Any) -> np.ndarray:
         """Which of the images an attack fools, bool (N,); none where it needs a gradient and there is none."""
-        key = kind, eps, *options.items()
+        if kind is not Square:
+            options["eot_samples"] = self.eot_samples
+        options = {"norm": self.norm, "eps": self.eps, **options}
+        key = kind, *options.items()
         if key not in self._found:
-            if kind is not Square:
-                options = {"eot_samples": self.eot_samples, **options}
             self._found[key] = np.zeros(len(self.x), dtype=bool)
             if self.has_gradient or kind is Square:
-                options |= self.common | {"norm": self.norm, "eps": self.eps if eps is None else eps}
-                attack = kind(self.model, **options, early_stop=True)
-                attack(self.x, self.y)
-                assert attack.report is not None
-                assert attack.report.fooled is not None
-                self._found[key] = attack.report.fooled
+                attack = kind(self.model, **options, **self.common, early_stop=True)
+                self._found[key] = _fooled(_run(attack, self.x, self.y))
         return self._found[key]
 
     def pgd(self, eps: float | None = None, steps: int = _STEPS, reach: float = 2.5) -> np.ndarray:
         """Which PGD fools, whose steps together are `reach` radii long (Madry et al. 2018)."""
         radius = self.eps if eps is None else eps
-        return self.fooled(PGD, eps, max_iter=steps, eps_step=reach * radius / steps)
+        return self.fooled(PGD, eps=radius, max_iter=steps, eps_step=reach * radius / steps)
 
     @property
     def by_gradients(self) -> np.ndarray:
@@ -151,24 +146,28 @@ class _Probed:
         return max((share for share in shares if share is not None), default=None)
 
     def _transferred(self, surrogate: Any) -> np.ndarray:
-        ball: dict[str, Any] = {"norm": self.norm, "eps": self.eps, **self.common}
-        x_adv = APGD(surrogate, **ball, loss_type="margin", max_iter=40, nb_random_init=0)(self.x, self.y)
+        x_adv = transfer_attack(surrogate, norm=self.norm, eps=self.eps, **self.common)(self.x, self.y)
         judgement = Judgement(self.model, **self.common, early_stop=True)
-        judgement(self.x, self.y, x_adv_init=x_adv)
-        assert judgement.report is not None
-        assert judgement.report.fooled is not None
-        return judgement.report.fooled
+        return _fooled(_run(judgement, self.x, self.y, x_adv_init=x_adv))
 
-    def asked(self, points: Tensor) -> Tensor:
-        """Logits (N, classes) at points (N, ...); of a random model always in the same draws."""
+    @contextmanager
+    def _asking(self, points: Tensor) -> Iterator[None]:
+        """Where the model is asked about points (N, ...); a random one has the same draws each time."""
         draws = ForkedGenerators(self.common["seed"], points.device)
-        with row_keys(np.arange(len(points), dtype=np.uint64)), draws:
+        keys = row_keys(np.arange(len(points), dtype=np.uint64))
+        with undisturbed(self.victim.module), isolated(points.device), keys, draws:
+            yield
+
+    def _asked(self, points: Tensor) -> Tensor:
+        """Logits (N, classes) at points (N, ...)."""
+        with self._asking(points), torch.no_grad():
             return self.victim.logits(points)
 
     @cached_property
     def points(self) -> tuple[Tensor, Tensor]:
         """Some images and as many points of their balls (N, ...), and the labels (N,)."""
-        x, y = self.x[:_PROBED], self.y[:_PROBED]
+        device = self.victim.device or self.x.device
+        x, y = self.x[:_PROBED].to(device), self.y[:_PROBED].to(device)
         eps = torch.full((len(x), *[1] * (x.ndim - 1)), self.eps, dtype=x.dtype, device=x.device)
         noise = random_in_ball(x, eps, self.norm, SampleRng(self.common["seed"], np.arange(len(x))))
         return torch.cat([x, self.victim.clip(x + noise)]), torch.cat([y, y])
@@ -176,20 +175,19 @@ class _Probed:
     @cached_property
     def logits(self) -> Tensor:
         """At `points`."""
-        with undisturbed(self.victim.module), isolated(self.x.device), torch.no_grad():
-            return self.asked(self.points[0])
+        return self._asked(self.points[0])
+
+    @property
+    def clean_logits(self) -> Tensor:
+        """At the images among them."""
+        return self.logits[: len(self.logits) // 2]
 
     @cached_property
     def gradients(self) -> Tensor | None:
         """Of the margin by which another class is ahead, at `points`; None where there is none."""
         points, y = self.points
-        with undisturbed(self.victim.module), isolated(points.device), torch.enable_grad():
-            leaf = points.clone().requires_grad_(True)
-            value = margin(self.asked(leaf), y, targeted=False).sum()
-            if not value.requires_grad:
-                return None
-            gradients: Tensor | None = torch.autograd.grad(value, leaf, allow_unused=True)[0]
-            return gradients
+        with self._asking(points):
+            return margin_gradient(self.victim, points, y)
 
     @property
     def has_gradient(self) -> bool:
@@ -213,29 +211,36 @@ class _Probed:
         length = self.eps / 20
         predicted = length * lp_norm(gradient.double(), dual(self.norm)).flatten()
         moved = points + length * steepest_ascent(gradient, self.norm)
-        with undisturbed(self.victim.module), isolated(points.device), torch.no_grad():
-            after = margin(self.asked(moved), y, targeted=False).double()
-        ratio = (after - margin(self.logits, y, targeted=False).double()) / predicted
+        before, after = (margin(logits, y, targeted=False).double() for logits in (self.logits, self._asked(moved)))
+        ratio = (after - before) / predicted
         known = predicted > 0
         return float(((ratio < 0.5) | (ratio > 2))[known].double().mean()) if known.any() else None
 
     def saturated(self) -> float:
         """Share of the images whose probability is 1 in the precision of the logits."""
-        probabilities = self.logits[: len(self.points[0]) // 2].softmax(1).amax(1)
+        probabilities = self.clean_logits.softmax(1).amax(1)
         return float((probabilities >= 1 - torch.finfo(probabilities.dtype).eps).double().mean())
 
     def repeated(self) -> float:
         """Share of the logits that another image has too, of the same class and to the last bit."""
-        logits = self.logits[: len(self.points[0]) // 2]
-        if len(logits) < 2:
-            return 0.0
-        distinct = [column.unique().numel() for column in logits.unbind(1)]
-        return 1 - sum(distinct) / logits.numel()
+        distinct = [column.unique().numel() for column in self.clean_logits.unbind(1)]
+        return 1 - sum(distinct) / self.clean_logits.numel()
 
     def unbounded(self) -> float | None:
         """Share that stands where the ball holds a grey image of every other one."""
         farthest = 0.5 * self.x[0].numel() ** (1 / self.norm)
-        return float((~self.pgd(eps=farthest, steps=40)).mean()) if self.has_gradient and len(self.x) else None
+        return float((~self.pgd(eps=farthest, steps=40)).mean()) if self.has_gradient else None
+
+
+def _run(attack: Attack, x: Tensor, y: Tensor, **options: Any) -> Report:
+    attack(x, y, **options)
+    assert attack.report is not None
+    return attack.report
+
+
+def _fooled(report: Report) -> np.ndarray:
+    assert report.fooled is not None
+    return report.fooled
 
 
 _CARLINI = "Carlini et al. 2019, On evaluating adversarial robustness"
@@ -405,11 +410,8 @@ def audit(
     check_number("eps", eps, low=0, exclusive=True, single=True)
     check_integer("eot_samples", eot_samples, low=1)
     check_seed("seed", seed)
-    judgement: Attack = Judgement(model)
-    x = images if isinstance(images, Tensor) else judgement._from_array("images", images)
-    if labels is None:
-        raise ValueError("labels=None: must be the true labels (N,)")
-    inputs = judgement._checked_inputs(x, labels, {})
+    inputs = checked_inputs(model, images, labels)
+    check_surrogates(surrogates, Victim(model), inputs)
     common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "verbose": False}
     probed = _Probed(model, inputs["x"], inputs["y"], as_norm(norm), float(eps), eot_samples, surrogates, common)
     if not len(probed.x):

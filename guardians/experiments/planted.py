@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -16,9 +17,9 @@ from torchvision.io import decode_jpeg, encode_jpeg
 from tqdm.auto import tqdm
 
 from guardians.data import Dataset
-from guardians.defences import RandomSelfEnsemble
 from guardians.experiments.audit import RULES, audit
-from guardians.models import load_model, model_card
+from guardians.experiments.subject import defended
+from guardians.models import load_model
 from guardians.tables import Table
 
 __all__ = ["AUDIT_COLUMNS", "PLANTED", "SOUND", "Planted", "audit_planted", "rules_as_markdown"]
@@ -61,21 +62,25 @@ class Planted:
     surrogates: tuple[str, ...] = ()
 
 
-class _Before(nn.Module):
-    """A network behind a change of its images, or in front of one of its logits."""
+class _Defended(nn.Module):
+    """A network that another function asks.
 
-    def __init__(
-        self,
-        network: nn.Module,
-        images: Callable[[Tensor], Tensor] = lambda x: x,
-        logits: Callable[[Tensor], Tensor] = lambda z: z,
-    ) -> None:
+    Args:
+        network: returns logits.
+        answer: logits (N, classes) of the network and images (N, C, H, W).
+    """
+
+    def __init__(self, network: nn.Module, answer: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
-        self.network, self.images, self.logits = network, images, logits
+        self.network, self.answer = network, answer
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, classes) of images (N, C, H, W)."""
-        return self.logits(self.network(self.images(x)))
+        return self.answer(self.network, x)
+
+
+def _answering(answer: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[nn.Module], nn.Module]:
+    return partial(_Defended, answer=answer)
 
 
 def _rounded(x: Tensor) -> Tensor:
@@ -99,43 +104,25 @@ def _steep(x: Tensor) -> Tensor:
     return x + (x - x.detach()).abs().sqrt()
 
 
-def _stopped(network: nn.Module) -> nn.Module:
+def _stopped(network: nn.Module, x: Tensor) -> Tensor:
     """Logits without a gradient, beside a faint one that has nothing to do with them."""
-    weight = torch.randn(10, generator=torch.Generator().manual_seed(0))
-
-    def forward(x: Tensor) -> Tensor:
-        logits: Tensor = network(x.detach())
-        return logits + 1e-3 * x.flatten(1).mean(1, keepdim=True) * weight.to(x)
-
-    return _Whole(network, forward)
+    logits: Tensor = network(x.detach())
+    weight = torch.randn(logits.shape[1], generator=torch.Generator().manual_seed(0))
+    return logits + 1e-3 * x.flatten(1).mean(1, keepdim=True) * weight.to(x)
 
 
-def _detector(network: nn.Module) -> nn.Module:
+def _detector(network: nn.Module, x: Tensor) -> Tensor:
     """What is rough is smoothed first, by a switch through which no gradient comes."""
-
-    def forward(x: Tensor) -> Tensor:
-        smooth = avg_pool2d(nn.functional.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        is_rough = (x - smooth).abs().mean((1, 2, 3), keepdim=True) > 0.03
-        with torch.no_grad():
-            answer: Tensor = network(torch.where(is_rough, (7 * smooth).round() / 7, x))
-        seen: Tensor = network(x)
-        return torch.where(is_rough[:, :, 0, 0], answer, seen)
-
-    return _Whole(network, forward)
+    smooth = avg_pool2d(nn.functional.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    is_rough = (x - smooth).abs().mean((1, 2, 3), keepdim=True) > 0.03
+    with torch.no_grad():
+        answer: Tensor = network(torch.where(is_rough, _rounded(smooth), x))
+    seen: Tensor = network(x)
+    return torch.where(is_rough[:, :, 0, 0], answer, seen)
 
 
-def _of_the_batch(network: nn.Module) -> nn.Module:
-    return _Before(network, images=lambda x: (x - 0.5 * (x.mean((0, 2, 3), keepdim=True) - 0.45)).clamp(0, 1))
-
-
-class _Whole(nn.Module):
-    def __init__(self, network: nn.Module, answer: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.network, self.answer = network, answer
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, classes) of images (N, C, H, W)."""
-        return self.answer(x)
+def _of_the_batch(x: Tensor) -> Tensor:
+    return (x - 0.5 * (x.mean((0, 2, 3), keepdim=True) - 0.45)).clamp(0, 1)
 
 
 class _WinnersTakeAll(nn.Module):
@@ -171,30 +158,22 @@ def _noisy(x: Tensor) -> Tensor:
     return x + 0.1 * torch.randn_like(x)
 
 
-def _rse(name: str) -> Callable[[nn.Module], nn.Module]:
-    card = model_card(name)
-    strength = {key: card["recipe"][key] for key in ("sigma_init", "sigma_inner")}
-    return lambda network: RandomSelfEnsemble(network, **strength, n=3, seed=0)
-
-
 PLANTED = (
-    Planted("rounded input", lambda f: _Before(f, _rounded), ("vanishing gradients",)),
-    Planted("temperature 0.01", lambda f: _Before(f, logits=lambda z: 100 * z), ("saturated outputs",)),
-    Planted("noise at the input", lambda f: _Before(f, _noisy), ("random without EOT",)),
-    Planted("JPEG", lambda f: _Before(f, _jpeg), ("no gradient",)),
-    Planted(
-        "rounded logits", lambda f: _Before(f, logits=lambda z: z.round()), ("vanishing gradients", "quantised outputs")
-    ),
-    Planted("wavy layer", lambda f: _Before(f, _wavy), ("misleading gradients",)),
-    Planted("overflowing layer", lambda f: _Before(f, _steep), ("undefined gradients",)),
+    Planted("rounded input", _answering(lambda f, x: f(_rounded(x))), ("vanishing gradients",)),
+    Planted("temperature 0.01", _answering(lambda f, x: 100 * f(x)), ("saturated outputs",)),
+    Planted("noise at the input", _answering(lambda f, x: f(_noisy(x))), ("random without EOT",)),
+    Planted("JPEG", _answering(lambda f, x: f(_jpeg(x))), ("no gradient",)),
+    Planted("rounded logits", _answering(lambda f, x: f(x).round()), ("vanishing gradients", "quantised outputs")),
+    Planted("wavy layer", _answering(lambda f, x: f(_wavy(x))), ("misleading gradients",)),
+    Planted("overflowing layer", _answering(lambda f, x: f(_steep(x))), ("undefined gradients",)),
     Planted(
         "detector",
-        _detector,
+        _answering(_detector),
         ("weaker than black-box", "vanishing gradients", "weaker than transfer"),
         surrogates=(_BASE,),
     ),
-    Planted("mean over the batch", _of_the_batch, ("depends on batch",)),
-    Planted("stopped gradient", _stopped, ("misleading gradients",)),
+    Planted("mean over the batch", _answering(lambda f, x: f(_of_the_batch(x))), ("depends on batch",)),
+    Planted("stopped gradient", _answering(_stopped), ("misleading gradients",)),
     Planted("k winners take all", _winners, ("misleading gradients",)),
 )
 """What only hides."""
@@ -204,7 +183,12 @@ SOUND = (
     Planted("adversarial training, PGD", lambda f: f, model="resnet9-16-pgd-at"),
     Planted("mixup training", lambda f: f, model="resnet9-16-mixup"),
     Planted("interpolated adversarial training", lambda f: f, model="resnet9-16-iat"),
-    Planted("RSE under EOT", _rse("resnet9-16-rse"), model="resnet9-16-rse", eot_samples=5),
+    Planted(
+        "RSE under EOT",
+        lambda f: defended("resnet9-16-rse", f, "rse(n=3)").module(0),
+        model="resnet9-16-rse",
+        eot_samples=5,
+    ),
 )
 """What is as it seems."""
 
@@ -232,6 +216,7 @@ def audit_planted(
         The rows of `AUDIT_COLUMNS`.
     """
     table = Table(Path(out) / "audit.csv", AUDIT_COLUMNS, ("defence", "model", "data", "n", "seed"))
+    x, y = data.as_floats().to(device), data.labels.to(device)
     keys = []
     for planted in tqdm(defences, desc="audit", unit="defence", disable=not verbose):
         key = {"defence": planted.name, "model": planted.model, "data": data.identity, "n": len(data), "seed": seed}
@@ -241,8 +226,8 @@ def audit_planted(
         model = planted.make(load_model(planted.model, device=device)).eval()
         found = audit(
             model,
-            data.as_floats().to(device),
-            data.labels.to(device),
+            x,
+            y,
             eot_samples=planted.eot_samples,
             surrogates=[load_model(name, device=device) for name in planted.surrogates],
             seed=seed,

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from io import StringIO
 from typing import Any
 from unittest import mock
@@ -66,12 +66,12 @@ class _About:
     classes: int
     seed: int
 
-    @property
+    @cached_property
     def keys(self) -> np.ndarray:
         """What a defence with this seed makes of the numbers of the images: (N,)."""
         return hashed(self.seed, np.arange(len(self.x)))
 
-    @property
+    @cached_property
     def pool(self) -> tuple[Tensor, Tensor]:
         """Images to mix with, at least one of each class; as any image will do, the labels are made up."""
         rows = torch.arange(max(len(self.x), 2 * self.classes), device=self.x.device)

@@ -281,7 +281,8 @@ def run_parity(
     for case in tqdm(todo, desc="parity", unit="case", disable=not verbose):
         identity = {"case": case.name, **run}
         if identity not in table:
-            names = {"attack": case.attack, "reference": case.reference, "kind": case.kind}
+            kind = "deviation" if own_rules else case.kind
+            names = {"attack": case.attack, "reference": case.reference, "kind": kind}
             if isinstance(case, Case):
                 options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "own_rules": own_rules}
                 row = _row(case, compare(case, model, x, labels, nb_classes=len(data.classes), **options))
@@ -303,7 +304,6 @@ def _row(case: Case, found: Comparison) -> dict[str, Any]:
     )
     steps = found.steps
     return {
-        **({"kind": "deviation"} if found.verdict == "own rule" else {}),
         "max_abs_diff": (found.native - found.reference).abs().max().item(),
         "pixel_mismatch": None if steps is None else steps.mismatches,
         "unexplained": None if steps is None else steps.unexplained,
