@@ -51,6 +51,9 @@ class Attack(ClassifierAttack):
     the model needs for an image), `verbose` (a progress bar of finished images, and the share that stands) and
     `summary_writer`.
 
+    A model that is sharded over processes, by FSDP or tensor parallelism, is only called. It answers when all of them
+    ask, so each attacks the same images with the same seed.
+
     A call takes `first_index`, the position of its first image in the data: with a seed, parts of a data set that are
     attacked one after the other have the draws that they would have together.
 
