@@ -23,6 +23,7 @@ from guardians.attacks import PGD
 from guardians.data import ENVIRONMENT_VARIABLE, Dataset, LazyDataset, load_data, open_data
 
 N = 14
+HAS_DATASETS = importlib.util.find_spec("datasets") is not None
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +68,7 @@ def svhn(folder: Path) -> str:
 
 def hugging_face(folder: Path) -> str:
     pixels = np.random.default_rng(3).integers(0, 256, (5, 9, 7, 3), dtype=np.uint8)
-    save = save_real if importlib.util.find_spec("datasets") else StandIn.save
+    save = save_real if HAS_DATASETS else StandIn.save
     save(folder / "pets", {"test": rows([encoded(image) for image in pixels], [0, 1, 1, 0, 2])})
     return str(folder / "pets")
 
@@ -84,7 +85,7 @@ class TestSameAsInMemory:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Callable, options: dict, workers: int
     ) -> None:
         monkeypatch.setattr("torchvision.datasets.svhn.check_integrity", lambda *_: True)
-        if not importlib.util.find_spec("datasets"):
+        if not HAS_DATASETS:
             monkeypatch.setitem(sys.modules, "datasets", StandIn("datasets"))
         root = kind(tmp_path)
         whole, lazy = load_data(root, **options), open_data(root, **options)
