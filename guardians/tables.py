@@ -42,10 +42,10 @@ BENCHMARK_FLAGS = {
     "outside_ball": "a perturbation is larger than the radius, by more than rounding",
     "outside_clip": "a pixel of an adversarial image is outside [0, 1]",
     "weaker_than_fgsm": "FGSM of the same implementation and settings leaves fewer images",
-    "zero_gradient": "the gradient of the loss is zero in every pixel of more than 1 % of the images: gradient masking, so the number "
-    "may flatter the model",
-    "interrupted": "its figures are of the n images that were finished, the cost includes what the others have taken so "
-    "far, and as images that are fooled finish first, its robust accuracy says nothing of the others",
+    "zero_gradient": "the gradient of the loss is zero in every pixel of more than 1 % of the images: gradient "
+    "masking, so the number may flatter the model",
+    "interrupted": "its figures are of the n images that were finished, the cost includes what the others have taken "
+    "so far, and as images that are fooled finish first, its robust accuracy says nothing of the others",
 }
 """Reasons to distrust a row."""
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: sections of tables that sort and filter, figures, flags, and the command of each number."""
+"""One self-contained HTML page: tables that sort and filter, figures, flags, and the command of each number."""
 
 from __future__ import annotations
 
@@ -94,9 +94,11 @@ class Example(NamedTuple):
 class Head(NamedTuple):
     """Of a column."""
 
+    name: str
     label: str
     meaning: str
     numeric: bool
+    rate: bool
     hidden: bool
 
 
@@ -165,45 +167,30 @@ class Section:
     def heads(self) -> list[Head]:
         """Of the columns, in the order in which they are shown."""
         assert self.table is not None
-        return [
-            Head(
-                name.replace("_", " ") + (" (%)" if self._is_rate(name) else ""),
-                self.columns.get(name, ""),
-                _is_numeric(self.table[name]),
-                bool(self.shown) and name not in self.shown,
-            )
-            for name in self._names()
-        ]
+        first = [name for name in self.shown if name in self.table]
+        heads = []
+        for name in [*first, *(str(name) for name in self.table if name not in first)]:
+            numeric = _is_numeric(self.table[name])
+            rate = numeric and name in (*RATES, *self.rates)
+            label = name.replace("_", " ") + (" (%)" if rate else "")
+            hidden = bool(first) and name not in first
+            heads.append(Head(name, label, self.columns.get(name, ""), numeric, rate, hidden))
+        return heads
 
     def rows(self) -> Iterator[list[Cell]]:
         """The cells of the table."""
         assert self.table is not None
-        names = self._names()
-        numeric, rates = ([is_one(name) for name in names] for is_one in (self._is_number, self._is_rate))
-        for row in self.table[names].itertuples(index=False, name=None):
-            yield [
-                self._cell(*about, value) for *about, value in zip(names, numeric, rates, row, strict=True)
-            ]
+        heads = self.heads()
+        for row in self.table[[head.name for head in heads]].itertuples(index=False, name=None):
+            yield [self._cell(head, value) for head, value in zip(heads, row, strict=True)]
 
-    def _names(self) -> list[str]:
-        assert self.table is not None
-        first = [name for name in self.shown if name in self.table]
-        return first + [name for name in self.table if name not in first]
-
-    def _is_number(self, name: str) -> bool:
-        assert self.table is not None
-        return _is_numeric(self.table[name])
-
-    def _is_rate(self, name: str) -> bool:
-        return name in (*RATES, *self.rates) and self._is_number(name)
-
-    def _cell(self, name: str, numeric: bool, rate: bool, value: Any) -> Cell:
-        if numeric:
+    def _cell(self, head: Head, value: Any) -> Cell:
+        if head.numeric:
             missing = value != value
-            text = "" if missing else f"{100 * value:.1f}" if rate else printed(name, value)
+            text = "" if missing else f"{100 * value:.1f}" if head.rate else printed(head.name, value)
             return Cell(text, "" if missing else _as_order(value), "number", ())
-        text = printed(name, value)
-        known = name in _FLAG_COLUMNS and all(flag in self.flags for flag in _parts(text))
+        text = printed(head.name, value)
+        known = head.name in _FLAG_COLUMNS and all(flag in self.flags for flag in _parts(text))
         flags = [(flag, self.anchor(flag)) for flag in _parts(text)] if known else []
         kind = "word" if len(text) <= _WORD and not flags else "long" if len(text) > _LONG else "text"
         return Cell(text, None, kind, flags)
@@ -304,7 +291,9 @@ def evaluation_page(
         raise ValueError("evaluations is empty: must hold at least one")
     for one in found:
         if images is not None and images.shape != one.x_adv.shape:
-            raise ValueError(f"images of shape {tuple(images.shape)}: must be those evaluated, {tuple(one.x_adv.shape)}")
+            raise ValueError(
+                f"images of shape {tuple(images.shape)}: must be those evaluated, {tuple(one.x_adv.shape)}"
+            )
     names = [str(label) for label in classes]
     sections: list[Section] = []
     if len(found) > 1:
@@ -312,15 +301,17 @@ def evaluation_page(
         shown = [*_SUMMARY_COLUMNS, "robust_accuracy_high", "backward_per_image", "seconds", "flags"]
         meanings = {**BENCHMARK_COLUMNS, "budget": "of the evaluation", "norm": "of the ball", "eps": "its radius"}
         meanings |= {"flags": "what makes the number doubtful", "seconds": "wall-clock time of the evaluation"}
-        sections.append(
-            Section("radii", "All radii", table=summary, columns=meanings, shown=shown, flags=FLAGS)
-        )
+        sections.append(Section("radii", "All radii", table=summary, columns=meanings, shown=shown, flags=FLAGS))
     for number, one in enumerate(found):
         after = f"-{number + 1}" if number else ""
         where = f", {_ball(one)}" if len(found) > 1 else ""
-        sections += _sections_of(one, after, where, images=images, model=model, data=data, classes=names, command=command)
+        sections += _sections_of(
+            one, after, where, images=images, model=model, data=data, classes=names, command=command
+        )
     first = found[0]
-    spent = Claim(f"{first.backward.mean():.1f}", f"gradients an image, {first.seconds:.1f} s in all, seed {first.seed}")
+    spent = Claim(
+        f"{first.backward.mean():.1f}", f"gradients an image, {first.seconds:.1f} s in all, seed {first.seed}"
+    )
     raised = list(dict.fromkeys(flag for one in found for flag in one.flags))
     text = f"raised: {', '.join(raised)}" if raised else "raised: nothing that was looked for makes the number doubtful"
     claims = [
@@ -329,9 +320,7 @@ def evaluation_page(
         spent,
         Claim(f"{len(raised)} flag{'s' if len(raised) != 1 else ''}", text, "result"),
     ]
-    write_page(
-        path, f"Robustness of {name}", sections, lede=[_sentence(one, name) for one in found], claims=claims
-    )
+    write_page(path, f"Robustness of {name}", sections, lede=[_sentence(one, name) for one in found], claims=claims)
 
 
 def _sections_of(
@@ -402,7 +391,9 @@ def _curve(one: Evaluation) -> Figure:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "curve.svg"
         plot_curve(one.curve(), path)
-        caption = f"Share of the {len(one.labels)} images that stand after so many gradients spent on each, {_ball(one)}"
+        caption = (
+            f"Share of the {len(one.labels)} images that stand after so many gradients spent on each, {_ball(one)}"
+        )
         return Figure("Robust accuracy against gradients", caption, data_uri(path))
 
 
@@ -413,7 +404,9 @@ def _examples(one: Evaluation, images: Tensor, model: Any, classes: Sequence[str
         return []
     chosen = torch.from_numpy(rows)
     clean, attacked = (batch[chosen.to(batch.device)] for batch in (images, one.x_adv))
-    taken_for = [""] * len(rows) if model is None else [_called(k, classes) for k in _predicted(model, attacked, one.seed)]
+    taken_for = (
+        [""] * len(rows) if model is None else [_called(k, classes) for k in _predicted(model, attacked, one.seed)]
+    )
     examples = []
     for row, before, after, wrong in zip(rows, clean.float().cpu(), attacked.float().cpu(), taken_for, strict=True):
         label = _called(int(one.labels[row]), classes)
@@ -422,9 +415,10 @@ def _examples(one: Evaluation, images: Tensor, model: Any, classes: Sequence[str
         parts = [
             Part(_png(before), f"image {row}, {label}", label),
             Part(_png(after), f"image {row}, attacked", f"taken for {wrong}" if wrong else "attacked"),
-            Part(_png(0.5 + factor * delta), f"perturbation of image {row}", f"perturbation × {factor:.3g}"),
+            Part(_png(0.5 + factor * delta), f"perturbation of image {row}", f"perturbation times {factor:.3g}"),
         ]
-        text = f"Image {row}: {one.stages[one.stage[row]]}, norm {one.distance[row]:.4g}, {one.backward[row]} gradients"
+        distance = printed("eps", float(one.distance[row]))
+        text = f"Image {row}: {one.stages[one.stage[row]]}, norm {distance}, {one.backward[row]} gradients"
         examples.append(Example(parts, text))
     return examples
 
@@ -441,8 +435,8 @@ def _predicted(model: Any, x: Tensor, seed: int) -> list[int]:
 def _sentence(one: Evaluation, name: str) -> str:
     low, high = (_percent(end) for end in one.interval)
     return (
-        f"{name} keeps {_percent(one.robust_accuracy)} of {len(one.labels)} images right (95 % interval {low} to {high}) "
-        f"when each may be changed by {_ball(one)}, against the attacks of the budget {one.budget}; "
+        f"{name} keeps {_percent(one.robust_accuracy)} of {len(one.labels)} images right (95 % interval {low} to "
+        f"{high}) under perturbations of {_ball(one)}, against the attacks of the budget {one.budget}; "
         f"{_percent(one.clean_accuracy)} as they are."
     )
 

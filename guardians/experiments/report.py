@@ -22,7 +22,7 @@ from guardians.experiments.page import Claim, Figure, Section, data_uri, write_p
 from guardians.experiments.planted import AUDIT_COLUMNS
 from guardians.experiments.store import Store
 from guardians.experiments.throughput import THROUGHPUT_COLUMNS
-from guardians.tables import BENCHMARK_COLUMNS, BENCHMARK_FLAGS, CONFORMANCE_COLUMNS, PARITY_COLUMNS, printed, read_csv
+from guardians.tables import BENCHMARK_COLUMNS, BENCHMARK_FLAGS, CONFORMANCE_COLUMNS, PARITY_COLUMNS, read_csv
 
 __all__ = ["TABLES", "Known", "report_page"]
 
@@ -40,6 +40,7 @@ class Known:
         flags: that its rows may have, and what each means.
         rates: columns of fractions beside `guardians.tables.RATES`.
         figures: files in the folder that belong to it, and their captions.
+        counted: two columns; of each value of the first, how often each of the second is there.
         of_runs: columns by which its rows and the runs of the store are matched, for versions and commits; empty where
             they are in the table itself, or it is not of the store.
     """
@@ -52,6 +53,7 @@ class Known:
     flags: Mapping[str, str] = field(default_factory=dict)
     rates: Sequence[str] = ()
     figures: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    counted: tuple[str, str] | None = None
     of_runs: Sequence[str] = ()
 
 
@@ -69,13 +71,13 @@ _EVALUATION = Known(
     of_runs=("model_digest", "data", "attack", "implementation", "device"),
 )
 _HEADLINE = (
-    *("model", "norm", "eps", "n", "clean_accuracy", "robust_accuracy", "robust_accuracy_low", "robust_accuracy_high"),
-    *("reference_n", "on_reference_images", "reference_accuracy", "speedup"),
+    *("model", "norm", "eps", "n", "clean_accuracy", "robust_accuracy", "interval", "reference_n"),
+    *("on_reference_images", "reference_accuracy", "speedup"),
 )
 _THROUGHPUT = Known(
     "Throughput",
-    "Images a second of PGD-40 in every implementation on the same images, in rounds in random order; `speedup` is over the "
-    "fastest toolkit of the same round.",
+    "Images a second of PGD-40 in every implementation on the same images, in rounds in random order; `speedup` is "
+    "over the fastest toolkit of the same round.",
     "guardians study benchmarks/attack_throughput.yaml --out results",
     THROUGHPUT_COLUMNS,
     (
@@ -101,17 +103,18 @@ TABLES: dict[str, Known] = {
     ),
     "parity.csv": Known(
         "Parity",
-        "Each native attack and defence beside its reference, on the same model, images, labels and start. Exact: the same image up to rounding, step by step; statistical: the "
-        "interval of the paired difference in success lies within the margin; dominance: not weaker, and no larger "
-        "perturbation, for fewer queries.",
+        "Each native attack and defence beside its reference, on the same model, images, labels and start. Exact: the "
+        "same image up to rounding, step by step; statistical: the interval of the paired difference in success lies "
+        "within the margin; dominance: not weaker, and no larger perturbation, for fewer queries.",
         "guardians parity --n 200 --out results  # cases, and those with --n 20, as listed in the Makefile",
         PARITY_COLUMNS,
         _PARITY_SHOWN,
+        counted=("reference", "verdict"),
     ),
     "deviations.csv": Known(
         "Deviations",
-        "Where a toolkit follows another rule than the paper of the attack, native follows the paper. Here both run with "
-        "their own rules; `docs/deviations.md` has each rule and the test that pins it.",
+        "Where a toolkit follows another rule than the paper of the attack, native follows the paper. Here both run "
+        "with their own rules; `docs/deviations.md` has each rule and the test that pins it.",
         "guardians parity --own-rules --n 200 --attack FGSM --attack PGD-40 --out results",
         PARITY_COLUMNS,
         (
@@ -121,15 +124,16 @@ TABLES: dict[str, Known] = {
     ),
     "conformance.csv": Known(
         "Conformance",
-        "Every attack and defence put through the contract: batches, devices, bounds, seeds, and the model left alone. One "
-        "row a check of `guardians/parity/checks.py`.",
+        "Every attack and defence put through the contract: batches, devices, bounds, seeds, and the model left alone. "
+        "One row a check of `guardians/parity/checks.py`.",
         "guardians check --all --out results",
         CONFORMANCE_COLUMNS,
+        counted=("implementation", "outcome"),
     ),
     "audit.csv": Known(
         "Audit",
-        "Planted defences that only hide from gradients, of which the audit has to raise a flag, and sound models, of which it "
-        "may raise none. The columns of the rules are what was measured.",
+        "Planted defences that only hide from gradients, of which the audit has to raise a flag, and sound models, of "
+        "which it may raise none. The columns of the rules are what was measured.",
         "guardians audit --planted --n 100 --data-seed 1 --out results",
         AUDIT_COLUMNS,
         ("defence", "model", "right", "planted", "raised", "verdict"),
@@ -141,8 +145,8 @@ TABLES: dict[str, Known] = {
     ),
     "defences.csv": Known(
         "Defences",
-        "Models and defences under attacks that know more and more of them. Each accuracy is by fresh draws of the defence, mean over the seeds. The lowest of a row's ball is what counts; "
-        "an attack that leaves more flatters.",
+        "Models and defences under attacks that know more and more of them. Each accuracy is by fresh draws of the "
+        "defence, mean over the seeds. The lowest of a row's ball is what counts; an attack that leaves more flatters.",
         "guardians study benchmarks/defences.yaml --n 500 --out results",
         DEFENCE_COLUMNS,
         (
@@ -158,8 +162,8 @@ TABLES: dict[str, Known] = {
     ),
     "benchmark.csv": Known(
         "Benchmark",
-        "Every implementation of the same attacks: what each leaves, and what it costs in passes and time. `union` counts an image as fooled where any of them "
-        "fools it.",
+        "Every implementation of the same attacks: what each leaves, and what it costs in passes and time. `union` "
+        "counts an image as fooled where any of them fools it.",
         "guardians study benchmarks/benchmark.yaml --out results",
         BENCHMARK_COLUMNS,
         (
@@ -213,7 +217,8 @@ TABLES: dict[str, Known] = {
     ),
     "attack_cost.csv": Known(
         "Cost",
-        "Time of PGD-40 against the number of images: native with early_stop, and the fastest toolkit as far as it was run.",
+        "Time of PGD-40 against the number of images: native with early_stop, and the fastest toolkit as far as it was "
+        "run.",
         "guardians study benchmarks/attack_cost.yaml --out results",
         THROUGHPUT_COLUMNS,
         ("model", "implementation", "precision", "n", "robust_accuracy", "seconds", "images_per_second", "speedup"),
@@ -271,8 +276,8 @@ def report_page(
     if "evaluation.csv" in tables:
         sections.insert(0, _headline(tables["evaluation.csv"]))
     lede = [
-        "Adversarial attacks and defences for PyTorch image classifiers, measured and cross-checked. Every number below "
-        "is from a table on this page, beside the command that wrote it."
+        "Adversarial attacks and defences for PyTorch image classifiers, measured and cross-checked. Every number is "
+        "from a table on this page, beside the command that wrote it."
     ]
     write_page(path, title, sections, lede=lede, claims=list(_claims(tables)))
 
@@ -285,11 +290,15 @@ def _section(folder: Path, name: str, frame: pd.DataFrame, runs: pd.DataFrame, c
         for file, (title, caption) in known.figures.items()
         if (folder / file).exists()
     ]
+    counts = {}
+    if known.counted is not None:
+        of, what = known.counted
+        counts = {str(value): _counts(rows[what]) for value, rows in frame.groupby(of, sort=False)}
     return Section(
         key=_key(name),
         title=known.title,
         text=[known.text],
-        facts={"Table": f"`{name}`", "Command": written, **_provenance(frame, runs, known.of_runs)},
+        facts={"Table": f"`{name}`", "Command": written, **_provenance(frame, runs, known.of_runs), **counts},
         table=frame,
         columns=known.columns,
         shown=[column for column in known.shown if column in frame],
@@ -309,11 +318,11 @@ def _read(path: Path) -> pd.DataFrame:
 
 def _commands(path: Path) -> dict[str, str]:
     """By file, what the first table of a README says in its columns file and command."""
-    found = {}
+    found: dict[str, str] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
         if len(cells) == 2:
-            found |= {name: cells[1] for name in re.findall(r"`([^`]+)`", cells[0])}
+            found |= dict.fromkeys(re.findall(r"`([^`]+)`", cells[0]), cells[1])
     return found
 
 
@@ -366,7 +375,9 @@ def _claims(tables: Mapping[str, pd.DataFrame]) -> Iterator[Claim]:
     """The numbers of the headline, each from a table that is there."""
     if "parity.csv" in tables:
         verdicts = tables["parity.csv"]["verdict"]
-        yield Claim(f"{len(verdicts)} cases", f"of native attacks and defences beside references: {_counts(verdicts)}", "parity")
+        yield Claim(
+            f"{len(verdicts)} cases", f"of native attacks and defences beside references: {_counts(verdicts)}", "parity"
+        )
     if "conformance.csv" in tables:
         frame = tables["conformance.csv"]
         native = frame[frame["implementation"] == "native"]
@@ -383,25 +394,29 @@ def _claims(tables: Mapping[str, pd.DataFrame]) -> Iterator[Claim]:
     if "defences.csv" in tables:
         flags = tables["defences.csv"]["flags"]
         count = int(flags.str.contains("flattering").sum())
-        yield Claim(f"{count} of {len(flags)}", "attacks on models and defences flatter: another leaves less", "defences")
+        yield Claim(
+            f"{count} of {len(flags)}", "attacks on models and defences flatter: another leaves less", "defences"
+        )
     if "attack_throughput.csv" in tables:
         frame = tables["attack_throughput.csv"]
         native = frame[(frame["implementation"] == "native") & frame["early_stop"].astype(str).eq("True")]
         ratios = native.loc[native["precision"] == "float32", "speedup"]
         if len(ratios):
-            text = f"the images a second of the fastest toolkit, PGD-40 with early_stop in float32, on {len(ratios)} models"
+            text = f"the images a second of the fastest toolkit: PGD-40, early_stop, float32, on {len(ratios)} models"
             yield Claim(f"{_span(ratios)} times", text, "attack-throughput")
 
 
 def _headline(frame: pd.DataFrame) -> Section:
     """Robust accuracy by `standard`, beside the reference on the same images."""
     frame = frame[frame["contender"] == "standard"].reset_index(drop=True)
-    columns = {name: EVALUATION_COLUMNS[name] for name in _HEADLINE}
+    ends = zip(frame["robust_accuracy_low"], frame["robust_accuracy_high"], strict=True)
+    frame = frame.assign(interval=[f"{100 * low:.1f} to {100 * high:.1f}" for low, high in ends])
+    columns = {**EVALUATION_COLUMNS, "interval": "95% Wilson interval of the robust accuracy, in percent"}
     text = (
-        "What `guardians evaluate`, budget standard, leaves of the bundled models, and beside it torchattacks' AutoAttack "
-        "on the images that both have. Commands and versions are those of the section Evaluation."
+        "What `guardians evaluate`, budget standard, leaves of the bundled models, and beside it torchattacks' "
+        "AutoAttack on the images that both have. Command and versions are those of the section Evaluation."
     )
-    return Section("headline", "Robust accuracy", [text], table=frame[list(columns)], columns=columns)
+    return Section("headline", "Robust accuracy", [text], table=frame[list(_HEADLINE)], columns=columns)
 
 
 def _counts(values: pd.Series) -> str:

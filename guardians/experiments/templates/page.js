@@ -1,7 +1,7 @@
 "use strict";
 // Sorting, searching, filtering, paging and a choice of columns for each table; without scripts all rows and columns show.
 (() => {
-  const MOST_CHOICES = 24, ROWS = 15, MOST_PRINTED = 200;
+  const MOST_CHOICES = 24, ROWS = 15, FEW = 6, MOST_PRINTED = 200;
   const parts = (text) => text.split(/;\s*/);
   const made = (name, properties = {}, ...children) => {
     const element = Object.assign(document.createElement(name), properties);
@@ -46,8 +46,8 @@
       })),
       layout: {
         topStart: () => tools,
-        topEnd: "search",
-        bottomStart: paged ? ["info", "pageLength"] : "info",
+        topEnd: texts.length > FEW ? "search" : null,
+        bottomStart: paged ? ["info", "pageLength"] : texts.length > FEW ? "info" : null,
         bottomEnd: paged ? "paging" : null,
       },
       language: {
