@@ -370,7 +370,7 @@ def printed(name: str, value: Any) -> str:
 
 def _printed_eps(eps: float) -> str:
     """As k/255 where it is one of the radii that papers write so."""
-    k = round(eps * 255)
+    k = round(eps * 255) if np.isfinite(eps) else 0
     return f"{k}/255" if 0 < k <= 32 and abs(eps * 255 - k) < 1e-6 else f"{eps:.4g}"
 
 

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from hypothesis import settings
@@ -43,3 +45,22 @@ def x64():
 @pytest.fixture
 def y():
     return some_labels(12)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A driver of headless Chromium."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    browser, driver = (
+        next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None),
+        shutil.which("chromedriver"),
+    )
+    if browser is None or driver is None:
+        pytest.skip("needs Chromium and its chromedriver: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)) as chrome:
+        yield chrome

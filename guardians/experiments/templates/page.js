@@ -14,11 +14,12 @@
     const names = heads.map((head) => head.textContent.trim());
     const texts = [...table.tBodies[0].rows].map((row) => [...row.cells].map((cell) => cell.textContent.trim()));
     const title = table.caption.textContent.trim();
+    const hidden = heads.filter((head) => head.dataset.visible === "false");
     const wanted = new Map();
     const tools = made("div", { className: "tools" });
 
     heads.forEach((head, column) => {
-      if (head.dataset.type !== "string" || "hidden" in head.dataset) return;
+      if (head.dataset.type === "num" || hidden.includes(head)) return;
       const choices = [...new Set(texts.flatMap((row) => parts(row[column])))].sort();
       if (choices.length < 2 || choices.length > MOST_CHOICES || choices.length > texts.length / 2) return;
       const select = made("select", {}, made("option", { value: "*", textContent: "all" }));
@@ -32,6 +33,7 @@
     });
 
     const paged = texts.length > ROWS + 5;
+    // It reads data-type and data-visible of the header cells, and data-order of the others.
     const shown = new DataTable(table, {
       autoWidth: false,
       order: [],
@@ -39,11 +41,6 @@
       paging: paged,
       pageLength: ROWS,
       lengthMenu: [ROWS, 50, 200, { label: "all", value: -1 }],
-      columnDefs: heads.map((head, target) => ({
-        targets: target,
-        type: head.dataset.type === "number" ? "num" : "html",
-        visible: !("hidden" in head.dataset),
-      })),
       layout: {
         topStart: () => tools,
         topEnd: texts.length > FEW ? "search" : null,
@@ -63,15 +60,14 @@
     shown.search.fixed("filters", (text, data, row) =>
       [...wanted].every(([column, value]) => parts(texts[row][column]).includes(value)));
 
-    if (heads.some((head) => "hidden" in head.dataset)) {
+    if (hidden.length) {
       const choices = made("div", { className: "choices" });
       names.forEach((name, column) => {
         const box = made("input", { type: "checkbox", checked: shown.column(column).visible() });
         box.addEventListener("change", () => shown.column(column).visible(box.checked));
         choices.append(made("label", {}, box, name));
       });
-      const count = heads.filter((head) => "hidden" in head.dataset).length;
-      tools.append(made("details", {}, made("summary", { textContent: `Columns (${count} more)` }), choices));
+      tools.append(made("details", {}, made("summary", { textContent: `Columns (${hidden.length} more)` }), choices));
     }
     const box = table.closest(".dt-layout-table");
     Object.assign(box, { tabIndex: 0 });
