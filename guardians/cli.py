@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import shlex
+import signal
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +22,7 @@ from guardians import __version__
 from guardians.attacks.registry import usages
 from guardians.data import ENVIRONMENT_VARIABLE, Dataset, load_data
 from guardians.engine.checks import check_choice, check_integer
+from guardians.engine.ranks import is_launched, local_device, ranks, sharing
 from guardians.engine.victim import Victim
 from guardians.evaluation import BUDGETS
 from guardians.evaluation import evaluate as run_evaluation
@@ -43,6 +49,7 @@ from guardians.toolkits.build import IMPLEMENTATIONS, TOOLKITS, is_installed
 from guardians.training import ENSEMBLE, RECIPES, SCHEDULES, Recipe, robust_accuracy, train
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+_SHARED = ("evaluate", "bench", "study", "train")
 
 
 def _number(value: str | float) -> float:
@@ -105,6 +112,24 @@ def main(
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+    elif is_launched() and context.invoked_subcommand not in _SHARED:
+        raise ValueError(f"{context.invoked_subcommand}: torchrun can share {', '.join(_SHARED)}")
+
+
+def _shared(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose work the processes share that torchrun launched, of which the first prints and writes."""
+
+    @functools.wraps(command)
+    def together(**arguments: Any) -> None:
+        if is_launched():  # torchrun ends all when one dies; what is finished is then written
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        arguments["device"] = local_device(arguments["device"])
+        with ExitStack() as stack:
+            if not stack.enter_context(sharing()).is_first:
+                stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            command(**arguments)
+
+    return together
 
 
 @app.command()
@@ -120,6 +145,7 @@ def models() -> None:
 
 
 @app.command()
+@_shared
 def evaluate(
     model: Model = "resnet9-16-pgd-at",
     weights: Weights = None,
@@ -172,7 +198,10 @@ def evaluate(
         seed=seed,
         surrogates=surrogates,
         out=out,
+        verbose=ranks().is_first,
     )
+    if not ranks().is_first:
+        return
     assert isinstance(found, list)
     for evaluation in found:
         typer.echo(f"{_name_in_tables(model, weights)}\n{evaluation}")
@@ -390,6 +419,7 @@ def attacks() -> None:
 
 
 @app.command()
+@_shared
 def bench(
     model: Model = "resnet9-16-standard",
     weights: Weights = None,
@@ -477,6 +507,7 @@ def bench(
 
 
 @app.command()
+@_shared
 def study(
     file: Annotated[Path | None, typer.Argument(help="A YAML file, as those in benchmarks/.")] = None,
     list_studies: Annotated[bool, typer.Option("--list", help="List the studies in a folder.")] = False,

@@ -1,8 +1,9 @@
-"""Datasets as tensors: uint8 NCHW images with int64 labels, read once.
+"""Datasets as tensors: uint8 NCHW images with int64 labels.
 
-`load_data` is the only door. It knows a data set by what lies in its folder: one of torchvision's, an `ImageFolder`
-tree, or what Hugging Face's `datasets` saved. Where no data set is named, it reads the twenty original CIFAR-10 test
-images that the `foolbox` package ships.
+`load_data` decodes a data set into memory, and `open_data` leaves that to those who ask for a part or for shards. Both
+know a data set by what lies in its folder: one of torchvision's, an `ImageFolder` tree, or what Hugging Face's
+`datasets` saved. Where no data set is named, they read the twenty original CIFAR-10 test images that the `foolbox`
+package ships.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from io import BytesIO
+from itertools import islice
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +26,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import Dataset as TorchDataset
 from torchvision.datasets import CIFAR10, CIFAR100, KMNIST, MNIST, SVHN, USPS, FashionMNIST, ImageFolder
 from torchvision.transforms import functional
 
@@ -30,9 +35,11 @@ __all__ = [
     "CIFAR10_CLASSES",
     "ENVIRONMENT_VARIABLE",
     "Dataset",
+    "LazyDataset",
     "class_balanced_mask",
     "class_balanced_subset",
     "load_data",
+    "open_data",
 ]
 
 ENVIRONMENT_VARIABLE = "GUARDIANS_DATA"
@@ -49,6 +56,11 @@ _TORCHVISION = {
 }
 _HUGGING_FACE = ("dataset_dict.json", "state.json")
 _FOLDERS = {"train": ("train",), "test": ("test", "val")}
+_FILES_HASHED = 1000
+"""At once, for the digest of a lazy data set."""
+
+Index = slice | Sequence[int] | np.ndarray | Tensor
+"""Of samples: a slice, their positions, or a mask."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,22 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.images)
 
+    def __getitem__(self, index: Index) -> Dataset:
+        """The samples at a slice, at positions or in a mask; of a slice the images are a view."""
+        where = index if isinstance(index, slice) else torch.from_numpy(_positions(index, len(self)))
+        return replace(self, images=self.images[where], labels=self.labels[where])
+
+    subset = __getitem__
+
+    def shards(self, size: int, *, workers: int = 0, start: int = 0) -> Iterator[Dataset]:
+        """Views of `size` samples each from sample `start` on, as those of a `LazyDataset`; `workers` have no work."""
+        return (self[part] for part in _parts(len(self), size, workers, start))
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W)."""
+        return tuple(self.images.shape[1:])
+
     @property
     def identity(self) -> str:
         """The source, and the first digits of a SHA-256 digest of images and labels, by which tables know the data."""
@@ -90,6 +118,125 @@ class Dataset:
         return self.images.float() / 255
 
 
+@dataclass(frozen=True)
+class LazyDataset:
+    """Labels in memory, and images that are decoded when they are asked for; made by `open_data`.
+
+    Attributes:
+        labels: int64 tensor of shape (N,), each in [0, len(classes)).
+        classes: the class names, in label order.
+        source: where the images come from, for tables and messages.
+        encoded: from indices (n,) to the names of images, for messages, and where each is; it goes to workers.
+        index: of each sample in `encoded`, int64 (N,).
+        size: to which images are brought.
+        first: the name of an image, and its shape (H, W, C), which all must have.
+    """
+
+    labels: Tensor
+    classes: tuple[str, ...]
+    source: str
+    encoded: Callable[[np.ndarray], list[tuple[str, _Encoded]]]
+    index: np.ndarray
+    size: _Size
+    first: tuple[str, tuple[int, ...]]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Index) -> Dataset:
+        """The samples at a slice, at positions or in a mask, decoded by as many threads as there are processors.
+
+        Raises:
+            ValueError: an image cannot be read, or has another shape than the others; the message has its name.
+        """
+        part = self.subset(index)
+        images = _decode(self.encoded(part.index), self.size, self.first)
+        return Dataset(images, part.labels, self.classes, self.source)
+
+    def subset(self, index: Index) -> LazyDataset:
+        """The samples at a slice, at positions or in a mask, not decoded."""
+        positions = _positions(index, len(self))
+        return replace(self, labels=self.labels[torch.from_numpy(positions)], index=self.index[positions])
+
+    def shards(self, size: int, *, workers: int = 0, start: int = 0) -> Iterator[Dataset]:
+        """The samples in memory, `size` at a time, in their order.
+
+        Args:
+            size: of a shard in samples; the last may have fewer.
+            workers: processes of a `DataLoader` that share in each shard and decode one ahead. No more than a few
+                shards are in memory: the one that was given out last, the next, and its parts. 0 decodes in this
+                process, when a shard is asked for.
+            start: index of the first sample, by which a stream that was cut off goes on.
+
+        Raises:
+            TypeError, ValueError: an argument is outside what is allowed.
+            ValueError: as for `data[index]`, when the shard is asked for.
+        """
+        parts = _parts(len(self), size, workers, start)
+        if workers == 0:
+            return (self[part] for part in parts)
+        return self._shards_of_workers(parts, workers)
+
+    def _shards_of_workers(self, shards: list[slice], workers: int) -> Iterator[Dataset]:
+        shares = [_slices(shard.start, shard.stop, -(-(shard.stop - shard.start) // workers)) for shard in shards]
+        sampler = [part for parts in shares for part in parts]
+        # One share of each worker at a time is one shard ahead.
+        loader: DataLoader[Dataset | ValueError] = DataLoader(
+            _Decoded(self), sampler=sampler, batch_size=None, num_workers=workers, prefetch_factor=1
+        )
+        found = iter(loader)
+        for parts in shares:
+            images, labels = [], []
+            for decoded in islice(found, len(parts)):
+                if isinstance(decoded, ValueError):
+                    raise decoded
+                images.append(decoded.images)
+                labels.append(decoded.labels)
+            shard = Dataset(torch.cat(images), torch.cat(labels), self.classes, self.source)
+            del images, labels, decoded  # which would be one more while the next is decoded
+            yield shard
+            del shard
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W)."""
+        height, width, channels = self.first[1]
+        return channels, height, width
+
+    @property
+    def identity(self) -> str:
+        """The source, and the first digits of the digest, by which tables know the data."""
+        return f"{self.source}, {self.digest[:8]}"
+
+    @cached_property
+    def digest(self) -> str:
+        """The first digits of a SHA-256 digest of the files, their size, the labels and the classes; not of any name.
+
+        No image is decoded for it. So the same images in another format have another digest, and in memory a third.
+        """
+        state = hashlib.sha256(f"{self.image_shape}{self.size}\n{self.classes}".encode())
+        state.update(self.labels.numpy().tobytes())
+        with ThreadPoolExecutor() as pool:
+            for first in range(0, len(self), _FILES_HASHED):
+                files = self.encoded(self.index[first : first + _FILES_HASHED])
+                for hashed in pool.map(lambda file: hashlib.sha256(_content(file[1])).digest(), files):
+                    state.update(hashed)
+        return state.hexdigest()[:12]
+
+
+class _Decoded(TorchDataset[Dataset | ValueError]):
+    """Parts of a lazy data set as a `DataLoader`'s workers give them; an error comes back without their traceback."""
+
+    def __init__(self, data: LazyDataset) -> None:
+        self._data = data
+
+    def __getitem__(self, part: slice) -> Dataset | ValueError:
+        try:
+            return self._data[part]
+        except ValueError as error:
+            return error
+
+
 def load_data(
     root: str | os.PathLike[str] | None = None,
     split: str = "test",
@@ -100,7 +247,7 @@ def load_data(
     resize: int | None = None,
     crop: int | None = None,
 ) -> Dataset:
-    """Read a data set, or a class-balanced subset of it.
+    """Read a data set, or a class-balanced subset of it, into memory.
 
     Args:
         root: folder of one of these, known by what lies in it, or `KIND:FOLDER`, as in `mnist:path/to/data`:
@@ -135,11 +282,36 @@ def load_data(
         FileNotFoundError: the folder does not exist, or no data is named and `foolbox` is not installed.
         ImportError: the folder is of Hugging Face, and `datasets` is not installed.
     """
+    return open_data(root, split, n, seed=seed, download=download, resize=resize, crop=crop)[:]
+
+
+def open_data(
+    root: str | os.PathLike[str] | None = None,
+    split: str = "test",
+    n: int | None = None,
+    *,
+    seed: int = 0,
+    download: bool = False,
+    resize: int | None = None,
+    crop: int | None = None,
+) -> LazyDataset:
+    """What `load_data` reads, of which only the first image is decoded yet.
+
+    So a folder as large as ImageNet, `n01440764` to `n15075141` in `val/`, is attacked in the memory of a few shards:
+
+        data = open_data("path/to/imagenet", resize=256, crop=224)
+        for shard in data.shards(512, workers=4):
+            attack(shard.as_floats(), shard.labels)
+
+    Of torchvision's own data sets the pixels are in memory all the same, as large as their files have them.
+
+    Args, Raises: as `load_data`; what is wrong with an image is raised when it is decoded.
+    """
     if split not in _FOLDERS:
         raise ValueError(f"split={split!r}: allowed are 'train' and 'test'")
     for name, value in (("n", n), ("resize", resize), ("crop", crop)):
         if value is not None:
-            _check_positive(name, value)
+            _check_integer(name, value)
     if resize is not None and crop is not None and crop > resize:
         raise ValueError(f"crop={crop}: must be at most resize={resize}")
     size = _Size(resize, crop)
@@ -149,9 +321,7 @@ def load_data(
             raise ValueError("download=True needs a folder to download into: give root (--data)")
         return _offline_sample(n, seed, size)
     found = _open(os.fspath(root), split, download)
-    chosen = _choose(found.labels, n, seed)
-    images = found.read(chosen, size)
-    return Dataset(images, torch.from_numpy(found.labels[chosen]), found.classes, f"{found.source}{size}")
+    return _lazy(found, _choose(found.labels, n, seed), size)
 
 
 def class_balanced_subset(labels: Sequence[int] | np.ndarray, n: int, seed: int = 0) -> np.ndarray:
@@ -163,7 +333,7 @@ def class_balanced_subset(labels: Sequence[int] | np.ndarray, n: int, seed: int 
     Raises:
         ValueError: `n` is below 1 or exceeds the number of samples.
     """
-    _check_positive("n", n)
+    _check_integer("n", n)
     labels = np.asarray(labels)
     if n > len(labels):
         raise ValueError(f"n={n}: the data set has only {len(labels)} images")
@@ -182,13 +352,38 @@ def class_balanced_mask(labels: Tensor, n: int, seed: int = 0) -> Tensor:
     return chosen
 
 
-def _check_positive(name: str, value: int) -> None:
-    if not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name}={value!r}: must be an integer of at least 1")
+def _check_integer(name: str, value: int, low: int = 1) -> None:
+    if not isinstance(value, Integral) or value < low:
+        raise ValueError(f"{name}={value!r}: must be an integer of at least {low}")
+
+
+def _parts(n: int, size: int, workers: int, start: int) -> list[slice]:
+    """The shards of `n` samples, see `LazyDataset.shards`."""
+    _check_integer("size", size)
+    _check_integer("workers", workers, 0)
+    _check_integer("start", start, 0)
+    if start > n:
+        raise ValueError(f"start={start}: the data set has only {n} images")
+    return _slices(start, n, size)
+
+
+def _slices(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
+
+
+def _positions(index: Index, n: int) -> np.ndarray:
+    positions = np.arange(n)[index if isinstance(index, slice) else np.asarray(index)]
+    if positions.ndim != 1:
+        raise TypeError(f"index={index!r}: must be a slice, or a sequence of positions or of whether to take each")
+    return positions
 
 
 def _choose(labels: np.ndarray, n: int | None, seed: int) -> np.ndarray:
     return np.arange(len(labels)) if n is None else class_balanced_subset(labels, n, seed)
+
+
+_Encoded = str | bytes | np.ndarray
+"""An image: its file, what is in the file, or its pixels (H, W) or (H, W, C)."""
 
 
 class _Size(NamedTuple):
@@ -219,13 +414,20 @@ class _Split:
         source: the data set and the split.
         classes: the class names, in label order.
         labels: int64 (N,).
-        read: from the indices of images to their pixels, uint8 (n, C, H, W).
+        encoded: see `LazyDataset`.
     """
 
     source: str
     classes: tuple[str, ...]
     labels: np.ndarray
-    read: Callable[[np.ndarray, _Size], Tensor]
+    encoded: Callable[[np.ndarray], list[tuple[str, _Encoded]]]
+
+
+def _lazy(found: _Split, chosen: np.ndarray, size: _Size) -> LazyDataset:
+    ((name, image),) = found.encoded(chosen[:1])
+    first = name, _pixels(name, image, size).shape
+    labels = torch.from_numpy(found.labels[chosen])
+    return LazyDataset(labels, found.classes, f"{found.source}{size}", found.encoded, chosen, size, first)
 
 
 def _open(root: str, split: str, download: bool) -> _Split:
@@ -279,19 +481,15 @@ def _torchvision(path: Path, kind: str, split: str, download: bool) -> _Split:
         raise ValueError(f"data path {str(path / _place(kind, split))!r} is not {name}: {error}") from error
     source = f"{name} ({split})"
 
-    def read(chosen: np.ndarray, size: _Size) -> Tensor:
-        images = torch.as_tensor(found.data[chosen])
-        if images.ndim == 3:
-            images = images[:, None]
-        elif images.shape[3] == 3:
-            images = images.permute(0, 3, 1, 2)
-        if any(size):
-            pictures = (size.of(functional.to_pil_image(image), source) for image in images)
-            images = torch.stack([functional.pil_to_tensor(picture) for picture in pictures])
-        return images.contiguous()
-
+    images = np.asarray(found.data)
+    images = images.transpose(0, 2, 3, 1) if dataset is SVHN else images
     labels = np.asarray(found.labels if dataset is SVHN else found.targets, dtype=np.int64)
-    return _Split(source, tuple(getattr(found, "classes", map(str, range(10)))), labels, read)
+    classes = tuple(getattr(found, "classes", map(str, range(10))))
+    return _Split(source, classes, labels, partial(_rows_of_array, images, source))
+
+
+def _rows_of_array(images: np.ndarray, source: str, chosen: np.ndarray) -> list[tuple[str, _Encoded]]:
+    return [(source, images[i]) for i in chosen]
 
 
 def _split_folder(path: Path, split: str) -> Path | None:
@@ -316,11 +514,15 @@ def _image_folder(path: Path, split: str) -> _Split:
         names = " and ".join(sorted(f"{folder.name}/" for folder in (place, other) if folder))
         raise ValueError(f"data path {str(path)!r}: {names} differ in the classes {sorted(differing)}")
 
-    def read(chosen: np.ndarray, size: _Size) -> Tensor:
-        return _read_images({file: file for file in (folder.samples[i][0] for i in chosen)}, size)
-
     labels = np.asarray(folder.targets, dtype=np.int64)
-    return _Split(f"{path.resolve().name} ({place.name})", tuple(folder.classes), labels, read)
+    # As an array a million names take little memory, and processes that are forked share it.
+    files = np.array([os.fsencode(file) for file, _ in folder.samples])
+    source = f"{path.resolve().name} ({place.name})"
+    return _Split(source, tuple(folder.classes), labels, partial(_files_of_folder, files))
+
+
+def _files_of_folder(files: np.ndarray, chosen: np.ndarray) -> list[tuple[str, _Encoded]]:
+    return [(name, name) for name in map(os.fsdecode, files[chosen])]
 
 
 def _hugging_face(path: Path, split: str) -> _Split:
@@ -357,19 +559,20 @@ def _hugging_face(path: Path, split: str) -> _Split:
     if not len(labels) or labels.min() < 0:
         what = f"no label of image {labels.argmin()}" if len(labels) else "no images"
         raise ValueError(f"data path {str(path)!r}: {what} in the split {name!r}")
-    encoded = rows.select_columns(image).cast_column(image, ImageFeature(decode=False))
-
-    def read(chosen: np.ndarray, size: _Size) -> Tensor:
-        files: dict[str, str | BytesIO] = {}
-        for i, row in zip(chosen, encoded.select(chosen)[:][image], strict=True):
-            row = row or {"bytes": b"", "path": None}
-            files[f"{path / name}, image {i}"] = row["path"] if row["bytes"] is None else BytesIO(row["bytes"])
-        return _read_images(files, size)
-
-    return _Split(f"{path.resolve().name} ({name})", tuple(rows.features[label].names), labels, read)
+    images = rows.select_columns(image).cast_column(image, ImageFeature(decode=False))
+    classes = tuple(rows.features[label].names)
+    return _Split(
+        f"{path.resolve().name} ({name})", classes, labels, partial(_rows_of_table, images, image, path / name)
+    )
 
 
-def _offline_sample(n: int | None, seed: int, size: _Size) -> Dataset:
+def _rows_of_table(images: Any, column: str, path: Path, chosen: np.ndarray) -> list[tuple[str, _Encoded]]:
+    rows = [row or {"bytes": b"", "path": None} for row in images.select(chosen)[:][column]]
+    found = [row["path"] if row["bytes"] is None else row["bytes"] for row in rows]
+    return [(f"{path}, image {i}", image) for i, image in zip(chosen, found, strict=True)]
+
+
+def _offline_sample(n: int | None, seed: int, size: _Size) -> LazyDataset:
     spec = importlib.util.find_spec("foolbox")
     folders = spec.submodule_search_locations if spec else None
     files = sorted((Path(folders[0]) / "data").glob("cifar10_*.png")) if folders else []
@@ -380,35 +583,54 @@ def _offline_sample(n: int | None, seed: int, size: _Size) -> Dataset:
     labels = np.asarray([int(file.stem.rsplit("_", 1)[1]) for file in files], dtype=np.int64)
     # The sample is a stand-in that the user did not choose: a larger n gets all of it, and `source` says so.
     chosen = _choose(labels, None if n is None else min(n, len(files)), seed)
-    images = _read_images({str(files[i]): files[i] for i in chosen}, size)
-    source = f"offline sample: {len(images)} CIFAR-10 test images from the foolbox package{size}"
-    return Dataset(images, torch.from_numpy(labels[chosen]), CIFAR10_CLASSES, source)
+    source = f"offline sample: {len(chosen)} CIFAR-10 test images from the foolbox package"
+    encoded = partial(_files_of_folder, np.array([os.fsencode(file) for file in files]))
+    return _lazy(_Split(source, CIFAR10_CLASSES, labels, encoded), chosen, size)
 
 
-def _read_images(files: Mapping[str, str | Path | BytesIO], size: _Size) -> Tensor:
-    """Pixels uint8 (N, C, H, W) of encoded images, which have names for messages."""
+def _decode(files: list[tuple[str, _Encoded]], size: _Size, first: tuple[str, tuple[int, ...]]) -> Tensor:
+    """Pixels uint8 (N, C, H, W) of images that have names for messages, all of the shape (H, W, C) of the first."""
+    first_name, (height, width, channels) = first
+    images = np.empty((len(files), channels, height, width), dtype=np.uint8)
+    kinds = {1: "greyscale", 3: "coloured"}
 
-    def read(name: str) -> np.ndarray:
-        try:
-            with Image.open(files[name]) as image:
-                picture = _grey_or_rgb(image)
-        except Exception as error:  # Pillow raises a different type for each way a file can be broken
-            raise ValueError(f"{name}: cannot be read as an image: {error}") from error
-        return np.atleast_3d(np.asarray(size.of(picture, name)))
+    def read(part: np.ndarray) -> None:
+        for i in part:
+            name, image = files[i]
+            array = _pixels(name, image, size)
+            if array.shape[2] != channels:
+                kind, other = kinds[array.shape[2]], kinds[channels]
+                raise ValueError(f"{name}: {kind}, but {first_name} is {other}; all must be one or the other")
+            if array.shape != first[1]:
+                raise ValueError(
+                    f"{name}: shape {array.shape}, but {first_name} has {first[1]}; all must agree: "
+                    "resize and crop (--resize, --crop) bring them to one"
+                )
+            images[i] = array.transpose(2, 0, 1)
 
-    with ThreadPoolExecutor() as pool:  # Pillow decodes without holding the GIL
-        arrays = dict(zip(files, pool.map(read, files), strict=True))
-    (first_name, first), kinds = next(iter(arrays.items())), {1: "greyscale", 3: "coloured"}
-    for name, array in arrays.items():
-        if array.shape[2] != first.shape[2]:
-            kind, other = kinds[array.shape[2]], kinds[first.shape[2]]
-            raise ValueError(f"{name}: {kind}, but {first_name} is {other}; all must be one or the other")
-        if array.shape != first.shape:
-            raise ValueError(
-                f"{name}: shape {array.shape}, but {first_name} has {first.shape}; all must agree: "
-                "resize and crop (--resize, --crop) bring them to one"
-            )
-    return torch.from_numpy(np.stack(list(arrays.values()))).permute(0, 3, 1, 2).contiguous()
+    threads = 1 if get_worker_info() else os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:  # Pillow decodes without holding the GIL
+        for _ in pool.map(read, np.array_split(np.arange(len(files)), 8 * threads)):
+            pass
+    return torch.from_numpy(images)
+
+
+def _pixels(name: str, image: _Encoded, size: _Size) -> np.ndarray:
+    """Of an image (H, W, C), brought to its size."""
+    if isinstance(image, np.ndarray):
+        return np.atleast_3d(np.asarray(size.of(Image.fromarray(image), name)) if any(size) else image)
+    try:
+        with Image.open(BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            picture = _grey_or_rgb(opened)
+    except Exception as error:  # Pillow raises a different type for each way a file can be broken
+        raise ValueError(f"{name}: cannot be read as an image: {error}") from error
+    return np.atleast_3d(np.asarray(size.of(picture, name)))
+
+
+def _content(image: _Encoded) -> bytes:
+    if isinstance(image, str):
+        return Path(image).read_bytes()
+    return image if isinstance(image, bytes) else image.tobytes()
 
 
 def _grey_or_rgb(image: Image.Image) -> Image.Image:

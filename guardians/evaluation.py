@@ -34,6 +34,7 @@ from guardians.engine.attack import Attack
 from guardians.engine.checks import check_choice, check_number, check_seed
 from guardians.engine.interfaces import Estimator
 from guardians.engine.parameters import KW_ONLY, Flag, OptionalCount, Positive, Seed
+from guardians.engine.ranks import agreed, ranks
 from guardians.engine.rng import ForkedGenerators, fresh_seed
 from guardians.engine.victim import Victim, isolated, undisturbed
 from guardians.models.identity import digest
@@ -374,7 +375,8 @@ class _Run:
         self.flags: list[str] = []
         self.model, self.has_gradients = self._examined(model)
         self.device = Victim(self.model).device or self.x.device
-        self.common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "verbose": False}
+        settled = Judgement(self.model, batch_size=batch_size).settled_batch_size(self.x)
+        self.common: dict[str, Any] = {"batch_size": settled, "seed": seed, "verbose": False}
         self._file = None if out is None else Path(out) / f"evaluation-{self._key()}.npz"
 
     def _key(self) -> str:
@@ -422,8 +424,9 @@ class _Run:
         def transfer(*, sampled: bool = False) -> list[Stage]:
             judgement = Judgement(self.model, **self.common, early_stop=True)
             names = [f"transfer-{number}" for number in range(1, len(self.surrogates) + 1)]
+            options = {**self.common, **ball, "batch_size": None}  # which is the surrogates' own
             return [
-                Stage(name, judgement, sampled, transfer_attack(surrogate, **self.common, **ball))
+                Stage(name, judgement, sampled, transfer_attack(surrogate, **options))
                 for name, surrogate in zip(names, self.surrogates, strict=True)
             ]
 
@@ -476,7 +479,7 @@ class _Run:
                 self._run_stage(number, stage, ledger)
         judge_again(self.model, self.x, self.y, ledger, **self.common | {"seed": self.seed + 1})
         self._save(ledger)
-        distance = lp_norm(ledger.x_adv.double() - self.x.double(), self.norm).flatten().cpu().numpy()
+        distance = agreed(lambda: lp_norm(ledger.x_adv.double() - self.x.double(), self.norm).flatten().cpu().numpy())
         evaluation = Evaluation(
             norm=self.norm,
             eps=self.eps,
@@ -527,21 +530,29 @@ class _Run:
 
     def _begun(self) -> Ledger:
         """What an interrupted run left; the clock goes on from there."""
-        ledger = Ledger.of(self.x)
+        ledger, images = Ledger.of(self.x), None
+
+        def read() -> dict[str, np.ndarray] | None:
+            nonlocal images
+            if self._file is None or not self._file.exists():
+                return None
+            with np.load(self._file) as file:
+                images = file["x_adv"]
+                return {name: file[name] for name in (*_SAVED, "report", "seconds")}
+
+        saved = agreed(read)
         self._started = time.perf_counter()
-        if self._file is None or not self._file.exists():
-            return ledger
-        with np.load(self._file) as saved:
+        if saved is not None:
             for name in _SAVED:
                 getattr(ledger, name)[:] = saved[name]
-            felled = torch.from_numpy(~ledger.stands).to(self.x.device)
-            ledger.x_adv[felled] = torch.from_numpy(saved["x_adv"]).to(self.x)
-            ledger.report.is_random, ledger.report.depends_on_batch = (bool(flag) for flag in saved["report"])
+            ledger.report.is_random, ledger.report.depends_on_batch = map(bool, saved["report"])
             self._started -= float(saved["seconds"])
-            return ledger
+        if images is not None:
+            ledger.x_adv[torch.from_numpy(~ledger.stands).to(self.x.device)] = torch.from_numpy(images).to(self.x)
+        return ledger
 
     def _save(self, ledger: Ledger) -> None:
-        if self._file is None:
+        if self._file is None or not ranks().is_first:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self._file.with_suffix(f".{os.getpid()}.tmp")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from guardians.engine.victim import Victim
+from guardians.engine.victim import Victim, is_sharded
 
 __all__ = ["default_batch_size"]
 
@@ -27,22 +27,35 @@ def default_batch_size(victim: Victim, x: Tensor) -> int:
         victim: `undisturbed`.
         x: images (N, ...), of which the first is tried.
     """
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    def same(tensor: Any) -> Any:
-        return tensor
-
-    with torch.enable_grad(), saved_tensors_hooks(note, same):
-        victim.logits(x[:1].detach().requires_grad_(True))
-    of_parameters = {parameter.untyped_storage().data_ptr() for parameter in victim.module.parameters()}
-    an_image = sum(size for memory, size in kept.items() if memory not in of_parameters)
+    if is_sharded(victim.module):  # what it keeps of its parameters is not the memory in which they are
+        an_image = sum(_kept(victim, x[:1].repeat_interleave(2, 0)).values()) - sum(_kept(victim, x[:1]).values())
+    else:
+        of_parameters = {_storage(parameter).data_ptr() for parameter in victim.module.parameters()}
+        an_image = sum(size for memory, size in _kept(victim, x[:1]).items() if memory not in of_parameters)
     memory = float(_ON_A_CPU)
     if x.device.type == "cuda":
         memory = _SHARE_OF_A_GPU * torch.cuda.get_device_properties(x.device).total_memory
     most = _MOST.get(x.device.type, 128)
     fits = max(1, min(most, int(memory / max(1, an_image))))
     return 1 << (fits.bit_length() - 1)
+
+
+def _kept(victim: Victim, x: Tensor) -> dict[int, int]:
+    """The memory that a forward pass of images keeps for the backward pass: bytes, by where they begin."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[_storage(tensor).data_ptr()] = _storage(tensor).nbytes()
+        return tensor
+
+    def same(tensor: Any) -> Any:
+        return tensor
+
+    with torch.enable_grad(), saved_tensors_hooks(note, same):
+        victim.logits(x.detach().requires_grad_(True))
+    return kept
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    with torch.no_grad():  # of a DTensor the share of this process
+        return getattr(tensor, "to_local", lambda: tensor)().untyped_storage()

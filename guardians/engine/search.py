@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 from torch.utils.flop_counter import FlopCounterMode
 
-from guardians.engine.victim import Victim, undisturbed
+from guardians.engine.victim import Victim, is_sharded, undisturbed
 
 __all__ = [
     "InPrecision",
@@ -114,7 +114,8 @@ def choose_searches(
     channels_last where that is fast, else in the usual memory format, or else the user's model, under autocast where
     the precision is lower than float32; and on a CPU the copy in float32, which on a GPU saves less than it costs to
     search a few images again. A model with hooks is neither copied nor autocast, as
-    they would see it; a random one is not copied, as a copy might repeat its draws.
+    they would see it, nor is one that is sharded over processes; a random one is not copied, as a copy might repeat its
+    draws.
 
     Args:
         victim: `undisturbed`.
@@ -127,8 +128,8 @@ def choose_searches(
     own, found, tried = Search(victim.logits), [], 0
     if victim.dtype not in (None, torch.float32):
         return [own], 0
-    if has_hooks(victim.module):
-        logger.info("the model has hooks: the search asks the model itself")
+    if has_hooks(victim.module) or is_sharded(victim.module):
+        logger.info("the model has hooks or is sharded over processes: the search asks the model itself")
         return [own], 0
     if x.device.type == "cuda" and precision == "auto":
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count
@@ -268,9 +269,10 @@ def folded_view(module: nn.Module, x: Tensor) -> nn.Module:
         x: images (N, ...), on which the view must agree with the module up to the rounding of float32.
 
     Returns:
-        The module itself where it has hooks, cannot be traced, or does not agree with its view.
+        The module itself where it has hooks, is sharded over processes, cannot be traced, or does not agree with its
+        view.
     """
-    if has_hooks(module):
+    if has_hooks(module) or is_sharded(module):
         return module
     with undisturbed(module), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         try:

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from guardians.engine.own_gradients import EstimatorModule, is_plain
 from guardians.engine.rng import row_keys
 
-__all__ = ["Victim", "isolated", "predicted_labels", "undisturbed"]
+__all__ = ["Victim", "is_sharded", "isolated", "predicted_labels", "undisturbed"]
 
 logger = logging.getLogger(__name__)
 
@@ -298,6 +298,33 @@ def predicted_labels(
     return torch.cat(found)
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether parameters are spread over processes, by FSDP or tensor parallelism: such a model is only called."""
+    if not _has_processes():
+        return False
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return any(isinstance(part, FullyShardedDataParallel) for part in module.modules()) or any(
+        hasattr(parameter, "to_local")  # a DTensor, whose class moved between versions of torch
+        for parameter in module.parameters()
+    )
+
+
+def _has_processes() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _let_go(module: nn.Module) -> None:
+    """Have FSDP give up the whole parameters that it keeps after a pass, which are others than those to be trained."""
+    if _has_processes():
+        from torch.distributed import fsdp
+
+        kind: Any = getattr(fsdp, "FSDPModule", ())  # since torch 2.6
+        for part in module.modules():
+            if isinstance(part, kind):
+                part.reshard()
+
+
 def _found_in(output: Any) -> tuple[Any, str]:
     """The logits in what a model returns, and where they were; the output itself where there are none to see."""
     if isinstance(output, Tensor):
@@ -352,10 +379,12 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
 
     The flags are set directly, so a module that overrides `train` does not notice.
     """
+    _let_go(module)
     used = _USERS.enter(module)
     try:
         yield
     finally:
+        _let_go(module)
         _USERS.leave(used)
 
 

@@ -87,6 +87,7 @@ def _as_bytes(value: Any) -> bytes:
     if isinstance(value, np.ndarray) and value.dtype != object:
         return f"{value.dtype} {value.shape} ".encode() + value.tobytes()
     if isinstance(value, Tensor):
+        value = getattr(value, "full_tensor", lambda: value)()  # of a DTensor, which other processes share
         value = (value.dequantize() if value.is_quantized else value.to_dense()).detach().cpu()
         return f"{value.dtype} {tuple(value.shape)} ".encode() + value.flatten().view(torch.uint8).numpy().tobytes()
     if isinstance(value, Mapping):
