@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import settings
 from models_for_tests import art_classifier, small_net, some_images, some_labels
+from playwright.sync_api import sync_playwright
 
 settings.register_profile("guardians", deadline=None, derandomize=True)
 settings.load_profile("guardians")
@@ -49,18 +50,9 @@ def y():
 
 @pytest.fixture(scope="session")
 def chromium():
-    """A driver of headless Chromium."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-    browser, driver = (
-        next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None),
-        shutil.which("chromedriver"),
-    )
-    if browser is None or driver is None:
-        pytest.skip("needs Chromium and its chromedriver: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)) as chrome:
-        yield chrome
+    """A headless browser."""
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    with sync_playwright() as play, play.chromium.launch(executable_path=path, args=["--no-sandbox"]) as one:
+        yield one

@@ -1,6 +1,6 @@
 """What a page holds, read without a browser, and what a headless Chromium makes of it."""
 
-import time
+from contextlib import contextmanager
 from html.parser import HTMLParser
 
 
@@ -43,37 +43,30 @@ class Read(HTMLParser):
             self._rows.append(self._row)
 
 
-def opened(chrome, path, width=1280, scheme="light"):
-    """A page in a window of this width."""
-    chrome.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600},
+@contextmanager
+def opened(browser, path, width=1280, scheme="light"):
+    """A page in a window of this width; `problems` tells what was wrong with it until then."""
+    context = browser.new_context(
+        viewport={"width": width, "height": 800}, color_scheme=scheme, reduced_motion="reduce", offline=True
     )
-    wanted = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}  # else clicks wait for scrolling
-    features = [{"name": name, "value": value} for name, value in wanted.items()]
-    chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": features})
-    chrome.get(path.as_uri())
-    return chrome
+    with context, context.new_page() as page:
+        page.heard = []
+        page.on("console", lambda message: page.heard.append(message.text))
+        page.on("pageerror", lambda error: page.heard.append(str(error)))
+        page.on("request", lambda request: page.heard.append(f"loads {request.url[:80]}"))
+        page.goto(path.as_uri())
+        yield page
 
 
-def problems(chrome):
-    """Of the open page: messages of the console, images that are broken, what was loaded, and a scroll bar below it."""
-    found = [entry["message"] for entry in chrome.get_log("browser")]
-    found += chrome.execute_script(
-        """
-        const broken = [...document.images].filter((image) => !image.complete || !image.naturalWidth);
-        const loaded = performance.getEntriesByType("resource").filter((entry) => !entry.name.startsWith("data:"));
-        const wide = document.documentElement.scrollWidth > innerWidth;
-        return [...broken.map((image) => "broken: " + image.alt), ...loaded.map((entry) => "loaded: " + entry.name),
-                ...(wide ? ["scrolls sideways"] : [])];
-        """
-    )
-    return found
+def problems(page):
+    """Messages of the console, what is loaded but the page itself, broken images, and whether it scrolls sideways."""
+    found = [text for text in page.heard if not text.startswith(("loads data:", f"loads {page.url[:80]}"))]
+    broken = "[...document.images].filter((image) => !image.complete || !image.naturalWidth).map((image) => image.alt)"
+    is_wide = "document.documentElement.scrollWidth > innerWidth"
+    return [*found, *page.evaluate(broken), *["scrolls sideways"] * page.evaluate(is_wide)]
 
 
-def becomes(wanted, look):
-    """Whether what is looked at is soon as wanted: tables are drawn a moment after they are asked to."""
-    until = time.monotonic() + 10
-    while look() != wanted and time.monotonic() < until:
-        time.sleep(0.02)
-    return look() == wanted
+def open_all(page):
+    """All that is folded, and all columns."""
+    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    page.evaluate("document.querySelectorAll('.choices input').forEach((box) => box.checked || box.click())")

@@ -183,7 +183,7 @@ def test_evaluate_writes_a_page_of_all_radii(command, tree, tmp_path):
     text = page.read_text()
     assert "Robustness of models_for_tests:small_net" in text
     for eps in ("2/255", "0.1"):
-        assert f"Adversarial images, infinity-norm at most {eps}" in text
+        assert f"Result, infinity-norm at most {eps}" in text
     for name in load_data(tree).classes:
         assert name in text
 

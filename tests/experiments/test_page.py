@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from models_for_tests import small_net, some_images, some_labels
-from pages_for_tests import Read, becomes, opened, problems
+from pages_for_tests import Read, open_all, opened, problems
+from playwright.sync_api import expect
 from torch import nn
 
 from guardians.evaluation import FLAGS, evaluate
@@ -165,70 +166,53 @@ def test_an_evaluation_page_refuses_other_images(found, tmp_path):
 # In a browser
 
 
-def cells(chrome, column):
+def column(shown, number):
     """The texts of the rows that are shown."""
-    rows = "[...document.querySelectorAll('table.data tbody tr')]"
-    return chrome.execute_script(f"return {rows}.map((row) => row.cells[arguments[0]].textContent)", column)
-
-
-def press(chrome, selector, key="\ue007"):
-    chrome.find_element("css selector", selector).send_keys(key)
+    return shown.locator(f"table.data tbody td:nth-child({number})")
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(400, "light"), (400, "dark"), (1280, "dark")])
 def test_pages_are_sound_in_a_browser(chromium, page, evaluated, width, scheme):
     for path in (page, evaluated):
-        chrome = opened(chromium, path, width, scheme)
-        chrome.execute_script("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
-        chrome.execute_script(
-            "document.querySelectorAll('.choices input').forEach((box) => box.checked || box.click())"
-        )
-        assert problems(chrome) == []
-        ground = chrome.execute_script("return getComputedStyle(document.body).backgroundColor")
-        assert (sum(map(int, re.findall(r"\d+", ground))) < 300) == (scheme == "dark")
+        with opened(chromium, path, width, scheme) as shown:
+            open_all(shown)
+            assert problems(shown) == []
+            ground = shown.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert (sum(map(int, re.findall(r"\d+", ground))) < 300) == (scheme == "dark")
 
 
 def test_names_stay_text(chromium, page):
-    chrome = opened(chromium, page)
-    assert chrome.execute_script("return window.broken") is None
-    assert chrome.execute_script("return document.scripts.length") == 2
-    assert chrome.title == " ".join(NASTY.split())
+    with opened(chromium, page) as shown:
+        assert shown.evaluate("[window.broken, document.scripts.length]") == [None, 2]
+        assert shown.title() == " ".join(NASTY.split())
 
 
 def test_a_column_sorts_as_numbers_by_mouse_and_keyboard(chromium, page):
-    chrome = opened(chromium, page)
-    chrome.find_elements("css selector", "thead th")[3].click()
-    assert becomes(["2", "9", "10", "100"], lambda: cells(chrome, 3))
-    press(chrome, "thead th:nth-child(4) [tabindex='0'], thead th:nth-child(4)[tabindex='0']")
-    assert becomes(["100", "10", "9", "2"], lambda: cells(chrome, 3))
-    assert chrome.find_elements("css selector", "thead th")[3].get_attribute("aria-sort") == "descending"
-    chrome.find_elements("css selector", "thead th")[2].click()
-    assert becomes(["0", "8/255", "0.5", "inf"], lambda: cells(chrome, 2))
+    with opened(chromium, page) as shown:
+        heads = shown.locator("thead th")
+        heads.nth(3).click()
+        expect(column(shown, 4)).to_have_text(["2", "9", "10", "100"])
+        heads.nth(3).locator("[tabindex='0']").press("Enter")
+        expect(column(shown, 4)).to_have_text(["100", "10", "9", "2"])
+        expect(heads.nth(3)).to_have_attribute("aria-sort", "descending")
+        heads.nth(2).click()
+        expect(column(shown, 3)).to_have_text(["0", "8/255", "0.5", "inf"])
 
 
-def test_hidden_columns_can_be_shown(chromium, page):
-    chrome = opened(chromium, page)
-    heads = "return [...document.querySelectorAll('table.data thead th')].map((head) => head.textContent.trim())"
-    assert "flags" not in chrome.execute_script(heads)
-    chrome.find_element("css selector", ".tools summary").click()
-    chrome.find_elements("css selector", ".choices input")[4].click()
-    assert "flags" in chrome.execute_script(heads)
-    assert cells(chrome, 4)[0] == "nan; zero_gradient"
-
-
-def test_a_flag_leads_to_what_it_means(chromium, page):
-    chrome = opened(chromium, page)
-    chrome.find_element("css selector", ".tools summary").click()
-    chrome.find_elements("css selector", ".choices input")[4].click()
-    chrome.execute_script("document.querySelectorAll('a.flag')[1].click()")
-    meaning = chrome.find_element("css selector", "dt:target + dd")
-    assert meaning.is_displayed()
-    assert meaning.text == TABLE_FLAGS["zero_gradient"]
+def test_hidden_columns_can_be_shown_and_a_flag_leads_to_what_it_means(chromium, page):
+    with opened(chromium, page) as shown:
+        expect(shown.get_by_role("columnheader")).to_have_count(4)
+        shown.get_by_text("Columns (1 more)").click()
+        shown.get_by_label("flags").check()
+        expect(column(shown, 5)).to_have_text(["nan; zero_gradient", "", "", "nan"])
+        shown.get_by_role("link", name="zero_gradient").click()
+        expect(shown.locator("dt:target + dd")).to_have_text(TABLE_FLAGS["zero_gradient"])
+        expect(shown.locator("dt:target")).to_be_in_viewport()
 
 
 def test_the_first_stop_of_the_tab_key_skips_to_the_content(chromium, page):
-    chrome = opened(chromium, page)
-    press(chrome, "body", "\ue004")
-    assert chrome.switch_to.active_element.text == "Skip to the content"
-    chrome.switch_to.active_element.send_keys("\ue007")
-    assert chrome.switch_to.active_element.get_attribute("id") == "content"
+    with opened(chromium, page) as shown:
+        shown.keyboard.press("Tab")
+        expect(shown.locator(":focus")).to_have_text("Skip to the content")
+        shown.keyboard.press("Enter")
+        expect(shown.locator(":focus")).to_have_id("content")

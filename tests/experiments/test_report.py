@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-from pages_for_tests import Read, becomes, opened, problems
+from pages_for_tests import Read, open_all, opened, problems
+from playwright.sync_api import expect
 
 from guardians.experiments.audit import RULES
 from guardians.experiments.report import TABLES, report_page
@@ -116,63 +117,51 @@ def test_a_folder_without_tables_is_refused(tmp_path):
 # In a browser
 
 
-def table_of(chrome, key):
-    return chrome.find_element("css selector", f"#{key} .dt-container")
-
-
-def choose(box, label, value):
-    """Of the drop-down list with this label."""
-    for one in box.find_elements("css selector", ".tools > label"):
-        if one.text.splitlines()[0] == label:
-            one.find_element("css selector", f'option[value="{value}"]').click()
-            return
-    raise AssertionError(label)
-
-
-def info(box):
-    return box.find_element("css selector", ".dt-info").text
-
-
 @pytest.mark.parametrize(("width", "scheme"), [(400, "dark"), (1280, "light")])
 def test_the_report_is_sound_in_a_browser(chromium, report, width, scheme):
-    chrome = opened(chromium, report, width, scheme)
-    assert problems(chrome) == []
-    chrome.execute_script("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
-    chrome.execute_script("document.querySelectorAll('.choices input').forEach((box) => box.checked || box.click())")
-    assert problems(chrome) == []
+    with opened(chromium, report, width, scheme) as shown:
+        assert problems(shown) == []
+        open_all(shown)
+        assert problems(shown) == []
 
 
 def test_tables_filter_search_and_page(chromium, report):
     frame = read_csv(RESULTS / "conformance.csv")
-    box = table_of(opened(chromium, report), "conformance")
-    assert info(box) == f"rows 1 to 15 of {len(frame):,}"
-    choose(box, "outcome", "failed")
     failed = frame[frame["outcome"] == "failed"]
-    assert f"of {len(failed)} " in info(box)
-    choose(box, "implementation", "foolbox")
-    assert f"of {(failed['implementation'] == 'foolbox').sum()} " in info(box)
-    box.find_element("css selector", ".dt-search input").send_keys("DDN")
-    of_ddn = failed[(failed["implementation"] == "foolbox") & failed["name"].str.contains("DDN")]
-    assert becomes(len(of_ddn), lambda: len(box.find_elements("css selector", "tbody tr:not(:has(.dt-empty))")))
+    of_foolbox = failed[failed["implementation"] == "foolbox"]
+    with opened(chromium, report) as shown:
+        section = shown.locator("#conformance")
+        rows, info = section.locator("tbody tr"), section.locator(".dt-info")
+        expect(info).to_have_text(f"rows 1 to 15 of {len(frame):,}")
+        section.get_by_label("next").click()
+        expect(info).to_have_text(f"rows 16 to 30 of {len(frame):,}")
+        section.get_by_label("outcome", exact=True).select_option("failed")
+        expect(info).to_contain_text(f"of {len(failed)} ")
+        section.get_by_label("implementation", exact=True).select_option("foolbox")
+        section.get_by_label("a page").select_option("all")
+        expect(rows).to_have_count(len(of_foolbox))
+        name = of_foolbox["name"].iloc[0]
+        section.get_by_label("Search").fill(name)
+        expect(rows).to_have_count(int(of_foolbox["name"].str.contains(name, regex=False).sum()))
 
 
-def test_a_rate_sorts_as_a_number(chromium, report):
-    box = table_of(opened(chromium, report), "benchmark")
-    (head,) = [one for one in box.find_elements("css selector", "thead th") if one.text.startswith("seconds")]
-    chromium.execute_script("arguments[0].scrollIntoView()", head)
-    head.click()
-    at = chromium.execute_script("return arguments[0].cellIndex", head)
-    rows = "[...document.querySelectorAll('#benchmark tbody tr')]"
-    orders = f"return {rows}.map((row) => row.cells[arguments[0]].dataset.order)"
-    expected = read_csv(RESULTS / "benchmark.csv")["seconds"].sort_values()
-    assert becomes(list(map(repr, expected)), lambda: chromium.execute_script(orders, at))
+def test_a_column_sorts_as_numbers(chromium, report):
+    with opened(chromium, report) as shown:
+        section = shown.locator("#benchmark")
+        head = section.get_by_role("columnheader", name="seconds").first
+        head.click()
+        at = head.evaluate("(one) => one.cellIndex")
+        expected = read_csv(RESULTS / "benchmark.csv")["seconds"].sort_values().tolist()
+        cells = section.locator(f"tbody td:nth-child({at + 1})")
+        expect(cells.first).to_have_attribute("data-order", repr(expected[0]))
+        assert [cell.get_attribute("data-order") for cell in cells.all()] == list(map(repr, expected))
 
 
 def test_all_rows_of_small_tables_are_printed(chromium, report):
-    chrome = opened(chromium, report)
-    rows = "return document.querySelectorAll('#parity tbody tr').length"
-    assert chrome.execute_script(rows) == 15
-    chrome.execute_script("dispatchEvent(new Event('beforeprint'))")
-    assert chrome.execute_script(rows) == len(read_csv(RESULTS / "parity.csv"))
-    chrome.execute_script("dispatchEvent(new Event('afterprint'))")
-    assert chrome.execute_script(rows) == 15
+    with opened(chromium, report) as shown:
+        rows = shown.locator("#parity tbody tr")
+        expect(rows).to_have_count(15)
+        shown.evaluate("dispatchEvent(new Event('beforeprint'))")
+        expect(rows).to_have_count(len(read_csv(RESULTS / "parity.csv")))
+        shown.evaluate("dispatchEvent(new Event('afterprint'))")
+        expect(rows).to_have_count(15)

@@ -22,7 +22,7 @@
       if (head.dataset.type === "num" || hidden.includes(head)) return;
       const choices = [...new Set(texts.flatMap((row) => parts(row[column])))].sort();
       if (choices.length < 2 || choices.length > MOST_CHOICES || choices.length > texts.length / 2) return;
-      const select = made("select", {}, made("option", { value: "*", textContent: "all" }));
+      const select = made("select", { ariaLabel: names[column] }, made("option", { value: "*", textContent: "all" }));
       for (const choice of choices) select.append(made("option", { value: choice, textContent: choice || "(none)" }));
       select.addEventListener("change", () => {
         if (select.value === "*") wanted.delete(column);
@@ -40,7 +40,7 @@
       orderMulti: true,
       paging: paged,
       pageLength: ROWS,
-      lengthMenu: [ROWS, 50, 200, { label: "all", value: -1 }],
+      lengthMenu: [ROWS, 50, 200, -1],
       layout: {
         topStart: () => tools,
         topEnd: texts.length > FEW ? "search" : null,
@@ -53,6 +53,7 @@
         infoEmpty: "no rows",
         infoFiltered: "(out of _MAX_)",
         lengthMenu: "_MENU_ a page",
+        lengthLabels: { "-1": "all" },
         zeroRecords: "No row matches.",
         entries: { _: "rows", 1: "row" },
       },
