@@ -29,7 +29,9 @@ from guardians.evaluation import BUDGETS
 from guardians.evaluation import evaluate as run_evaluation
 from guardians.experiments.audit import audit as run_audit
 from guardians.experiments.bench import ATTACKS, run_benchmark
+from guardians.experiments.page import evaluation_page
 from guardians.experiments.planted import audit_planted
+from guardians.experiments.report import report_page
 from guardians.experiments.study import find_studies, load_study, perform_study
 from guardians.experiments.subject import DEFENCES
 from guardians.models import (
@@ -177,6 +179,9 @@ def evaluate(
             show_default="all, or 1024 of more than 4 GB",
         ),
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write one self-contained page to this file.", metavar="FILE")
+    ] = None,
     device: Device = "cpu",
     seed: Seed = 0,
     data_seed: DataSeed = 0,
@@ -222,6 +227,18 @@ def evaluate(
         if save_images:
             evaluation.save_images(folder / "images")
         typer.echo(f"tables and curve: {folder}")
+    if html is not None:
+        evaluation_page(
+            found,
+            html,
+            images=None if shard else images.as_floats(),
+            model=classifier,
+            name=_name_in_tables(model, weights),
+            data=images.identity,
+            classes=images.classes,
+            command=_command(),
+        )
+        typer.echo(f"page: {html}")
 
 
 @app.command()
@@ -537,6 +554,15 @@ def study(
         sys.exit(130)
 
 
+@app.command()
+def report(
+    out: Annotated[Path, typer.Option(help="Folder of results; the page is report.html in it.")] = Path("results"),
+) -> None:
+    """Write the tables and figures of a folder of results as one self-contained page: report.html."""
+    report_page(out, out / "report.html")
+    typer.echo(f"page: {out / 'report.html'}")
+
+
 @app.command("train")
 def train_command(
     architecture: Annotated[str, typer.Option(help=f"{', '.join(ARCHITECTURES)}.")] = "resnet9",
@@ -625,7 +651,7 @@ def train_command(
         card["defence"] = {"name": "RandomSelfEnsemble", **noise}  # without which the accuracy is another one
     if settings.is_adversarial:
         card["robust_accuracy"] = robust_accuracy(model, test_data, 40, eps=settings.eps)
-    card["command"] = shlex.join(["guardians", *sys.argv[1:]])
+    card["command"] = _command()
     typer.echo(f"accuracy {accuracy:.2%}; wrote {save_model(model, card, out)}")
 
 
@@ -681,6 +707,11 @@ def _check_fit(name: str, model: nn.Module, images: Dataset | LazyDataset, devic
 def _name_in_tables(model: str, weights: Path | None) -> str:
     """Other weights are another model: a run does not go on from their rows."""
     return model if weights is None else f"{model} ({weights})"
+
+
+def _command() -> str:
+    """What was typed."""
+    return shlex.join(["guardians", *sys.argv[1:]])
 
 
 def _first_line(error: Exception) -> str:
