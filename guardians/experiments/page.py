@@ -304,7 +304,7 @@ def evaluation_page(
         sections.append(Section("radii", "All radii", table=summary, columns=meanings, shown=shown, flags=FLAGS))
     for number, one in enumerate(found):
         after = f"-{number + 1}" if number else ""
-        where = f", {_ball(one)}" if len(found) > 1 else ""
+        where = f", eps {printed('eps', one.eps)}" if len(found) > 1 else ""
         sections += _sections_of(
             one, after, where, images=images, model=model, data=data, classes=names, command=command
         )

@@ -72,8 +72,8 @@ _EVALUATION = Known(
     of_runs=("model_digest", "data", "attack", "implementation", "device"),
 )
 _HEADLINE = (
-    *("model", "norm", "eps", "n", "clean_accuracy", "robust_accuracy", "interval", "reference_n"),
-    *("on_reference_images", "reference_accuracy", "speedup"),
+    *("model", "norm", "eps", "robust_accuracy", "interval", "clean_accuracy", "n"),
+    *("on_reference_images", "reference_accuracy", "reference_n", "speedup"),
 )
 _THROUGHPUT = Known(
     "Throughput",

@@ -127,7 +127,7 @@ def test_an_evaluation_page_says_what_was_found_and_how(found, evaluated):
 
 def test_an_evaluation_page_has_every_stage_and_image(found, evaluated):
     tables = Read(evaluated).tables
-    for one, where in zip(found[0], ("infinity-norm at most 0.02", "infinity-norm at most 0.1"), strict=True):
+    for one, where in zip(found[0], ("eps 0.02", "eps 0.1"), strict=True):
         stages = tables[f"Attacks in their order, {where}"][1:]
         assert [(row[0][0], int(row[1][1])) for row in stages] == list(
             one.by_stage()[["stage", "felled"]].itertuples(index=False, name=None)
