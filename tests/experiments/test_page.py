@@ -10,6 +10,7 @@ from pages_for_tests import Read, open_all, opened, problems
 from playwright.sync_api import expect
 from torch import nn
 
+import guardians
 from guardians.evaluation import FLAGS, evaluate
 from guardians.experiments.page import Claim, Section, data_uri, evaluation_page, write_page
 
@@ -150,7 +151,7 @@ def test_examples_say_what_the_model_takes_the_images_for(found, evaluated):
 
 
 def test_without_images_there_are_no_examples(found, tmp_path):
-    evaluation_page(found[0][0], tmp_path / "page.html")
+    guardians.evaluation_page(found[0][0], tmp_path / "page.html")
     read = Read(tmp_path / "page.html")
     assert "Adversarial images" not in read.text
     assert [tag for tag, url in read.urls if tag == "img"] == ["img"]  # the curve
