@@ -13,7 +13,7 @@ _FROM = {
 
 
 def __getattr__(name: str) -> Any:
-    """`evaluate`, `audit`, what they return and what shows it, imported with all that they need when they are asked for."""
+    """What is in `__all__`, imported with all that it needs when it is asked for."""
     for module, names in _FROM.items():
         if name in names:
             return getattr(import_module(module), name)
