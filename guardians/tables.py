@@ -75,7 +75,8 @@ BENCHMARK_COLUMNS = {
     "per image",
     "backward_per_image": "samples that went backward through it, per image",
     "judgement_per_image": "samples that went forward through the model for judgement alone, per image",
-    "seconds": "wall-clock time of the attack on all images, after a warm-up batch",
+    "seconds": "wall-clock time of the attack on all images, after a warm-up batch; of several processes, of all of "
+    "them together",
     "images_per_second": "n / seconds",
     "peak_memory_mb": "peak memory during the attack in MB (10^6 bytes): allocated on the GPU, or resident in the "
     "process on a CPU",
