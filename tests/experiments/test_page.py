@@ -1,16 +1,19 @@
 """Pages: what they hold, and in headless Chromium what they do."""
 
+import dataclasses
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from models_for_tests import small_net, some_images, some_labels
 from pages_for_tests import Read, open_all, opened, problems
 from playwright.sync_api import expect
 from torch import nn
 
 import guardians
+from guardians.attacks.sequence import Ledger
 from guardians.evaluation import FLAGS, evaluate
 from guardians.experiments.page import Claim, Section, data_uri, evaluation_page, write_page
 
@@ -155,6 +158,19 @@ def test_without_images_there_are_no_examples(found, tmp_path):
     read = Read(tmp_path / "page.html")
     assert "Adversarial images" not in read.text
     assert [tag for tag, url in read.urls if tag == "img"] == ["img"]  # the curve
+
+
+def test_of_very_many_images_the_first_are_listed(found, tmp_path):
+    one = dataclasses.replace(
+        found[0][0],
+        labels=np.zeros(10_002, dtype=int),
+        distance=np.zeros(10_002),
+        ledger=Ledger.of(torch.zeros(10_002, 1, 1, 1)),
+    )
+    guardians.evaluation_page(one, tmp_path / "page.html")
+    read = Read(tmp_path / "page.html")
+    assert len(read.tables["Image by image"]) == 1 + 10_000
+    assert "The first 10,000 of 10,002 images" in read.text
 
 
 def test_an_evaluation_page_refuses_other_images(found, tmp_path):
