@@ -423,7 +423,8 @@ def _examples(one: Evaluation, images: Tensor, model: Any, classes: Sequence[str
             Part(_png(0.5 + factor * delta), f"perturbation of image {row}", f"perturbation times {factor:.3g}"),
         ]
         distance = printed("eps", float(one.distance[row]))
-        text = f"Image {row}: {one.stages[one.stage[row]]}, norm {distance}, {one.backward[row]} gradients"
+        cost = f"{one.forward[row]} evaluations of the model, {one.backward[row]} of its gradient"
+        text = f"Image {row}: {one.stages[one.stage[row]]}, norm {distance}; {cost}"
         examples.append(Example(parts, text))
     return examples
 

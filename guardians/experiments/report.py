@@ -206,6 +206,7 @@ TABLES: dict[str, Known] = {
                 "Clean, adversarial and magnified perturbation",
             ),
         },
+        of_runs=("model", "n"),
     ),
     "attack_throughput.csv": _THROUGHPUT,
     "attack_overhead.csv": Known(
@@ -361,7 +362,8 @@ def _provenance(frame: pd.DataFrame, noted: pd.DataFrame, runs: pd.DataFrame, by
     elif len(noted):
         sources, whose = noted, "commands"
     elif by and set(by) <= set(frame) & set(runs):
-        sources, whose = runs.merge(frame[list(by)].drop_duplicates(), on=list(by)), "runs"
+        sources = runs.merge(frame[list(by)].drop_duplicates(), on=list(by))
+        whose = f"runs in the store of the same {', '.join(by)}".replace("_", " ")
     else:
         return {"Versions": "not recorded with this table"}
     versions = [json.loads(cell) if isinstance(cell, str) else cell for cell in sources["versions"] if cell]
