@@ -5,12 +5,15 @@
 Writes results/attack_memory.csv; columns in guardians.experiments.memory.MEMORY_COLUMNS.
 """
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from guardians.data import ENVIRONMENT_VARIABLE, load_data
+from guardians.experiments.commands import noted
 from guardians.experiments.memory import measure_memory
 from guardians.tables import print_table, write_csv
 
@@ -27,7 +30,8 @@ def main(
     """Measure, print and write the table."""
     images = load_data(data, split="train")
     frame = measure_memory(model, images, size, steps=steps, batch_size=batch_size, device=device)
-    write_csv(frame, out / "attack_memory.csv")
+    with noted(out, "attack_memory.csv", shlex.join(["python", *sys.argv])):
+        write_csv(frame, out / "attack_memory.csv")
     print_table(frame, title="Attack memory")
 
 
