@@ -118,7 +118,7 @@ class Dataset:
         return self.images.float() / 255
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LazyDataset:
     """Labels in memory, and images that are decoded when they are asked for; made by `open_data`.
 
@@ -184,7 +184,8 @@ class LazyDataset:
         loader: DataLoader[Dataset | str] = DataLoader(
             _Decoded(self), sampler=sampler, batch_size=None, num_workers=workers, prefetch_factor=1
         )
-        found = iter(loader)
+        with torch.random.fork_rng(devices=[]):  # from which a loader draws
+            found = iter(loader)
         try:
             for parts in shares:
                 images, labels = [], []
