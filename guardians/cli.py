@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import os
 import shlex
+import signal
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,14 +21,17 @@ from torch import nn
 
 from guardians import __version__
 from guardians.attacks.registry import usages
-from guardians.data import ENVIRONMENT_VARIABLE, Dataset, load_data
+from guardians.data import ENVIRONMENT_VARIABLE, Dataset, LazyDataset, load_data, open_data
 from guardians.engine.checks import check_choice, check_integer
+from guardians.engine.ranks import is_launched, local_device, ranks, sharing
 from guardians.engine.victim import Victim
 from guardians.evaluation import BUDGETS
 from guardians.evaluation import evaluate as run_evaluation
 from guardians.experiments.audit import audit as run_audit
 from guardians.experiments.bench import ATTACKS, run_benchmark
+from guardians.experiments.page import evaluation_page
 from guardians.experiments.planted import audit_planted
+from guardians.experiments.report import report_page
 from guardians.experiments.study import find_studies, load_study, perform_study
 from guardians.experiments.subject import DEFENCES
 from guardians.models import (
@@ -41,6 +50,10 @@ from guardians.toolkits.build import IMPLEMENTATIONS, TOOLKITS, is_installed
 from guardians.training import ENSEMBLE, RECIPES, SCHEDULES, Recipe, robust_accuracy, train
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+_SHARED = ("evaluate", "bench", "study", "train")
+_IN_MEMORY = 10**9
+"""Pixels that are read at once, 4 GB as floats."""
+_SHARD = 1024
 
 
 def _number(value: str | float) -> float:
@@ -103,6 +116,24 @@ def main(
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+    elif is_launched() and context.invoked_subcommand not in _SHARED:
+        raise ValueError(f"{context.invoked_subcommand}: torchrun can share {', '.join(_SHARED)}")
+
+
+def _shared(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose work the processes share that torchrun launched, of which the first prints and writes."""
+
+    @functools.wraps(command)
+    def together(**arguments: Any) -> None:
+        if is_launched():  # torchrun ends all when one dies; what is finished is then written
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        arguments["device"] = local_device(arguments["device"])
+        with ExitStack() as stack:
+            if not stack.enter_context(sharing()).is_first:
+                stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            command(**arguments)
+
+    return together
 
 
 @app.command()
@@ -118,6 +149,7 @@ def models() -> None:
 
 
 @app.command()
+@_shared
 def evaluate(
     model: Model = "resnet9-16-pgd-at",
     weights: Weights = None,
@@ -140,6 +172,16 @@ def evaluate(
     batch_size: Annotated[int | None, typer.Option(help="Images in one forward pass.", show_default="chosen")] = None,
     surrogate: Surrogates = [],  # noqa: B006
     save_images: Annotated[bool, typer.Option("--save-images", help="Write the adversarial images too.")] = False,
+    shard: Annotated[
+        int | None,
+        typer.Option(
+            help="Images in memory at once, decoded when they are needed.",
+            show_default="all, or 1024 of more than 4 GB",
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write one self-contained page to this file.", metavar="FILE")
+    ] = None,
     device: Device = "cpu",
     seed: Seed = 0,
     data_seed: DataSeed = 0,
@@ -153,13 +195,18 @@ def evaluate(
     check_choice("budget", budget, BUDGETS)
     _check_run(1 if batch_size is None else batch_size, device, seed, data_seed)
     classifier = load_model(model, weights, device)
-    images = _announced_data(data, n, data_seed, download, resize, crop)
+    images = _announced_data(data, n, data_seed, download, resize, crop, read=open_data)
+    if shard is None and len(images) * math.prod(images.image_shape) > _IN_MEMORY:
+        shard = _SHARD
+    images = images if shard else images[:]
     _check_fit(model, classifier, images, device)
+    if shard is not None and save_images:
+        raise ValueError(f"--save-images: adversarial images of shards, here of {shard}, are not kept")
     surrogates = [load_model(name, device=device) for name in surrogate]
     found = run_evaluation(
         classifier,
-        images.as_floats().to(device),
-        images.labels.to(device),
+        images,
+        shard=shard,
         norm=p,
         eps=eps,
         budget=budget,
@@ -167,7 +214,10 @@ def evaluate(
         seed=seed,
         surrogates=surrogates,
         out=out,
+        verbose=ranks().is_first,
     )
+    if not ranks().is_first:
+        return
     assert isinstance(found, list)
     for evaluation in found:
         typer.echo(f"{_name_in_tables(model, weights)}\n{evaluation}")
@@ -177,6 +227,18 @@ def evaluate(
         if save_images:
             evaluation.save_images(folder / "images")
         typer.echo(f"tables and curve: {folder}")
+    if html is not None:
+        evaluation_page(
+            found,
+            html,
+            images=None if shard else images.as_floats(),
+            model=classifier,
+            name=_name_in_tables(model, weights),
+            data=images.identity,
+            classes=images.classes,
+            command=_command(),
+        )
+        typer.echo(f"page: {html}")
 
 
 @app.command()
@@ -373,6 +435,7 @@ def attacks() -> None:
 
 
 @app.command()
+@_shared
 def bench(
     model: Model = "resnet9-16-standard",
     weights: Weights = None,
@@ -460,6 +523,7 @@ def bench(
 
 
 @app.command()
+@_shared
 def study(
     file: Annotated[Path | None, typer.Argument(help="A YAML file, as those in benchmarks/.")] = None,
     list_studies: Annotated[bool, typer.Option("--list", help="List the studies in a folder.")] = False,
@@ -488,6 +552,15 @@ def study(
     if interrupted:
         typer.echo(f"interrupted; what is finished is in {out}, and the same command goes on from there", err=True)
         sys.exit(130)
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Option(help="Folder of results; the page is report.html in it.")] = Path("results"),
+) -> None:
+    """Write the tables and figures of a folder of results as one self-contained page: report.html."""
+    report_page(out, out / "report.html")
+    typer.echo(f"page: {out / 'report.html'}")
 
 
 @app.command("train")
@@ -578,7 +651,7 @@ def train_command(
         card["defence"] = {"name": "RandomSelfEnsemble", **noise}  # without which the accuracy is another one
     if settings.is_adversarial:
         card["robust_accuracy"] = robust_accuracy(model, test_data, 40, eps=settings.eps)
-    card["command"] = shlex.join(["guardians", *sys.argv[1:]])
+    card["command"] = _command()
     typer.echo(f"accuracy {accuracy:.2%}; wrote {save_model(model, card, out)}")
 
 
@@ -590,8 +663,9 @@ def _announced_data(
     resize: int | None,
     crop: int | None,
     split: str = "test",
-) -> Dataset:
-    images = load_data(data, split, n, seed=seed, download=download, resize=resize, crop=crop)
+    read: Callable[..., Any] = load_data,
+) -> Any:
+    images = read(data, split, n, seed=seed, download=download, resize=resize, crop=crop)
     typer.echo(f"data: {len(images)} images, {images.source}" + (f", in {data}" if data else ""))
     if data is None and split == "test":
         note = f"note: without --data or {ENVIRONMENT_VARIABLE}, a sample stands in that is too small for conclusions"
@@ -618,12 +692,12 @@ def _check_run(batch_size: int, device: str, seed: int, data_seed: int = 0) -> N
         ) from error
 
 
-def _check_fit(name: str, model: nn.Module, images: Dataset, device: str) -> None:
+def _check_fit(name: str, model: nn.Module, images: Dataset | LazyDataset, device: str) -> None:
     """Raise unless the model gives logits for images of this size, with a class for each label."""
-    shape = tuple(images.images.shape[1:])
+    shape = images.image_shape
     try:
         with torch.no_grad():
-            logits = Victim(model).logits((images.images[:1].float() / 255).to(device))
+            logits = Victim(model).logits(images[:1].as_floats().to(device))
     except Exception as error:  # the model is the user's, and may fail in any way
         raise ValueError(f"model={name!r}: fails on an image of shape {shape}: {_first_line(error)}") from error
     if logits.shape[1] < len(images.classes):
@@ -633,6 +707,11 @@ def _check_fit(name: str, model: nn.Module, images: Dataset, device: str) -> Non
 def _name_in_tables(model: str, weights: Path | None) -> str:
     """Other weights are another model: a run does not go on from their rows."""
     return model if weights is None else f"{model} ({weights})"
+
+
+def _command() -> str:
+    """What was typed."""
+    return shlex.join(["guardians", *sys.argv[1:]])
 
 
 def _first_line(error: Exception) -> str:

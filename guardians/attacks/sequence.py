@@ -13,16 +13,18 @@ from torch import Tensor
 from guardians.engine.attack import Attack
 from guardians.engine.interfaces import ClassifierAttack, Estimator
 from guardians.engine.parameters import Flag, OptionalCount
+from guardians.engine.ranks import agreed, deal
 from guardians.engine.report import Report
 from guardians.engine.state import Answer, Progress, Query, State
 
-__all__ = ["CLEAN", "AttackSequence", "Judgement", "Ledger", "Stage", "judge_again", "run_stage"]
+__all__ = ["CLEAN", "AttackSequence", "Judgement", "Ledger", "Stage", "judge_again", "run_stage", "units_of"]
 
 CLEAN = "clean"
 """The stage of images that the model gets wrong as they are."""
 STANDS = -1
-_TRANSFERRED = 256
-"""Images of another model that are tried at once; what an interruption loses."""
+UNIT = 4
+"""Batches that are searched at once. The more, the fewer images are searched in a batch that dwindles; the fewer, the
+less is lost where one of several processes is killed."""
 
 
 class Stage(NamedTuple):
@@ -102,7 +104,7 @@ class Ledger:
     """What is known of each image of a sequence so far.
 
     Attributes:
-        x_adv: the images (N, ...), adversarial where one was found.
+        x_adv: the images (N, ...), adversarial where one was found; of several processes the first has them.
         stage: int16 (N,), the number of the stage that felled it; -1 where it stands.
         finished: int16 (N,), how many stages it is through.
         forward, backward: int64 (N,), how often the search evaluated the model and its gradient.
@@ -135,6 +137,23 @@ class Ledger:
         """The positions of those that have stage `number` before them."""
         return ((self.stands | self.unsure) & (self.finished <= number)).nonzero()[0]
 
+    def come_to(self, number: int) -> np.ndarray:
+        """The positions of those that have stage `number` before them, or are through it as the last so far."""
+        return np.union1d(self.waiting(number), (self.finished == number + 1).nonzero()[0])
+
+    def enter(self, number: int, entry: _Entry, images: Tensor | None) -> None:
+        """Take in what stage `number` found, and the adversarial images of those that it felled, if they are known."""
+        rows, felled = entry.rows, entry.rows[entry.felled]
+        if images is not None:
+            self.x_adv[torch.from_numpy(felled).to(self.x_adv.device)] = images.to(self.x_adv.device)
+        self.stage[felled[self.stands[felled]]] = number
+        self.unsure[felled] = number == 0 and entry.is_random
+        self.finished[rows] = number + 1
+        self.forward[rows] += entry.forward
+        self.backward[rows] += entry.backward
+        if entry.report is not None:
+            self.report.add(entry.report)
+
 
 def run_stage(
     number: int,
@@ -150,7 +169,8 @@ def run_stage(
 ) -> Iterator[int]:
     """Attack what still stands, and enter it into the ledger; after each entry, the number of images it was about.
 
-    An image's draws depend on its position in the data, not on which others still stand.
+    An image's draws depend on its position in the data, not on which others still stand. The images that come to the
+    stage are cut into units, searched one after the other, or by several processes (`guardians.engine.ranks`).
 
     Args:
         number: of the stage in its sequence.
@@ -163,25 +183,52 @@ def run_stage(
         first_index: the position of the first image in the data.
         among: positions to which it is confined.
     """
-    rows = ledger.waiting(number)
+
+    def attacked(unit: np.ndarray) -> Iterator[tuple[_Entry, Tensor]]:
+        rows = unit[ledger.finished[unit] <= number]
+        yield from _attacked(rows, stage, x, y, eps, device, first_index)
+
+    rows = ledger.come_to(number)
     if among is not None:
         rows = np.intersect1d(rows, among)
-    size = max(1, len(rows)) if stage.source is None else _TRANSFERRED
-    for first in range(0, len(rows), size):
-        yield from _run_stage_on(rows[first : first + size], number, stage, x, y, ledger, eps, device, first_index)
+    units = [unit for unit in units_of(rows, stage.attack, x) if (ledger.finished[unit] <= number).any()]
+    for entry, images in deal(units, attacked):
+        ledger.enter(number, entry, images)
+        yield len(entry.rows)
 
 
-def _run_stage_on(
+def units_of(rows: np.ndarray, attack: Attack, x: Tensor) -> list[np.ndarray]:
+    """Rows of images (N, ...) in parts of equal length, of at most `UNIT` batches, which are searched at once.
+
+    The parts do not depend on how many processes there are, so neither do the results, to the last bit.
+    """
+    if not len(rows):
+        return []
+    size = UNIT * attack.settled_batch_size(x)
+    return np.array_split(rows, -(-len(rows) // size))
+
+
+class _Entry(NamedTuple):
+    """What was found of some images: their rows, and in that order what a ledger keeps; the report with the last."""
+
+    rows: np.ndarray
+    felled: np.ndarray
+    forward: np.ndarray
+    backward: np.ndarray
+    is_random: bool
+    report: Report | None = None
+
+
+def _attacked(
     rows: np.ndarray,
-    number: int,
     stage: Stage,
     x: Tensor,
     y: Tensor,
-    ledger: Ledger,
     eps: float | None,
     device: torch.device | None,
     first_index: int,
-) -> Iterator[int]:
+) -> Iterator[tuple[_Entry, Tensor]]:
+    """Entries as images are finished, and of those that are felled the adversarial images, where `x` is."""
     attack, chosen = stage.attack, torch.from_numpy(rows).to(x.device)
     inputs = {"x": x[chosen], "y": y[chosen]}
     if stage.source is not None:
@@ -200,17 +247,11 @@ def _run_stage_on(
                 finished.x_adv.double(), x[torch.from_numpy(index).to(x.device)].to(finished.x_adv).double()
             )
             felled = felled & (size <= eps).cpu().numpy()
-        ledger.x_adv[torch.from_numpy(index[felled]).to(x.device)] = finished.x_adv[
-            torch.from_numpy(felled).to(finished.x_adv.device)
-        ].to(x)
-        ledger.stage[index[felled & ledger.stands[index]]] = number
-        ledger.unsure[index[felled]] = number == 0 and attack.report.is_random
-        ledger.finished[index] = number + 1
-        ledger.forward[index] += finished.forward
-        ledger.backward[index] += finished.backward
-        yield len(index)
+        images = finished.x_adv[torch.from_numpy(felled).to(finished.x_adv.device)].to(x)
+        yield _Entry(index, felled, finished.forward, finished.backward, attack.report.is_random), images
     assert attack.report is not None
-    ledger.report.add(attack.report)
+    nothing = np.empty(0, dtype=np.int64)
+    yield _Entry(nothing, nothing.astype(bool), nothing, nothing, False, attack.report), x[:0]
 
 
 def judge_again(estimator: Any, x: Tensor, y: Tensor, ledger: Ledger, *, first_index: int = 0, **options: Any) -> None:
@@ -228,11 +269,14 @@ def judge_again(estimator: Any, x: Tensor, y: Tensor, ledger: Ledger, *, first_i
     """
     if not ledger.report.is_random:
         return
-    judgement = Judgement(estimator, **options, early_stop=True)
-    rows = (~ledger.stands).nonzero()[0]
-    chosen = torch.from_numpy(rows).to(x.device)
-    inputs = {"x": x[chosen], "y": y[chosen], "x_adv_init": ledger.x_adv[chosen]}
-    for finished in judgement._search([inputs], x.device, len(rows), first_index + rows):
-        assert finished.fooled is not None
-        back = rows[finished.index[~finished.fooled]]
-        ledger.stage[back] = STANDS
+
+    def standing_again() -> np.ndarray:
+        judgement = Judgement(estimator, **options, early_stop=True)
+        rows = (~ledger.stands).nonzero()[0]
+        chosen = torch.from_numpy(rows).to(x.device)
+        inputs = {"x": x[chosen], "y": y[chosen], "x_adv_init": ledger.x_adv[chosen]}
+        judged = list(judgement._search([inputs], x.device, len(rows), first_index + rows))
+        back = [finished.index[~finished.fooled] for finished in judged if finished.fooled is not None]
+        return rows[np.concatenate([*back, np.empty(0, dtype=np.int64)])]
+
+    ledger.stage[agreed(standing_again)] = STANDS

@@ -17,7 +17,7 @@ from guardians.engine.checks import check_integer
 from guardians.engine.interfaces import ClassifierAttack
 from guardians.engine.parameters import KW_ONLY, Count, Flag, OptionalCount, Precision, Seed
 from guardians.engine.report import Finished, Report
-from guardians.engine.rng import fresh_seed
+from guardians.engine.rng import ForkedGenerators, fresh_seed, hashed, row_keys
 from guardians.engine.run import margin, rounding
 from guardians.engine.state import Answer, Progress, Query, State
 from guardians.engine.victim import isolated, undisturbed
@@ -132,6 +132,15 @@ class Attack(ClassifierAttack):
     def batch_size_for(self, x: Tensor) -> int:
         """Samples in one forward pass, for images such as `x`."""
         return default_batch_size(self.victim, x) if self.batch_size is None else int(self.batch_size)
+
+    def settled_batch_size(self, x: Tensor) -> int:
+        """The same, asked from outside of a search; the model is left as it was."""
+        if self.batch_size is not None:
+            return int(self.batch_size)
+        device = self.victim.device or x.device
+        alone = row_keys(hashed(0, np.arange(1)))
+        with undisturbed(self.victim.module), isolated(device), ForkedGenerators(0, device), alone:
+            return self.batch_size_for(x[:1].to(device, copy=True))
 
     def stream(self, batches: Iterable[tuple[Tensor, Tensor] | Tensor], *, first_index: int = 0) -> Iterator[Finished]:
         """Adversarial images of a data set of any size, in the order in which they are finished.

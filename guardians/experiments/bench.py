@@ -21,6 +21,7 @@ from guardians.attacks.registry import Spec, canonical, family_of, named, usages
 from guardians.data import Dataset
 from guardians.engine.checks import check_choice, check_flag, check_integer, check_number
 from guardians.engine.parameters import PRECISIONS
+from guardians.engine.ranks import ranks
 from guardians.engine.victim import Victim
 from guardians.experiments.names import parsed
 from guardians.experiments.run import BARE_LOOP, Run, code, perform
@@ -81,7 +82,8 @@ def run_benchmark(
 
     Returns:
         The rows of this call, also those that were there before; columns as in `guardians.tables.BENCHMARK_COLUMNS`.
-        Its `attrs["interrupted"]` says whether Ctrl-C ended the call.
+        Its `attrs["interrupted"]` says whether Ctrl-C ended the call. Of several processes (`guardians.engine.ranks`)
+        the first returns and writes them, the others none.
 
     Raises:
         TypeError, ValueError: an argument is outside what is allowed, or `out` cannot be written; before any work.
@@ -97,6 +99,10 @@ def run_benchmark(
         raise ValueError("data has no images")
     runs = runs_of(defended(model_name, model, defence, pool), data, device, **settings)
 
+    if not ranks().is_first:
+        nothing = pd.DataFrame(columns=list(BENCHMARK_COLUMNS))
+        nothing.attrs["interrupted"] = perform(runs, None, verbose=False)
+        return nothing
     store = Store(out)
     _warn_of_others(runs, store)
     interrupted = perform(runs, store, verbose=verbose)

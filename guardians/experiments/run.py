@@ -10,8 +10,9 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,10 +27,11 @@ from tqdm.auto import tqdm
 import guardians
 from guardians.attacks.norms import lp_norm
 from guardians.attacks.registry import Spec, family_of
-from guardians.attacks.sequence import AttackSequence
+from guardians.attacks.sequence import AttackSequence, units_of
 from guardians.data import Dataset
 from guardians.engine.attack import Attack
 from guardians.engine.interfaces import ClassifierAttack
+from guardians.engine.ranks import agreed, deal, ranks
 from guardians.engine.report import Finished, Report
 from guardians.engine.rng import hashed, row_keys
 from guardians.engine.victim import Victim, undisturbed
@@ -129,19 +131,36 @@ def key_of(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def perform(runs: Sequence[Run], store: Store, *, verbose: bool = True) -> bool:
+def perform(runs: Sequence[Run], store: Store | None, *, verbose: bool = True) -> bool:
     """Do the runs that the store does not have, each once, whoever else works on the same store.
 
     What another process is at is waited for at the end. Ctrl-C leaves in the store what is finished, of a native attack
     image by image, and the same call goes on from there.
 
+    Of several processes (`guardians.engine.ranks`) all call this with the same runs. They share the images of native
+    attacks; other runs are one process' each.
+
+    Args:
+        runs: in the order in which they are done.
+        store: None in processes that do not write.
+        verbose: show a progress bar.
+
     Returns:
         Whether Ctrl-C ended it.
+
+    Raises:
+        ValueError: runs that are repeated for their time are shared.
     """
     made_by = code()
+    if ranks().size > 1 and any(run.repetition for run in runs):
+        raise ValueError(f"{ranks().size} processes: times are compared, which one process alone can measure")
     try:
         with tqdm(runs, desc="runs", unit="run", disable=not verbose) as progress:
-            postponed = [run for run in progress if not _perform_once(run, store, made_by, progress)]
+            if ranks().size > 1:
+                for each in _deal(runs, store, made_by):
+                    progress.update(each)
+                runs = [run for run in runs if _is_shared(run)]
+            postponed = [run for run in runs if not _perform_once(run, store, made_by, progress)]
         for run in postponed:
             _perform_once(run, store, made_by, None, wait=True)
     except KeyboardInterrupt:
@@ -149,26 +168,76 @@ def perform(runs: Sequence[Run], store: Store, *, verbose: bool = True) -> bool:
     return False
 
 
-def _perform_once(run: Run, store: Store, made_by: dict[str, Any], progress: Any, *, wait: bool = False) -> bool:
+def _is_shared(run: Run) -> bool:
+    """Whether several processes do it together, rather than one of them alone."""
+    spec = run.attack
+    if spec is None or run.implementation != "native":
+        return False
+    return issubclass(family_of(spec).native(spec)[0], (Attack, AttackSequence))
+
+
+def _deal(runs: Sequence[Run], store: Store | None, made_by: dict[str, Any]) -> Iterator[int]:
+    """Do the runs that are one process' each; counts what is done."""
+    whole = [run for run in runs if not _is_shared(run)]
+    missing = agreed(lambda: [store is not None and run.key not in store for run in whole])
+
+    def done(run: Run) -> Iterator[tuple[tuple[Any, ...], None]]:
+        written: list[tuple[Any, ...]] = []
+        _Performance(run, made_by, [], lambda *result, **_: written.append(result)).perform()
+        yield written[-1], None
+
+    for result, _ in deal([run for run, is_missing in zip(whole, missing, strict=True) if is_missing], done):
+        if store is not None:
+            store.write(*result)
+        yield 1
+
+
+def _perform_once(run: Run, store: Store | None, made_by: dict[str, Any], progress: Any, *, wait: bool = False) -> bool:
     """Whether the run is done; False where another process is at it."""
-    if run.key in store:
-        return True
-    with store.claim(run.key, wait=wait) as is_mine:
-        if not is_mine:
+
+    def is_done() -> bool:
+        return store is not None and run.key in store
+
+    if agreed(is_done):
+        return _counted(progress)
+    with nullcontext(False) if store is None else store.claim(run.key, wait=wait) as claimed:
+        if not agreed(lambda: claimed):
             return False
-        if run.key not in store:
+        if not agreed(is_done):
             if progress is not None:
                 progress.set_postfix_str(f"{run.known['attack']} {run.implementation} on {run.subject.name}")
+            known = agreed(lambda: [] if store is None else store.runs([run.key], unfinished=True))
+            for one in known:
+                one["outcomes"] = agreed(lambda: pd.DataFrame() if store is None else store.outcomes(run.key))
             with torch.inference_mode(False), torch.enable_grad():
-                _Performance(run, store, made_by).perform()
+                _Performance(run, made_by, known, _ignored if store is None else store.write).perform()
+    return _counted(progress)
+
+
+def _counted(progress: Any) -> bool:
+    if progress is not None:
+        progress.update()
     return True
 
 
-class _Performance:
-    """A run that is being done."""
+def _ignored(*_: Any, **__: Any) -> None:
+    """What a process does with a result that another one writes."""
 
-    def __init__(self, run: Run, store: Store, made_by: dict[str, Any]) -> None:
-        self.run, self.store, self.made_by = run, store, made_by
+
+class _Performance:
+    """A run that is being done.
+
+    Args:
+        run: to do.
+        made_by: see `code`.
+        known: at most one, what a call that was stopped has written, with its "outcomes".
+        write: takes key, what is known, figures and outcomes, as `Store.write`.
+    """
+
+    def __init__(
+        self, run: Run, made_by: dict[str, Any], known: Sequence[dict[str, Any]], write: Callable[..., Any]
+    ) -> None:
+        self.run, self.made_by, self.before, self.write = run, made_by, known, write
         self.about = _about(run.subject, run.data, run.device, run.batch_size)
         self.setting: dict[str, Any] = {
             "nb_classes": self.about.nb_classes,
@@ -200,6 +269,8 @@ class _Performance:
                 counting.reset()
             with _measured(run.device) as cost:
                 x_adv = attack(about.x, about.y).detach()
+        if _is_shared(run) and not ranks().is_first:  # which does not have the images
+            return
         outcomes = self._judged(np.arange(len(about.x)), x_adv)
         if isinstance(attack, AttackSequence):
             ledger = attack.ledger
@@ -245,47 +316,76 @@ class _Performance:
     def _stream(self, attack: Attack) -> None:
         """A native attack, which counts for itself; from where an earlier call was stopped."""
         run, about = self.run, self.about
-        found = [self.store.outcomes(run.key)]
-        before = dict.fromkeys(("forward", "backward", "judgement", "seconds"), 0.0)
-        for known in self.store.runs([run.key], unfinished=True):
-            before = {name: known[name] for name in before}
-            self.flags |= set(known["flags"])
-        waiting = np.setdiff1d(np.arange(len(about.x)), found[0]["image"])
-        inputs = [{"x": about.x[part], "y": about.y[part]} for part in torch.from_numpy(waiting).split(run.batch_size)]
-        pieces: list[Finished] = []
-        seconds, started = before["seconds"], time.perf_counter()
+        found = [one["outcomes"] for one in self.before]
+        cost: dict[str, Any] = dict.fromkeys(("forward", "backward", "judgement", "seconds"), 0.0)
+        for one in self.before:
+            cost |= {name: one[name] for name in cost}
+            self.flags |= set(one["flags"])
+        finished = np.concatenate([images["image"] for images in found]) if found else np.empty(0, dtype=np.int64)
+        started = time.perf_counter()
+        pieces: list[tuple[np.ndarray, Finished]] = []
+        counted: Counter[str] = Counter()  # of the unit under search
 
-        def write(peak_memory_mb: float | None = None) -> None:
-            nonlocal seconds, started
-            seconds += _since(started, run.device)
-            if pieces:
-                rows = waiting[np.concatenate([piece.index for piece in pieces])]
-                judged = self._judged(rows, torch.cat([piece.x_adv for piece in pieces]).to(about.x.device))
-                by_image = {name: [getattr(piece, name) for piece in pieces] for name in ("forward", "backward")}
-                found.append(judged.assign(**{name: np.concatenate(parts) for name, parts in by_image.items()}))
-                pieces.clear()
-            report = attack.report
+        def judged() -> tuple[pd.DataFrame, Counter[str], float, str, set[str]]:
+            """Outcomes of the pieces, what they cost since this was last asked, in passes and seconds, and flags."""
+            nonlocal started
+            report, seconds = attack.report, _since(started, run.device)
             assert report is not None
-            counts = {name: before[name] + count for name, count in _counts(report).items()}
-            cost: dict[str, Any] = {**counts, "seconds": seconds, "search": report.search}
-            cost["peak_memory_mb"] = peak_memory_mb
-            if run.repetition and peak_memory_mb is not None:
-                full = about.x[: run.batch_size], about.y[: run.batch_size]
-                cost["price"] = price(attack, *full, (counts["forward"], counts["backward"], counts["judgement"]))
-            self._write(pd.concat(found, ignore_index=True), cost, is_complete=peak_memory_mb is not None)
+            new = Counter(_counts(report))
+            new.subtract(counted)
+            counted.update(new)
+            outcomes = pd.DataFrame()
+            if pieces:
+                rows = np.concatenate([rows for rows, _ in pieces])
+                outcomes = self._judged(rows, torch.cat([piece.x_adv for _, piece in pieces]).to(about.x.device))
+                by_image = {name: [getattr(piece, name) for _, piece in pieces] for name in ("forward", "backward")}
+                outcomes = outcomes.assign(**{name: np.concatenate(parts) for name, parts in by_image.items()})
+                pieces.clear()
             started = time.perf_counter()
+            return outcomes, new, seconds, report.search, self.flags
 
+        def searched(unit: np.ndarray) -> Iterator[tuple[Any, None]]:
+            nonlocal started
+            started = time.perf_counter()
+            counted.clear()
+            rows = np.setdiff1d(unit, finished)
+            inputs = [{"x": about.x[part], "y": about.y[part]} for part in torch.from_numpy(rows).split(run.batch_size)]
+            for piece in attack._search(inputs, run.device, first_index=rows):
+                pieces.append((rows[piece.index], piece))
+                if time.perf_counter() - started > _SAVED_EVERY:
+                    yield judged(), None
+            yield judged(), None
+
+        def take(outcomes: pd.DataFrame, counts: Counter[str], seconds: float, search: str, flags: set[str]) -> None:
+            if len(outcomes):
+                found.append(outcomes)
+            self.flags |= flags
+            cost.update({name: cost[name] + count for name, count in counts.items()}, search=search)
+            cost["seconds"] += seconds
+
+        def write(**figures: Any) -> None:
+            self._write(pd.concat(found, ignore_index=True), {"peak_memory_mb": None, **cost, **figures}, **done)
+
+        done = {"is_complete": False}
+        units = [
+            unit for unit in units_of(np.arange(len(about.x)), attack, about.x) if len(np.setdiff1d(unit, finished))
+        ]
         with peak_memory(run.device) as peak:
             try:
-                for piece in attack._search(inputs, run.device, first_index=waiting):
-                    pieces.append(piece)
-                    if time.perf_counter() - started > _SAVED_EVERY:
-                        write()
+                for piece, _ in deal(units, searched):
+                    take(*piece)
+                    write()
             except BaseException:
-                if pieces:
+                if pieces and ranks().size == 1:  # of several, each has its own
+                    take(*judged())
                     write()
                 raise
-        write(peak.mb)
+        done["is_complete"] = True
+        figures: dict[str, Any] = {"peak_memory_mb": peak.mb}
+        if run.repetition:
+            full = about.x[: run.batch_size], about.y[: run.batch_size]
+            figures["price"] = price(attack, *full, (cost["forward"], cost["backward"], cost["judgement"]))
+        write(**figures)
 
     def _judged(self, rows: np.ndarray, x_adv: Tensor) -> pd.DataFrame:
         """Outcomes of the images that an attack returned for these rows, and flags of what is wrong with them."""
@@ -325,7 +425,7 @@ class _Performance:
 
     def _write(self, outcomes: pd.DataFrame, cost: Mapping[str, Any], *, is_complete: bool = True) -> None:
         figures = {"search": "model", "flags": sorted(self.flags), **cost, **self.made_by}
-        self.store.write(self.run.key, self.run.known, figures, outcomes, is_complete=is_complete)
+        self.write(self.run.key, self.run.known, figures, outcomes, is_complete=is_complete)
 
 
 class _About:

@@ -17,6 +17,7 @@ from torch import nn
 
 from guardians.data import Dataset, load_data
 from guardians.engine.checks import check_choice, check_integer
+from guardians.engine.ranks import ranks
 from guardians.engine.victim import predicted_labels
 from guardians.experiments.bench import benchmark_table, runs_of
 from guardians.experiments.defences import defences_view
@@ -147,7 +148,8 @@ def perform_study(
         verbose: show a progress bar.
 
     Returns:
-        What the view shows, and whether Ctrl-C ended it; then the view is of what is there.
+        What the view shows, and whether Ctrl-C ended it; then the view is of what is there. Of several processes
+        (`guardians.engine.ranks`) the first shows and writes, the others return an empty table.
 
     Raises:
         TypeError, ValueError: something in the study is outside what is allowed; before any run.
@@ -166,7 +168,6 @@ def perform_study(
             except (TypeError, ValueError) as error:
                 raise ValueError(f"runs: {settings!r}: {error}") from error
             labelled += [(run, str(settings.get("label", ""))) for run in runs]
-    store = Store(out)
     shuffle = random.Random(seed).shuffle
     order = []
     for repetition in rounds:
@@ -174,6 +175,9 @@ def perform_study(
         if study.rounds > 1:
             shuffle(runs)
         order += runs
+    if not ranks().is_first:
+        return pd.DataFrame(), perform(order, None, verbose=False)
+    store = Store(out)
     interrupted = perform(order, store, verbose=verbose)
     store.export(out)
     return VIEWS[study.view](store, labelled, Path(out)), interrupted
