@@ -304,8 +304,8 @@ def open_data(
     So a folder as large as ImageNet, `n01440764` to `n15075141` in `val/`, is attacked in the memory of a few shards:
 
         data = open_data("path/to/imagenet", resize=256, crop=224)
-        for shard in data.shards(512, workers=4):
-            attack(shard.as_floats(), shard.labels)
+        for finished in attack.stream((shard.as_floats(), shard.labels) for shard in data.shards(128, workers=4)):
+            ...
 
     Of torchvision's own data sets the pixels are in memory all the same, as large as their files have them.
 
