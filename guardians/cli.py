@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import shlex
 import signal
@@ -20,7 +21,7 @@ from torch import nn
 
 from guardians import __version__
 from guardians.attacks.registry import usages
-from guardians.data import ENVIRONMENT_VARIABLE, Dataset, load_data
+from guardians.data import ENVIRONMENT_VARIABLE, Dataset, LazyDataset, load_data, open_data
 from guardians.engine.checks import check_choice, check_integer
 from guardians.engine.ranks import is_launched, local_device, ranks, sharing
 from guardians.engine.victim import Victim
@@ -28,7 +29,9 @@ from guardians.evaluation import BUDGETS
 from guardians.evaluation import evaluate as run_evaluation
 from guardians.experiments.audit import audit as run_audit
 from guardians.experiments.bench import ATTACKS, run_benchmark
+from guardians.experiments.page import evaluation_page
 from guardians.experiments.planted import audit_planted
+from guardians.experiments.report import report_page
 from guardians.experiments.study import find_studies, load_study, perform_study
 from guardians.experiments.subject import DEFENCES
 from guardians.models import (
@@ -48,6 +51,9 @@ from guardians.training import ENSEMBLE, RECIPES, SCHEDULES, Recipe, robust_accu
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _SHARED = ("evaluate", "bench", "study", "train")
+_IN_MEMORY = 10**9
+"""Pixels that are read at once, 4 GB as floats."""
+_SHARD = 1024
 
 
 def _number(value: str | float) -> float:
@@ -166,6 +172,16 @@ def evaluate(
     batch_size: Annotated[int | None, typer.Option(help="Images in one forward pass.", show_default="chosen")] = None,
     surrogate: Surrogates = [],  # noqa: B006
     save_images: Annotated[bool, typer.Option("--save-images", help="Write the adversarial images too.")] = False,
+    shard: Annotated[
+        int | None,
+        typer.Option(
+            help="Images in memory at once, decoded when they are needed.",
+            show_default="all, or 1024 of more than 4 GB",
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write one self-contained page to this file.", metavar="FILE")
+    ] = None,
     device: Device = "cpu",
     seed: Seed = 0,
     data_seed: DataSeed = 0,
@@ -179,13 +195,18 @@ def evaluate(
     check_choice("budget", budget, BUDGETS)
     _check_run(1 if batch_size is None else batch_size, device, seed, data_seed)
     classifier = load_model(model, weights, device)
-    images = _announced_data(data, n, data_seed, download, resize, crop)
+    images = _announced_data(data, n, data_seed, download, resize, crop, read=open_data)
+    if shard is None and len(images) * math.prod(images.image_shape) > _IN_MEMORY:
+        shard = _SHARD
+    images = images if shard else images[:]
     _check_fit(model, classifier, images, device)
+    if shard is not None and save_images:
+        raise ValueError(f"--save-images: adversarial images of shards, here of {shard}, are not kept")
     surrogates = [load_model(name, device=device) for name in surrogate]
     found = run_evaluation(
         classifier,
-        images.as_floats().to(device),
-        images.labels.to(device),
+        images,
+        shard=shard,
         norm=p,
         eps=eps,
         budget=budget,
@@ -206,6 +227,18 @@ def evaluate(
         if save_images:
             evaluation.save_images(folder / "images")
         typer.echo(f"tables and curve: {folder}")
+    if html is not None:
+        evaluation_page(
+            found,
+            html,
+            images=None if shard else images.as_floats(),
+            model=classifier,
+            name=_name_in_tables(model, weights),
+            data=images.identity,
+            classes=images.classes,
+            command=_command(),
+        )
+        typer.echo(f"page: {html}")
 
 
 @app.command()
@@ -521,6 +554,15 @@ def study(
         sys.exit(130)
 
 
+@app.command()
+def report(
+    out: Annotated[Path, typer.Option(help="Folder of results; the page is report.html in it.")] = Path("results"),
+) -> None:
+    """Write the tables and figures of a folder of results as one self-contained page: report.html."""
+    report_page(out, out / "report.html")
+    typer.echo(f"page: {out / 'report.html'}")
+
+
 @app.command("train")
 def train_command(
     architecture: Annotated[str, typer.Option(help=f"{', '.join(ARCHITECTURES)}.")] = "resnet9",
@@ -609,7 +651,7 @@ def train_command(
         card["defence"] = {"name": "RandomSelfEnsemble", **noise}  # without which the accuracy is another one
     if settings.is_adversarial:
         card["robust_accuracy"] = robust_accuracy(model, test_data, 40, eps=settings.eps)
-    card["command"] = shlex.join(["guardians", *sys.argv[1:]])
+    card["command"] = _command()
     typer.echo(f"accuracy {accuracy:.2%}; wrote {save_model(model, card, out)}")
 
 
@@ -621,8 +663,9 @@ def _announced_data(
     resize: int | None,
     crop: int | None,
     split: str = "test",
-) -> Dataset:
-    images = load_data(data, split, n, seed=seed, download=download, resize=resize, crop=crop)
+    read: Callable[..., Any] = load_data,
+) -> Any:
+    images = read(data, split, n, seed=seed, download=download, resize=resize, crop=crop)
     typer.echo(f"data: {len(images)} images, {images.source}" + (f", in {data}" if data else ""))
     if data is None and split == "test":
         note = f"note: without --data or {ENVIRONMENT_VARIABLE}, a sample stands in that is too small for conclusions"
@@ -649,12 +692,12 @@ def _check_run(batch_size: int, device: str, seed: int, data_seed: int = 0) -> N
         ) from error
 
 
-def _check_fit(name: str, model: nn.Module, images: Dataset, device: str) -> None:
+def _check_fit(name: str, model: nn.Module, images: Dataset | LazyDataset, device: str) -> None:
     """Raise unless the model gives logits for images of this size, with a class for each label."""
-    shape = tuple(images.images.shape[1:])
+    shape = images.image_shape
     try:
         with torch.no_grad():
-            logits = Victim(model).logits((images.images[:1].float() / 255).to(device))
+            logits = Victim(model).logits(images[:1].as_floats().to(device))
     except Exception as error:  # the model is the user's, and may fail in any way
         raise ValueError(f"model={name!r}: fails on an image of shape {shape}: {_first_line(error)}") from error
     if logits.shape[1] < len(images.classes):
@@ -664,6 +707,11 @@ def _check_fit(name: str, model: nn.Module, images: Dataset, device: str) -> Non
 def _name_in_tables(model: str, weights: Path | None) -> str:
     """Other weights are another model: a run does not go on from their rows."""
     return model if weights is None else f"{model} ({weights})"
+
+
+def _command() -> str:
+    """What was typed."""
+    return shlex.join(["guardians", *sys.argv[1:]])
 
 
 def _first_line(error: Exception) -> str:

@@ -181,21 +181,24 @@ class LazyDataset:
         shares = [_slices(shard.start, shard.stop, -(-(shard.stop - shard.start) // workers)) for shard in shards]
         sampler = [part for parts in shares for part in parts]
         # One share of each worker at a time is one shard ahead.
-        loader: DataLoader[Dataset | ValueError] = DataLoader(
+        loader: DataLoader[Dataset | str] = DataLoader(
             _Decoded(self), sampler=sampler, batch_size=None, num_workers=workers, prefetch_factor=1
         )
         found = iter(loader)
-        for parts in shares:
-            images, labels = [], []
-            for decoded in islice(found, len(parts)):
-                if isinstance(decoded, ValueError):
-                    raise decoded
-                images.append(decoded.images)
-                labels.append(decoded.labels)
-            shard = Dataset(torch.cat(images), torch.cat(labels), self.classes, self.source)
-            del images, labels, decoded  # which would be one more while the next is decoded
-            yield shard
-            del shard
+        try:
+            for parts in shares:
+                images, labels = [], []
+                for decoded in islice(found, len(parts)):
+                    if isinstance(decoded, str):
+                        raise ValueError(decoded)
+                    images.append(decoded.images)
+                    labels.append(decoded.labels)
+                shard = Dataset(torch.cat(images), torch.cat(labels), self.classes, self.source)
+                del images, labels, decoded  # which would be one more while the next is decoded
+                yield shard
+                del shard
+        finally:
+            del found  # which ends the workers, now rather than when an error's traceback is forgotten
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -224,17 +227,17 @@ class LazyDataset:
         return state.hexdigest()[:12]
 
 
-class _Decoded(TorchDataset[Dataset | ValueError]):
-    """Parts of a lazy data set as a `DataLoader`'s workers give them; an error comes back without their traceback."""
+class _Decoded(TorchDataset[Dataset | str]):
+    """Parts of a lazy data set as a `DataLoader`'s workers give them, or what is wrong with one."""
 
     def __init__(self, data: LazyDataset) -> None:
         self._data = data
 
-    def __getitem__(self, part: slice) -> Dataset | ValueError:
+    def __getitem__(self, part: slice) -> Dataset | str:
         try:
             return self._data[part]
         except ValueError as error:
-            return error
+            return str(error)
 
 
 def load_data(

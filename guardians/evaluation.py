@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,11 +30,12 @@ from guardians.attacks.objectives import margin_gradient
 from guardians.attacks.registry import Family, Spec, register
 from guardians.attacks.sequence import CLEAN, STANDS, AttackSequence, Judgement, Ledger, Stage, judge_again, run_stage
 from guardians.attacks.square import Square
+from guardians.data import Dataset, LazyDataset
 from guardians.engine.attack import Attack
-from guardians.engine.checks import check_choice, check_number, check_seed
+from guardians.engine.checks import check_choice, check_integer, check_number, check_seed
 from guardians.engine.interfaces import Estimator
 from guardians.engine.parameters import KW_ONLY, Flag, OptionalCount, Positive, Seed
-from guardians.engine.ranks import agreed, ranks
+from guardians.engine.ranks import agreed, alone, deal, ranks
 from guardians.engine.rng import ForkedGenerators, fresh_seed
 from guardians.engine.victim import Victim, isolated, undisturbed
 from guardians.models.identity import digest
@@ -69,6 +70,7 @@ FLAGS = {
     "all wrong": "the model gets no image right as it is",
 }
 """What makes a number doubtful, and why."""
+_OF_THE_MODEL = ("no gradient", "vanishing gradients", "probabilities")
 _PROBED = 64
 """Images on which the gradient is looked at."""
 _EOT_SAMPLES = {"fast": 5, "standard": 20, "thorough": 20}
@@ -85,6 +87,7 @@ _REACH = {"fast": 2.0, "standard": 3.0}
 _SAVED = ("stage", "finished", "forward", "backward", "unsure")
 _SAVED_EVERY = 30.0
 """Seconds."""
+_SHARD = 1024
 
 
 @dataclass
@@ -228,8 +231,8 @@ class Evaluation:
 
 def evaluate(
     model: nn.Module | PyTorchClassifier,
-    images: Tensor | np.ndarray,
-    labels: Tensor | np.ndarray,
+    images: Tensor | np.ndarray | Dataset | LazyDataset,
+    labels: Tensor | np.ndarray | None = None,
     *,
     norm: float | str = np.inf,
     eps: float | Sequence[float] = 8 / 255,
@@ -239,6 +242,8 @@ def evaluate(
     surrogates: Sequence[nn.Module | PyTorchClassifier] = (),
     out: str | os.PathLike[str] | None = None,
     verbose: bool = True,
+    first_index: int = 0,
+    shard: int | None = None,
 ) -> Evaluation | list[Evaluation]:
     """How robust a model is to perturbations of norm at most `eps`, as strictly as AutoAttack and much sooner.
 
@@ -259,8 +264,8 @@ def evaluate(
 
     Args:
         model: `nn.Module` that returns logits for images in [0, 1], or ART `PyTorchClassifier`.
-        images: (N, C, H, W) within `clip_values`.
-        labels: true labels (N,), or one-hot rows.
+        images: (N, C, H, W) within `clip_values`; or a data set, see `guardians.data`, for models of images in [0, 1].
+        labels: true labels (N,), or one-hot rows; None where a data set has them.
         norm: 1, 2, inf or "inf".
         eps: radius, or several, of which a larger one takes over what a smaller one has fooled.
         budget: "fast", "standard" or "thorough".
@@ -271,6 +276,9 @@ def evaluate(
         out: folder in which an evaluation that is interrupted leaves what it knows, and from which the same call goes
             on.
         verbose: show a progress bar.
+        first_index: the position of the first image in the data, on which draws depend.
+        shard: images of a data set that are in memory at once, and go through the whole cascade before the next; the
+            adversarial images are not kept. None takes all of a data set in memory, and 1,024 of a lazy one.
 
     Returns:
         The evaluation; of several `eps` a list, in their order.
@@ -286,14 +294,109 @@ def evaluate(
     check_choice("norm", as_norm(norm), (1.0, 2.0, np.inf))
     check_choice("budget", budget, BUDGETS)
     check_seed("seed", seed)
+    check_integer("first_index", first_index, low=0)
+    if shard is not None:
+        check_integer("shard", shard, low=1)
+    run: dict[str, Any] = {"norm": as_norm(norm), "budget": budget, "batch_size": batch_size, "seed": seed}
+    run |= {"surrogates": surrogates, "out": out, "verbose": verbose}
+    if isinstance(images, (Dataset, LazyDataset)):
+        if labels is not None:
+            raise ValueError("labels are given, and the data set has some: must be None")
+        if shard is not None or isinstance(images, LazyDataset):
+            found = _in_shards(model, images, shard or _SHARD, first_index, radii, run)
+            return found[0] if np.ndim(eps) == 0 else found
+        labels = images.labels
+        images = images.as_floats().to(Victim(model).device or "cpu")
+    elif shard is not None:
+        raise ValueError(f"shard={shard}: is of a data set, images of type {type(images).__name__} are in memory")
     inputs = checked_inputs(model, images, labels)
     check_surrogates(surrogates, Victim(model), inputs)
+    found = _in_balls(model, inputs, radii, first_index=first_index, keeps_images=True, **run)
+    return found[0] if np.ndim(eps) == 0 else found
+
+
+def _in_balls(model: Any, inputs: dict[str, Tensor], radii: list[float], **run: Any) -> list[Evaluation]:
+    """An evaluation for each radius, of which a larger one takes over what a smaller one has fooled."""
     found: dict[float, Evaluation] = {}
     for radius in sorted(set(radii)):
-        run = _Run(model, inputs, as_norm(norm), radius, budget, batch_size, seed, surrogates, out, verbose)
-        known = list(found.values())[-1] if found else None
-        found[radius] = run.evaluation(known)
-    return found[radii[0]] if np.ndim(eps) == 0 else [found[radius] for radius in radii]
+        smaller = list(found.values())[-1] if found else None
+        found[radius] = _Run(model, inputs, radius, **run).evaluation(smaller)
+    return [found[radius] for radius in radii]
+
+
+def _in_shards(
+    model: Any, data: Dataset | LazyDataset, size: int, first_index: int, radii: list[float], run: dict[str, Any]
+) -> list[Evaluation]:
+    """The same of parts of the data that pass one after the other, or are dealt to several processes."""
+    device = Victim(model).device or torch.device("cpu")
+
+    def inputs_of(part: slice) -> dict[str, Tensor]:
+        images = data[part]
+        return checked_inputs(model, images.as_floats().to(device), images.labels)
+
+    check_surrogates(run["surrogates"], Victim(model), inputs_of(slice(0, 1)) | {"y": data.labels})
+
+    def evaluated(first: int) -> Iterator[tuple[tuple[int, list[Evaluation]], None]]:
+        position = {"first_index": first_index + first, "keeps_images": len(radii) > 1}
+        with alone():
+            found = _in_balls(model, inputs_of(slice(first, first + size)), radii, **position, **run)
+        for evaluation in found:
+            evaluation.ledger.x_adv = evaluation.ledger.x_adv[:0].cpu()
+        yield (first, found), None
+
+    shards: dict[int, list[Evaluation]] = {}
+    is_quiet = not (run["verbose"] and ranks().is_first)
+    with tqdm(total=len(data), desc="data", unit="image", disable=is_quiet) as bar:
+        for (first, found), _ in deal(range(0, len(data), size), evaluated):
+            shards[first] = found
+            bar.update(len(found[0].labels))
+    return [_merged(list(of_radius)) for of_radius in zip(*(shards[first] for first in sorted(shards)), strict=True)]
+
+
+def _merged(parts: list[Evaluation]) -> Evaluation:
+    """The evaluation of all images that parts are of, in their order; without the adversarial images."""
+    stages = list(dict.fromkeys(name for part in parts for name in part.stages))
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part.ledger, name) for part in parts])
+
+    ledger = Ledger.of(parts[0].x_adv)
+    for name in _SAVED:
+        setattr(ledger, name, joined(name))
+    numbers = [np.array([*map(stages.index, part.stages), STANDS], dtype=np.int16) for part in parts]
+    ledger.stage = np.concatenate([of[part.stage] for of, part in zip(numbers, parts, strict=True)])
+    for part in parts:
+        ledger.report.add(part.ledger.report)
+    merged = replace(
+        parts[0],
+        labels=np.concatenate([part.labels for part in parts]),
+        stages=stages,
+        ledger=ledger,
+        distance=np.concatenate([part.distance for part in parts]),
+        seconds=sum(part.seconds for part in parts),
+        flags=[name for name in FLAGS if name in _OF_THE_MODEL and any(name in part.flags for part in parts)],
+    )
+    merged.flags += _flags_of(merged)
+    return merged
+
+
+def _flags_of(evaluation: Evaluation) -> list[str]:
+    """What the outcome adds to the flags of the model."""
+    flags, stage, ledger = [], evaluation.stage, evaluation.ledger
+    if ledger.report.is_random:
+        flags.append("random")
+    if ledger.report.depends_on_batch:
+        flags.append("depends on batch")
+    if (stage == 0).all():
+        flags.append("all wrong")
+    blind = ("square", "aa-square", "transfer")
+    black_box = [number for number, name in enumerate(evaluation.stages) if name.startswith(blind)]
+    if not {"no gradient", "vanishing gradients"} & set(evaluation.flags) and np.isin(stage, black_box).any():
+        flags.append("gradient masking")
+    late = (stage > 0) & (evaluation.backward > 2 / 3 * evaluation.backward.max())
+    if ledger.stands.any() and late.mean() > 0.01:
+        flags.append("not converged")
+    return flags
 
 
 class Cascade(AttackSequence):
@@ -337,9 +440,8 @@ class Cascade(AttackSequence):
             "batch_size": self.batch_size,
         }
         seed = fresh_seed() if self.seed is None else int(self.seed)
-        found = evaluate(
-            self.estimator, inputs["x"], self._labels(inputs, device), **run, seed=seed, verbose=self.verbose
-        )
+        run |= {"seed": seed, "verbose": self.verbose, "first_index": first_index}
+        found = evaluate(self.estimator, inputs["x"], self._labels(inputs, device), **run)
         assert isinstance(found, Evaluation)
         self.evaluation, self.stages, self.ledger = found, found.stages, found.ledger
         self.report = found.ledger.report
@@ -354,23 +456,27 @@ register(Family("evaluate", (np.inf, 2, 1), ("budget",), _native))
 
 
 class _Run:
-    """One evaluation in one ball."""
+    """One evaluation in one ball; one that is complete leaves its adversarial images on disk if it `keeps_images`."""
 
     def __init__(
         self,
         model: Any,
         inputs: dict[str, Tensor],
-        norm: float,
         eps: float,
+        *,
+        norm: float,
         budget: str,
         batch_size: int | None,
         seed: int,
         surrogates: Sequence[Any],
         out: str | os.PathLike[str] | None,
         verbose: bool,
+        first_index: int,
+        keeps_images: bool,
     ) -> None:
-        self.x, self.y = inputs["x"], inputs["y"]
+        self.x, self.y, self.first_index, self.keeps_images = inputs["x"], inputs["y"], first_index, keeps_images
         self.norm, self.eps, self.budget, self.seed, self.verbose = norm, eps, budget, seed, verbose
+        self.distance: np.ndarray | None = None
         self.digest, self.surrogates = digest(Victim(model).module), surrogates
         self.flags: list[str] = []
         self.model, self.has_gradients = self._examined(model)
@@ -380,7 +486,8 @@ class _Run:
         self._file = None if out is None else Path(out) / f"evaluation-{self._key()}.npz"
 
     def _key(self) -> str:
-        parts: list[Any] = [self.digest, self.norm, self.eps, self.budget, self.seed, __name__, 2]
+        parts: list[Any] = [self.digest, self.norm, self.eps, self.budget, self.seed, self.first_index]
+        parts += [self.keeps_images, __name__, 3]
         parts += [digest(Victim(surrogate).module) for surrogate in self.surrogates]
         state = hashlib.sha256(json.dumps(parts).encode())
         for tensor in (self.x, self.y):
@@ -466,6 +573,29 @@ class _Run:
         self._run_stage(0, clean, ledger)
         victim = clean.attack.victim
         stages = [clean, *self._stages(victim.nb_classes or 2, ledger.report.is_random)]
+        if self.distance is None:
+            self._attack(stages, ledger, smaller)
+            self.distance = agreed(lambda: self._distance(ledger))
+            self._save(ledger)
+        evaluation = Evaluation(
+            norm=self.norm,
+            eps=self.eps,
+            budget=self.budget,
+            labels=self.y.cpu().numpy(),
+            stages=[stage.name for stage in stages],
+            ledger=ledger,
+            distance=self.distance,
+            seconds=time.perf_counter() - self._started,
+            flags=self.flags,
+            model_digest=self.digest,
+            seed=self.seed,
+            versions={package.__name__: package.__version__ for package in (guardians, torch, art)},
+        )
+        evaluation.flags += _flags_of(evaluation)
+        return evaluation
+
+    def _attack(self, stages: list[Stage], ledger: Ledger, smaller: Evaluation | None) -> None:
+        """Run all stages but the first."""
         if smaller is not None:
             fooled = ledger.stands & (smaller.stage != STANDS)
             ledger.stage[fooled] = smaller.stage[fooled]
@@ -477,49 +607,21 @@ class _Run:
                 self._run_stage(number, stage, ledger, reached[: max(4, min(64, len(reached) // 16))])
             if not stage.sampled or (ledger.stage == number).any():
                 self._run_stage(number, stage, ledger)
-        judge_again(self.model, self.x, self.y, ledger, **self.common | {"seed": self.seed + 1})
-        self._save(ledger)
-        distance = agreed(lambda: lp_norm(ledger.x_adv.double() - self.x.double(), self.norm).flatten().cpu().numpy())
-        evaluation = Evaluation(
-            norm=self.norm,
-            eps=self.eps,
-            budget=self.budget,
-            labels=self.y.cpu().numpy(),
-            stages=[stage.name for stage in stages],
-            ledger=ledger,
-            distance=np.where(ledger.stands, np.nan, distance),
-            seconds=time.perf_counter() - self._started,
-            flags=self.flags,
-            model_digest=self.digest,
-            seed=self.seed,
-            versions={package.__name__: package.__version__ for package in (guardians, torch, art)},
-        )
-        self._flag(evaluation, ledger)
-        return evaluation
+        fresh = self.common | {"seed": self.seed + 1}
+        judge_again(self.model, self.x, self.y, ledger, first_index=self.first_index, **fresh)
 
-    def _flag(self, evaluation: Evaluation, ledger: Ledger) -> None:
-        flags, stage = self.flags, evaluation.stage
-        if ledger.report.is_random:
-            flags.append("random")
-        if ledger.report.depends_on_batch:
-            flags.append("depends on batch")
-        if (stage == 0).all():
-            flags.append("all wrong")
-        blind = ("square", "aa-square", "transfer")
-        black_box = [number for number, name in enumerate(evaluation.stages) if name.startswith(blind)]
-        if self.has_gradients and "vanishing gradients" not in flags and np.isin(stage, black_box).any():
-            flags.append("gradient masking")
-        late = (stage > 0) & (evaluation.backward > 2 / 3 * evaluation.backward.max())
-        if ledger.stands.any() and late.mean() > 0.01:
-            flags.append("not converged")
+    def _distance(self, ledger: Ledger) -> np.ndarray:
+        """Norms of the perturbations (N,); NaN where none fooled the model."""
+        size = lp_norm(ledger.x_adv.double() - self.x.double(), self.norm).flatten().cpu().numpy()
+        return np.where(ledger.stands, np.nan, size)
 
     def _run_stage(self, number: int, stage: Stage, ledger: Ledger, among: np.ndarray | None = None) -> None:
         saved = time.perf_counter()
         total = len(ledger.waiting(number)) if among is None else len(among)
-        options: dict[str, Any] = {"eps": self.eps, "device": self.device, "among": among}
+        options: dict[str, Any] = {"eps": self.eps, "device": self.device, "first_index": self.first_index}
         with tqdm(total=total, desc=stage.name, unit="image", disable=not self.verbose, leave=False) as bar:
             try:
-                for count in run_stage(number, stage, self.x, self.y, ledger, **options):
+                for count in run_stage(number, stage, self.x, self.y, ledger, among=among, **options):
                     bar.update(count)
                     bar.set_postfix_str(f"robust accuracy {ledger.stands.mean():.1%}")
                     if time.perf_counter() - saved > _SAVED_EVERY:
@@ -537,8 +639,8 @@ class _Run:
             if self._file is None or not self._file.exists():
                 return None
             with np.load(self._file) as file:
-                images = file["x_adv"]
-                return {name: file[name] for name in (*_SAVED, "report", "seconds")}
+                images = file.get("x_adv")
+                return {name: file[name] for name in file.files if name != "x_adv"}
 
         saved = agreed(read)
         self._started = time.perf_counter()
@@ -547,6 +649,7 @@ class _Run:
                 getattr(ledger, name)[:] = saved[name]
             ledger.report.is_random, ledger.report.depends_on_batch = map(bool, saved["report"])
             self._started -= float(saved["seconds"])
+            self.distance = saved.get("distance")
         if images is not None:
             ledger.x_adv[torch.from_numpy(~ledger.stands).to(self.x.device)] = torch.from_numpy(images).to(self.x)
         return ledger
@@ -555,15 +658,16 @@ class _Run:
         if self._file is None or not ranks().is_first:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
+        saved = {name: getattr(ledger, name) for name in _SAVED}
+        saved["report"] = np.array([ledger.report.is_random, ledger.report.depends_on_batch])
+        saved["seconds"] = np.array(time.perf_counter() - self._started)
+        if self.distance is not None:
+            saved["distance"] = self.distance
+        if self.distance is None or self.keeps_images:
+            saved["x_adv"] = ledger.x_adv[torch.from_numpy(~ledger.stands).to(self.x.device)].cpu().numpy()
         unfinished = self._file.with_suffix(f".{os.getpid()}.tmp")
         with unfinished.open("wb") as file:
-            np.savez(
-                file,
-                **{name: getattr(ledger, name) for name in _SAVED},
-                x_adv=ledger.x_adv[torch.from_numpy(~ledger.stands).to(self.x.device)].cpu().numpy(),
-                report=np.array([ledger.report.is_random, ledger.report.depends_on_batch]),
-                seconds=time.perf_counter() - self._started,
-            )
+            np.savez(file, **saved)
         unfinished.replace(self._file)
 
 

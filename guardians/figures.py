@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -80,11 +81,11 @@ def plot_cost(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
 
 
 def plot_curve(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
-    """Robust accuracy against the gradients spent on an image, as a PNG file.
+    """Robust accuracy against the gradients spent on an image, as a PNG or SVG file.
 
     Args:
         frame: a table with the columns gradients and robust_accuracy, see `guardians.evaluation.Evaluation.curve`.
-        path: of the PNG file; the same table gives the same bytes.
+        path: of the file, an SVG file where it ends in .svg; the same table gives the same bytes.
     """
     figure = _new_figure(6, 4)
     axes = figure.subplots()
@@ -331,6 +332,14 @@ def _tidy(axes: Axes) -> None:
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a PNG file of 150 dots per inch without the version of Matplotlib, creating its folder."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
+    """Write a PNG file of 150 dots per inch, or where the name ends so an SVG file; creates its folder.
+
+    Neither holds the version of Matplotlib or the time.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".svg":
+        with rc_context({"svg.hashsalt": "guardians"}):
+            figure.savefig(path, format="svg", metadata={"Creator": None, "Date": None})
+    else:
+        figure.savefig(path, format="png", dpi=150, metadata={"Software": None})

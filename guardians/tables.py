@@ -24,14 +24,30 @@ from rich.text import Text
 
 __all__ = [
     "BENCHMARK_COLUMNS",
+    "BENCHMARK_FLAGS",
+    "CONFORMANCE_COLUMNS",
     "PARITY_COLUMNS",
+    "RATES",
     "Table",
     "as_written",
     "file_name",
     "print_table",
+    "printed",
     "read_csv",
     "write_csv",
 ]
+
+BENCHMARK_FLAGS = {
+    "nan": "a pixel of an adversarial image is not a number",
+    "outside_ball": "a perturbation is larger than the radius, by more than rounding",
+    "outside_clip": "a pixel of an adversarial image is outside [0, 1]",
+    "weaker_than_fgsm": "FGSM of the same implementation and settings leaves fewer images",
+    "zero_gradient": "the gradient of the loss is zero in every pixel of more than 1 % of the images: gradient "
+    "masking, so the number may flatter the model",
+    "interrupted": "its figures are of the n images that were finished, the cost includes what the others have taken "
+    "so far, and as images that are fooled finish first, its robust accuracy says nothing of the others",
+}
+"""Reasons to distrust a row."""
 
 BENCHMARK_COLUMNS = {
     "model": "name of the model",
@@ -59,14 +75,13 @@ BENCHMARK_COLUMNS = {
     "per image",
     "backward_per_image": "samples that went backward through it, per image",
     "judgement_per_image": "samples that went forward through the model for judgement alone, per image",
-    "seconds": "wall-clock time of the attack on all images, after a warm-up batch",
+    "seconds": "wall-clock time of the attack on all images, after a warm-up batch; of several processes, of all of "
+    "them together",
     "images_per_second": "n / seconds",
     "peak_memory_mb": "peak memory during the attack in MB (10^6 bytes): allocated on the GPU, or resident in the "
     "process on a CPU",
-    "flags": "reasons to distrust the row, joined by semicolons: nan, outside_ball, outside_clip, weaker_than_fgsm, "
-    "zero_gradient, interrupted; empty for none. An interrupted row is never on disk: its figures are of the n images "
-    "that were finished, the cost includes what the others have taken so far, and as images that are fooled finish "
-    "first, its robust accuracy says nothing of the others",
+    "flags": f"reasons to distrust the row, joined by semicolons: {', '.join(BENCHMARK_FLAGS)}; empty for none. An "
+    f"interrupted row is never on disk: {BENCHMARK_FLAGS['interrupted']}",
     "seed": "seed of the attack",
     "device": "cpu, or cuda and the name of the GPU",
     "precision": "of native attacks what was asked for: auto, float32, bfloat16 or float16; else float32, in which the "
@@ -112,14 +127,26 @@ PARITY_COLUMNS = {
     "note": "what explains a difference",
 }
 
+CONFORMANCE_COLUMNS = {
+    "implementation": "whose code it is: native, ART, torchattacks or foolbox",
+    "name": "the attack or defence, as `guardians check` takes it",
+    "norm": "order p of the norm of the ball, or of the distance that is minimised; empty for defences, and where none "
+    "was run",
+    "check": "of guardians/parity/checks.py, without check_; empty where none was run",
+    "outcome": "passed, failed, skipped (there is nothing to check), timed out, or left out",
+    "why": "what is wrong, or why there is no answer",
+}
+
 _TEXT_COLUMNS = """
     model model_digest data defence attack implementation params flags device precision search versions commit
     case reference kind verdict note
 """.split()  # noqa: SIM905
-_RATES = """
+RATES = """
     clean_accuracy robust_accuracy robust_accuracy_low robust_accuracy_high success_rate label_agreement
     native_success reference_success difference difference_low difference_high
+    on_reference_images reference_accuracy accuracy accuracy_low accuracy_high seed_sd seed_min seed_max
 """.split()  # noqa: SIM905
+"""Columns of fractions that are shown as percentages."""
 
 
 class Table:
@@ -302,10 +329,10 @@ def print_table(
     )
     for name in columns:
         numeric = pd.api.types.is_numeric_dtype(frame[name])
-        heading = f"{name}_%" if name in _RATES else name
+        heading = f"{name}_%" if name in RATES else name
         table.add_column(heading.replace("_", "\n"), justify="right" if numeric else "left", overflow="fold")
     for row in frame[columns].itertuples(index=False, name=None):
-        table.add_row(*(Text(_printed(name, value)) for name, value in zip(columns, row, strict=True)))
+        table.add_row(*(Text(printed(name, value)) for name, value in zip(columns, row, strict=True)))
     if console is None:
         console = Console()
         # Words stay whole: a log has no width to keep to, and a narrow terminal wraps lines itself.
@@ -329,11 +356,12 @@ def _numbers(cells: list[str]) -> np.ndarray:
     return np.array(cells, dtype=object)
 
 
-def _printed(name: str, value: Any) -> str:
+def printed(name: str, value: Any) -> str:
+    """A value of a column for people: `RATES` as percentages, radii as k/255, empty for what is missing."""
     if value is None or value != value:
         return ""
     if isinstance(value, Real) and not isinstance(value, (bool, Integral)):
-        if name in _RATES:
+        if name in RATES:
             return f"{100 * value:.1f}"
         if name == "eps":
             return _printed_eps(float(value))
@@ -343,7 +371,7 @@ def _printed(name: str, value: Any) -> str:
 
 def _printed_eps(eps: float) -> str:
     """As k/255 where it is one of the radii that papers write so."""
-    k = round(eps * 255)
+    k = round(eps * 255) if np.isfinite(eps) else 0
     return f"{k}/255" if 0 < k <= 32 and abs(eps * 255 - k) < 1e-6 else f"{eps:.4g}"
 
 

@@ -1,7 +1,10 @@
+import shutil
+
 import pytest
 import torch
 from hypothesis import settings
 from models_for_tests import art_classifier, small_net, some_images, some_labels
+from playwright.sync_api import sync_playwright
 
 settings.register_profile("guardians", deadline=None, derandomize=True)
 settings.load_profile("guardians")
@@ -43,3 +46,13 @@ def x64():
 @pytest.fixture
 def y():
     return some_labels(12)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A headless browser."""
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    with sync_playwright() as play, play.chromium.launch(executable_path=path, args=["--no-sandbox"]) as one:
+        yield one

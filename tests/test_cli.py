@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -174,6 +175,19 @@ def test_evaluate_says_how_robust_a_model_is_and_goes_on_from_what_is_there(comm
     assert all(line in again.lines for line in stages)
 
 
+def test_evaluate_writes_a_page_of_all_radii(command, tree, tmp_path):
+    page = tmp_path / "pages" / "page.html"
+    radii = ("--eps", "2/255", "--eps", "0.1")
+    result = command("evaluate", *SMALL, "--data", tree, *radii, "--budget", "fast", "--out", tmp_path, "--html", page)
+    assert f"page: {page}" in result.lines
+    text = page.read_text()
+    assert "Robustness of models_for_tests:small_net" in text
+    for eps in ("2/255", "0.1"):
+        assert f"Result, infinity-norm at most {eps}" in text
+    for name in load_data(tree).classes:
+        assert name in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -203,8 +217,15 @@ def test_module_is_runnable():
 def test_help_lists_the_commands(command, arguments):
     result = command(*arguments)
     assert result.code == 0
-    for name in ("evaluate", "train", "parity", "bench", "models", "--version"):
+    for name in ("evaluate", "train", "parity", "bench", "report", "models", "--version"):
         assert name in result.out
+
+
+def test_report_writes_a_page_of_what_lies_in_a_folder(command, tmp_path):
+    assert "has none of the tables that a report shows" in command("report", "--out", tmp_path).error
+    shutil.copy(Path(__file__).parents[1] / "results" / "parity.csv", tmp_path)
+    assert f"page: {tmp_path / 'report.html'}" in command("report", "--out", tmp_path).lines
+    assert f"{len(read_csv(tmp_path / 'parity.csv'))} cases" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("name", ["evaluate", "train", "parity", "bench", "models"])

@@ -5,10 +5,12 @@ import pandas as pd
 import pytest
 import torch
 from models_for_tests import Constant, art_classifier, is_fooled, linear_model, small_net, snapshot, some_images
+from PIL import Image
 from torch import nn
 
 import guardians
 from guardians.attacks import AutoAttack
+from guardians.data import Dataset, LazyDataset, open_data
 from guardians.evaluation import FLAGS, Evaluation
 
 INF = float("inf")
@@ -167,6 +169,73 @@ def test_a_finished_evaluation_is_not_done_again(net, x, tmp_path):
     other = small_net(7)
     other_y = predicted(other, x)
     assert np.array_equal(evaluated(other, x, other_y, out=tmp_path).stage, evaluated(other, x, other_y).stage)
+
+
+def test_a_finished_evaluation_of_a_random_model_is_not_done_again(net, x, tmp_path):
+    y, noisy = predicted(net, x), Noisy(net)
+    first = evaluated(noisy, x, y, eps=0.004, budget="fast", out=tmp_path)
+    second = evaluated(noisy, x, y, eps=0.004, budget="fast", out=tmp_path)
+    assert np.array_equal(first.stage, second.stage)
+    assert np.array_equal(first.forward, second.forward)
+    assert torch.equal(first.x_adv, second.x_adv)
+
+
+@pytest.fixture
+def data(net, x):
+    images = (x * 255).round().to(torch.uint8)
+    return Dataset(images, predicted(net, images.to(x.dtype) / 255), tuple("abcde"), "noise")
+
+
+def test_shards_find_what_each_finds_by_itself(net, data):
+    found = evaluated(net, data, None, shard=5, eps=[0.004, 0.001])
+    for which, radius in enumerate((0.004, 0.001)):
+        parts = [
+            evaluated(net, part.as_floats(), part.labels, eps=[0.004, 0.001], first_index=first)[which]
+            for first, part in ((0, data[:5]), (5, data[5:10]), (10, data[10:]))
+        ]
+        merged = found[which]
+        assert merged.eps == radius
+        for column in ("stage", "distance", "forward", "backward"):
+            of_parts = pd.concat([part.by_image() for part in parts])[column]
+            assert merged.by_image()[column].equals(of_parts.reset_index(drop=True)), column
+        assert merged.robust_accuracy == np.mean(np.concatenate([part.stage for part in parts]) == -1)
+    assert found[0].robust_accuracy < 1
+
+
+def test_a_lazy_data_set_is_never_whole_in_memory(net, data, tmp_path, monkeypatch):
+    for index, (image, label) in enumerate(zip(data.images, data.labels, strict=True)):
+        folder = tmp_path / "images" / "test" / f"{int(label)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{index:02}.png")
+    lazy = open_data(tmp_path / "images")
+    read = []
+    real = LazyDataset.__getitem__
+
+    def reads(self, index):
+        part = real(self, index)
+        read.append(len(part))
+        return part
+
+    monkeypatch.setattr(LazyDataset, "__getitem__", reads)
+    found = evaluated(net, lazy, None, shard=5, out=tmp_path / "out", budget="fast")
+    assert read == [1, 5, 5, len(lazy) - 10]
+    monkeypatch.undo()
+    assert found.by_image().equals(evaluated(net, lazy[:], None, shard=5, budget="fast").by_image())
+    for path in (tmp_path / "out").glob("*.npz"):  # on disk there are no images either
+        assert "x_adv" not in np.load(path)
+    again = evaluated(net, lazy, None, shard=5, out=tmp_path / "out", budget="fast")
+    assert again.by_image().equals(found.by_image())
+
+
+def test_what_a_data_set_may_not_come_with(net, x, data):
+    with pytest.raises(ValueError, match="labels are given"):
+        evaluated(net, data, data.labels)
+    with pytest.raises(ValueError, match="shard=5: is of a data set"):
+        evaluated(net, x, predicted(net, x), shard=5)
+    with pytest.raises(ValueError, match="shard"):
+        evaluated(net, data, None, shard=0)
+    with pytest.raises(ValueError, match="first_index"):
+        evaluated(net, data, None, first_index=-1)
 
 
 def test_a_larger_ball_takes_over_what_a_smaller_one_has_fooled(net, x):

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from torch import distributed
 
-__all__ = ["Ranks", "agreed", "deal", "is_launched", "local_device", "ranks", "sharing"]
+__all__ = ["Ranks", "agreed", "alone", "deal", "is_launched", "local_device", "ranks", "sharing"]
 
 T = TypeVar("T")
 
@@ -199,6 +199,17 @@ def sharing(timeout: float = 1800.0, patience: float = 60.0) -> Iterator[Ranks]:
     try:
         yield _ranks
         _ranks.leave()
+    finally:
+        _ranks = before
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it this process works by itself, on something that has been dealt to it as a whole."""
+    global _ranks
+    before, _ranks = _ranks, Ranks()
+    try:
+        yield
     finally:
         _ranks = before
 

@@ -324,47 +324,48 @@ class _Performance:
         finished = np.concatenate([images["image"] for images in found]) if found else np.empty(0, dtype=np.int64)
         started = time.perf_counter()
         pieces: list[tuple[np.ndarray, Finished]] = []
+        counted: Counter[str] = Counter()  # of the unit under search
 
-        def judged(counted: Counter[str]) -> tuple[pd.DataFrame, Counter[str], str, set[str]]:
-            """Outcomes of the pieces, what the search has cost since it was last counted, what it asked, and flags."""
-            report = attack.report
+        def judged() -> tuple[pd.DataFrame, Counter[str], float, str, set[str]]:
+            """Outcomes of the pieces, what they cost since this was last asked, in passes and seconds, and flags."""
+            nonlocal started
+            report, seconds = attack.report, _since(started, run.device)
             assert report is not None
             new = Counter(_counts(report))
             new.subtract(counted)
             counted.update(new)
-            if not pieces:
-                return pd.DataFrame(), new, report.search, self.flags
-            rows = np.concatenate([rows for rows, _ in pieces])
-            outcomes = self._judged(rows, torch.cat([piece.x_adv for _, piece in pieces]).to(about.x.device))
-            by_image = {name: [getattr(piece, name) for _, piece in pieces] for name in ("forward", "backward")}
-            pieces.clear()
-            named = {name: np.concatenate(parts) for name, parts in by_image.items()}
-            return outcomes.assign(**named), new, report.search, self.flags
+            outcomes = pd.DataFrame()
+            if pieces:
+                rows = np.concatenate([rows for rows, _ in pieces])
+                outcomes = self._judged(rows, torch.cat([piece.x_adv for _, piece in pieces]).to(about.x.device))
+                by_image = {name: [getattr(piece, name) for _, piece in pieces] for name in ("forward", "backward")}
+                outcomes = outcomes.assign(**{name: np.concatenate(parts) for name, parts in by_image.items()})
+                pieces.clear()
+            started = time.perf_counter()
+            return outcomes, new, seconds, report.search, self.flags
 
         def searched(unit: np.ndarray) -> Iterator[tuple[Any, None]]:
-            rows, saved = np.setdiff1d(unit, finished), time.perf_counter()
+            nonlocal started
+            started = time.perf_counter()
             counted.clear()
+            rows = np.setdiff1d(unit, finished)
             inputs = [{"x": about.x[part], "y": about.y[part]} for part in torch.from_numpy(rows).split(run.batch_size)]
             for piece in attack._search(inputs, run.device, first_index=rows):
                 pieces.append((rows[piece.index], piece))
-                if time.perf_counter() - saved > _SAVED_EVERY:
-                    yield judged(counted), None
-                    saved = time.perf_counter()
-            yield judged(counted), None
+                if time.perf_counter() - started > _SAVED_EVERY:
+                    yield judged(), None
+            yield judged(), None
 
-        def take(outcomes: pd.DataFrame, counts: Counter[str], search: str, flags: set[str]) -> None:
-            nonlocal started
+        def take(outcomes: pd.DataFrame, counts: Counter[str], seconds: float, search: str, flags: set[str]) -> None:
             if len(outcomes):
                 found.append(outcomes)
             self.flags |= flags
-            now = started + _since(started, run.device)
             cost.update({name: cost[name] + count for name, count in counts.items()}, search=search)
-            cost["seconds"], started = cost["seconds"] + now - started, now
+            cost["seconds"] += seconds
 
         def write(**figures: Any) -> None:
             self._write(pd.concat(found, ignore_index=True), {"peak_memory_mb": None, **cost, **figures}, **done)
 
-        counted: Counter[str] = Counter()
         done = {"is_complete": False}
         units = [
             unit for unit in units_of(np.arange(len(about.x)), attack, about.x) if len(np.setdiff1d(unit, finished))
@@ -376,7 +377,7 @@ class _Performance:
                     write()
             except BaseException:
                 if pieces and ranks().size == 1:  # of several, each has its own
-                    take(*judged(counted))
+                    take(*judged())
                     write()
                 raise
         done["is_complete"] = True

@@ -39,20 +39,11 @@ from guardians.parity.checks import (
     is_defence,
     results,
 )
-from guardians.tables import Table
+from guardians.tables import CONFORMANCE_COLUMNS, Table
 from guardians.toolkits.build import TOOLKITS, build_attack, is_installed
 
-__all__ = ["CONFORMANCE_COLUMNS", "LEFT_OUT", "Piece", "all_names", "piece", "run_conformance"]
+__all__ = ["LEFT_OUT", "Piece", "all_names", "piece", "run_conformance"]
 
-CONFORMANCE_COLUMNS = {
-    "implementation": "whose code it is: native, ART, torchattacks or foolbox",
-    "name": "the attack or defence, as `guardians check` takes it",
-    "norm": "order p of the norm of the ball, or of the distance that is minimised; empty for defences, and where none "
-    "was run",
-    "check": "of guardians/parity/checks.py, without check_; empty where none was run",
-    "outcome": "passed, failed, skipped (there is nothing to check), timed out, or left out",
-    "why": "what is wrong, or why there is no answer",
-}
 EPS = {1: 1.0, 2: 0.3, np.inf: 0.03}
 """Radii with which attacks are run, by norm."""
 SECONDS = 5.0

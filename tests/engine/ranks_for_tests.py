@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -36,6 +37,10 @@ def evaluated(out: Path) -> None:
     )
     if ranks().is_first:
         found.by_image().to_csv(out / "images.csv")
+    options = {"eps": 1 / 255, "budget": "fast", "batch_size": 2, "out": out, "verbose": False}
+    found = evaluate(model, data, shard=7, **options)
+    if ranks().is_first:
+        found.by_image().to_csv(out / "shards.csv")
 
 
 def benchmarked(out: Path) -> None:
@@ -47,15 +52,19 @@ def benchmarked(out: Path) -> None:
         run_benchmark(model, data, model_name="small", attacks=attacks, out=out, **options)
 
 
-def break_down(fault: str) -> None:
-    """Let a process die or stop in its second unit, unless that has happened before."""
-    attacked, units = sequence._attacked, 0
+def break_down(fault: str, out: Path) -> None:
+    """Let the second process, or with "all" also the first, die or stop in a unit, unless that has happened before."""
+    attacked, begun, units = sequence._attacked, out / "begun", 0
 
     def attacked_until(*arguments):
         nonlocal units
         units += 1
-        first_time = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-        if units == 2 and first_time and (fault == "all" or ranks().rank == 1):
+        is_second, first_time = ranks().rank == 1, os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if is_second:
+            begun.touch()
+        while not begun.exists():
+            time.sleep(0.01)
+        if first_time and (is_second or (fault == "all" and units == 2)):
             os.kill(os.getpid(), signal.SIGSTOP if fault == "hang" else signal.SIGKILL)
         yield from attacked(*arguments)
 
@@ -65,7 +74,7 @@ def break_down(fault: str) -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[2])
-    break_down(sys.argv[1])
+    break_down(sys.argv[1], folder)
     with sharing(patience=2.0):
         evaluated(folder / "evaluation")
         if sys.argv[1] == "none":

@@ -30,14 +30,14 @@ def alone(tmp_path_factory):
 
 
 def images(out):
-    return pd.read_csv(out / "evaluation" / "images.csv")
+    return pd.concat([pd.read_csv(out / "evaluation" / name) for name in ("images.csv", "shards.csv")])
 
 
 def test_two_processes_find_what_one_finds_row_for_row_and_image_for_image(alone, tmp_path):
     done = launch("none", tmp_path)
     assert done.returncode == 0, done.stderr
     assert_frame_equal(images(tmp_path), images(alone), check_exact=True)
-    assert 0 < (images(alone)["stage"].isna()).sum() < 30  # else the tables would say little
+    assert 0 < (images(alone)["stage"].isna()).sum() < 60  # else the tables would say little
     key = ["attack", "implementation", "defence"]
     tables = [pd.read_csv(out / "benchmark" / "benchmark.csv").sort_values(key) for out in (tmp_path, alone)]
     tables = [table.drop(columns=TIMED).reset_index(drop=True) for table in tables]

@@ -14,8 +14,8 @@ from guardians.attacks.registry import families
 from guardians.experiments.names import parsed
 from guardians.parity import conformance
 from guardians.parity.checks import ATTACK_CHECKS, DEFENCE_CHECKS, OUTCOMES
-from guardians.parity.conformance import CONFORMANCE_COLUMNS, LEFT_OUT, all_names, piece, run_conformance
-from guardians.tables import read_csv
+from guardians.parity.conformance import LEFT_OUT, all_names, piece, run_conformance
+from guardians.tables import CONFORMANCE_COLUMNS, read_csv
 from guardians.toolkits.build import TOOLKITS, is_installed
 
 ROOT = Path(__file__).parents[2]
