@@ -839,7 +839,9 @@ class TestHoldout:
         """Robust accuracies after each epoch; the model's weights and the other arguments come to the list."""
         asked: list[dict[str, Any]] = []
 
-        def scripted(model: nn.Module, data: Dataset, steps: int, n: int | None = None, eps: float = 8 / 255) -> float:
+        def scripted(
+            model: nn.Module, data: Dataset, steps: int, n: int | None = None, *, eps: float, **_: Any
+        ) -> float:
             weights = {key: value.tolist() for key, value in model.state_dict().items()}
             asked.append({"weights": weights, "data": data, "steps": steps, "n": n, "eps": eps})
             return standings[len(asked) - 1]

@@ -303,7 +303,7 @@ class AdversarialTrainer(Trainer):
                     attacks[turn], getattr(self.attacks[turn], "seed", None), x[chosen.to(device)], y[chosen], number
                 )
             model.train(training_mode)
-            descend(self._loss(asked, x, y), classifier.optimizer, scheduler)
+            descend([self._loss(asked, x, y)], classifier.optimizer, scheduler)
             bar.update()
 
         def measure() -> dict[str, float]:
@@ -400,7 +400,7 @@ class AdversarialTrainer(Trainer):
     def _robust_accuracy(self, images: Tensor, labels: Tensor, batch_size: int) -> float:
         attack, device = self.attacks[0], self._classifier.device
         watch = watching(self._classifier, attack.norm, attack.eps, batch_size)
-        return share_standing(watch, [(images.to(device), labels.to(device))])
+        return share_standing(watch, images.to(device), labels.to(device))
 
 
 class _Draws:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -36,8 +37,9 @@ class ProcessGroup:
 
     def __init__(self, rank: int = 0, size: int = 1, timeout: float = TIMEOUT) -> None:
         self.rank, self.size = rank, size
-        # On the host also where the default group is of GPUs, which then need not be waited for.
-        self._hosts = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if size > 1 else None
+        self._hosts: Any = None
+        if size > 1:  # on the host also where the default group is of GPUs, which then need not be waited for
+            self._hosts = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
     @property
     def is_first(self) -> bool:
@@ -71,7 +73,7 @@ class ProcessGroup:
         """Where a process does not answer any more, the error says which.
 
         Raises:
-            RuntimeError: one has died or hangs.
+            ConnectionError: one has died or hangs.
         """
         try:
             yield
@@ -79,20 +81,20 @@ class ProcessGroup:
             missing = self._missing() if self.size > 1 and _is_of_communication(error) else []
             if not missing:
                 raise
-            raise RuntimeError(
-                f"process {', '.join(map(str, missing))} of {self.size} has died or hangs: "
-                f"process {self.rank} has waited for it; training goes on from the last checkpoint"
-            ) from error
+            named = ", ".join(map(str, missing))
+            raise ConnectionError(f"process {named} of {self.size} has died, or hangs: {error}") from error
 
     def _missing(self) -> list[int]:
         """The processes that do not say in time that they live, in torchrun's store, which needs none of them."""
         if not is_launched():
             return []
         store, _, _ = next(iter(distributed.rendezvous("env://", timeout=timedelta(seconds=_GRACE))))
-        store.set(f"guardians/lives/{self.rank}", "")
+        # After a restart torchrun's store still has what the processes before it said.
+        lives = f"guardians/lives/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        store.set(f"{lives}/{self.rank}", "")
         missing, end = set(range(self.size)), time.monotonic() + _GRACE
         while missing and time.monotonic() < end:
-            missing = {rank for rank in missing if not store.check([f"guardians/lives/{rank}"])}
+            missing = {rank for rank in missing if not store.check([f"{lives}/{rank}"])}
             time.sleep(0.05)
         return sorted(missing)
 
