@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import os
 import shlex
@@ -651,7 +652,8 @@ def train_command(
         load_weights(model, weights)
     _check_fit(architecture, model.eval(), train_data, "cpu")
     with process_group(torch.device(device), timeout) as group:
-        logging.getLogger("guardians").disabled = not group.is_first
+        if not group.is_first:
+            logging.getLogger("guardians").setLevel(logging.ERROR)
         accuracy = train(
             model,
             train_data,

@@ -238,7 +238,7 @@ def train(
         if micro_batches > recipe.batch_size:
             raise ValueError(f"micro_batches={micro_batches}: must be at most batch_size={recipe.batch_size}")
     folder, device = Path(folder), torch.device(local_device(str(device)))
-    with process_group(device, timeout) as group:
+    with process_group(device, timeout) as group, group.naming_the_missing():
         if not group.size <= (micro_batches or recipe.batch_size) <= recipe.batch_size:
             raise ValueError(
                 f"micro_batches={micro_batches}, batch_size={recipe.batch_size}: must be at least {group.size}, the "
@@ -297,7 +297,8 @@ def _train(
     trained: nn.Module = asked
     without_communication: Callable[[], AbstractContextManager[None]] = nullcontext
     if group.size > 1:
-        trained = parallel = DistributedDataParallel(asked, broadcast_buffers=False)
+        trained = parallel = DistributedDataParallel(asked)
+        parallel.broadcast_buffers = False  # `_Statistics` brings them together, better than those of the first process
         without_communication = parallel.no_sync
     own = division.rows_of(group, recipe.batch_size)
     own_there = [rows.to(device) for rows in own]
@@ -376,8 +377,7 @@ def _train(
             _append_row(log_file, row)
         sums.load_state_dict(vars(_Sums()))
 
-    with group.naming_the_missing():
-        run_epochs(model, recipe.epochs, progress, best, batches, step, measure, record, checkpoint, group)
+    run_epochs(model, recipe.epochs, progress, best, batches, step, measure, record, checkpoint, group)
     if average is not None and not best.collapsed:
         model.load_state_dict(average.module.state_dict())
         update_bn((batch.float() / 255 for batch in images.split(recipe.batch_size)), asked)
@@ -495,28 +495,30 @@ class _Statistics:
 
     def __init__(self, model: nn.Module, micro_batches: int, group: ProcessGroup) -> None:
         self._group, self._found = group, torch.empty(0)
-        self._buffers = [b for b in model.buffers() if b.is_floating_point()] if micro_batches > 1 else []
+        self._all = list(model.buffers()) if micro_batches > 1 else []
+        self._averaged = [buffer for buffer in self._all if buffer.is_floating_point()]
         self._before: list[Tensor] = []
 
     def start_step(self) -> None:
-        self._before, self._found = [buffer.clone() for buffer in self._buffers], torch.empty(0)
+        """Where the buffers are now, each micro-batch begins."""
+        self._before, self._found = [buffer.clone() for buffer in self._all], torch.empty(0)
 
     def start_micro_batch(self) -> None:
-        for buffer, before in zip(self._buffers, self._before, strict=True):
+        """Before its forward pass."""
+        for buffer, before in zip(self._all, self._before, strict=True):
             buffer.copy_(before)
 
     def add(self, n: int, total: int, loss: Tensor, correct: Tensor) -> None:
-        """A micro-batch of `n` images of a batch of `total`: its mean loss and its correct answers."""
-        parts = [loss.double() * n, correct.double(), *(buffer.double() * (n / total) for buffer in self._buffers)]
-        found = torch.cat([part.flatten() for part in parts])
+        """After the backward pass of `n` images of a batch of `total`: their mean loss and how many are correct."""
+        averaged = (buffer.double() * (n / total) for buffer in self._averaged)
+        found = torch.cat([part.flatten() for part in (loss.double() * n, correct.double(), *averaged)])
         self._found = self._found + found if len(self._found) else found
 
     def end_step(self) -> tuple[Tensor, Tensor]:
         """The sum of the losses, and the number of correct answers, of the whole batch."""
         self._group.add_up(self._found)
-        lengths = [1, 1, *(buffer.numel() for buffer in self._buffers)]
-        loss, correct, *found = self._found.split(lengths)
-        for buffer, mean in zip(self._buffers, found, strict=True):
+        loss, correct, *means = self._found.split([1, 1, *(buffer.numel() for buffer in self._averaged)])
+        for buffer, mean in zip(self._averaged, means, strict=True):
             buffer.copy_(mean.view_as(buffer))
         return loss[0], correct[0]
 

@@ -131,29 +131,35 @@ class Checkpoint:
         Raises:
             ValueError: it cannot be read, or is of another run or another model.
         """
-        try:
-            state = self.group.from_first(self._read)
-            if state is None:
-                return False
+        state = self.group.from_first(self._read)
+        if state is None:
+            return False
+        with self._refused():
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-        except Exception as error:  # torch.load raises a different type for each way a file can be broken
-            raise ValueError(
-                f"checkpoint {str(self.file)!r} cannot be resumed: {type(error).__name__}: {error}; "
-                "delete it to start over"
-            ) from error
         return True
 
     def _read(self) -> dict[str, Any] | None:
         if not self.file.exists():
             return None
-        state: dict[str, Any] = torch.load(self.file, map_location="cpu", weights_only=True)
-        here, there = self.run, state["run"]
-        if here != there:
-            changed = {key: (there.get(key), here.get(key)) for key in here | there}
-            changed = {key: values for key, values in changed.items() if values[0] != values[1]}
-            raise ValueError(f"it was written with other settings or data (there, here): {changed}")
+        with self._refused():
+            state: dict[str, Any] = torch.load(self.file, map_location="cpu", weights_only=True)
+            here, there = self.run, state["run"]
+            if here != there:
+                changed = {key: (there.get(key), here.get(key)) for key in here | there}
+                changed = {key: values for key, values in changed.items() if values[0] != values[1]}
+                raise ValueError(f"it was written with other settings or data (there, here): {changed}")
         return state
+
+    @contextmanager
+    def _refused(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # torch.load raises a different type for each way a file can be broken
+            raise ValueError(
+                f"checkpoint {str(self.file)!r} cannot be resumed: {type(error).__name__}: {error}; "
+                "delete it to start over"
+            ) from error
 
     def save(self) -> None:
         """Write the parts as they are; a kill or a failure while writing leaves the previous file whole.

@@ -88,15 +88,27 @@ class ProcessGroup:
         """The processes that do not say in time that they live, in torchrun's store, which needs none of them."""
         if not is_launched():
             return []
-        store, _, _ = next(iter(distributed.rendezvous("env://", timeout=timedelta(seconds=_GRACE))))
-        # After a restart torchrun's store still has what the processes before it said.
-        lives = f"guardians/lives/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        store.set(f"{lives}/{self.rank}", "")
+        store, _, _ = _rendezvous("lives", _GRACE)
+        store.set(str(self.rank), "")
         missing, end = set(range(self.size)), time.monotonic() + _GRACE
         while missing and time.monotonic() < end:
-            missing = {rank for rank in missing if not store.check([f"{lives}/{rank}"])}
+            missing = {rank for rank in missing if not store.check([str(rank)])}
             time.sleep(0.05)
         return sorted(missing)
+
+
+def _rendezvous(purpose: str, timeout: float) -> tuple[Any, int, int]:
+    """A part of torchrun's store, the number of this process, and how many there are.
+
+    After a restart, or another training, the store still has what was said before.
+    """
+    store, rank, size = next(iter(distributed.rendezvous("env://", timeout=timedelta(seconds=timeout))))
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return distributed.PrefixStore(f"guardians/{purpose}/{restarts}/{_groups}", store), rank, size
+
+
+_groups = 0
+"""That this process has started."""
 
 
 def _is_of_communication(error: RuntimeError) -> bool:
@@ -115,12 +127,17 @@ def process_group(device: torch.device, timeout: float = TIMEOUT) -> Iterator[Pr
         device: of this process; the group is of NCCL where it is a GPU and of gloo where not.
         timeout: seconds after which a process that does not answer is given up.
     """
+    global _groups
     is_ours = is_launched() and not distributed.is_initialized()
     if is_ours:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        _groups += 1
+        store, rank, size = _rendezvous("group", timeout)
+        distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+        )
     if distributed.is_available() and distributed.is_initialized():
         yield ProcessGroup(distributed.get_rank(), distributed.get_world_size(), timeout)
     else:
