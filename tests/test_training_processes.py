@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 def launch(work, *arguments, restarts=0):
     """As torchrun does, but the processes are forked from one that has imported all."""
-    multiprocessing.set_forkserver_preload(["training_processes_for_tests"])
+    multiprocessing.set_forkserver_preload(["guardians.training"])
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

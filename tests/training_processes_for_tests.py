@@ -81,8 +81,10 @@ def break_down(fault: str, rank: int) -> None:
         augment, actions = training._augment, {"one": kill, "all": kill, "hang": hang, "term": terminate}
         if rank == 1 or fault == "all":
             training._augment = before_call(STEPS + 2, augment, actions[fault])
-    elif rank == 0 and fault != "none":
-        torch.save = before_call(2, torch.save, {"half": write_half, "full": fill_disk}[fault])
+    elif rank == 0 and fault == "half":
+        torch.save = before_call(2, torch.save, write_half)
+    elif rank == 0 and fault == "full":
+        torch.save = with_full_disk(torch.save)
 
 
 def before_call(number, function, action):
@@ -116,6 +118,18 @@ def write_half(state: dict, stream) -> None:
     kill()
 
 
-def fill_disk(*_: object) -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (FULL, FULL))
+def with_full_disk(function):
+    """`function`, in whose second call no file can grow beyond a few bytes."""
+    calls = iter(range(1, 10**6))
+
+    def wrapped(*arguments):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if next(calls) == 2:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (FULL, limits[1]))
+        try:
+            return function(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return wrapped
