@@ -40,12 +40,12 @@ from guardians.defences.training_loop import (
     State,
     asked_in,
     claimed,
-    count_standing,
     descend,
     held_out_mask,
     logits_of,
     on_model_as_trained,
     run_epochs,
+    share_standing,
     watching,
 )
 from guardians.engine.checks import check_flag, check_integer
@@ -235,15 +235,13 @@ def train(
         raise ValueError(f"crop_padding={recipe.crop_padding}: must be below {side}, the side of the images")
     if micro_batches is not None:
         check_integer("micro_batches", micro_batches, low=1)
-        if micro_batches > recipe.batch_size:
-            raise ValueError(f"micro_batches={micro_batches}: must be at most batch_size={recipe.batch_size}")
+    if not 0 < timeout < math.inf:
+        raise ValueError(f"timeout={timeout}: must be above 0 and finite")
     folder, device = Path(folder), torch.device(local_device(str(device)))
     with process_group(device, timeout) as group, group.naming_the_missing():
-        if not group.size <= (micro_batches or recipe.batch_size) <= recipe.batch_size:
-            raise ValueError(
-                f"micro_batches={micro_batches}, batch_size={recipe.batch_size}: must be at least {group.size}, the "
-                "number of processes"
-            )
+        if not group.size <= (micro_batches or group.size) <= recipe.batch_size:
+            allowed = f"from {group.size}, the number of processes, to batch_size={recipe.batch_size}"
+            raise ValueError(f"micro_batches={micro_batches}: must be {allowed}")
         with claimed("folder", folder, folder / "lock") if group.is_first else nullcontext():
             return _train(model, train_data, held_out, test_data, recipe, folder, device, verbose, micro_batches, group)
 
@@ -330,21 +328,18 @@ def _train(
             ]
         weight, partners = _mixup(len(y), perturbed, recipe.mixup_alpha, seed)
         if weight < 1:
-            batch_x = x.new_zeros(len(y), *x.shape[1:])
-            batch_x[torch.cat(own_there)] = torch.cat(pieces)
-            group.add_up(batch_x)
-            pieces = [
-                weight * piece + (1 - weight) * batch_x[partners[rows]] for piece, rows in zip(pieces, own, strict=True)
-            ]
+            whole = x.new_zeros(len(y), *x.shape[1:])
+            whole[torch.cat(own_there)] = torch.cat(pieces)
+            group.add_up(whole)  # a partner may be in another process, and adversarial
+            mixed = [whole[partners[rows]] for rows in own]
+            pieces = [weight * piece + (1 - weight) * other for piece, other in zip(pieces, mixed, strict=True)]
 
         def losses() -> Iterator[Tensor]:
             for number, (piece, rows, there) in enumerate(zip(pieces, own, own_there, strict=True)):
                 statistics.start_micro_batch()
+                keys, draws = hashed(seed, rows.numpy()), ForkedGenerators(int(hashed(seed, int(rows[0]))), device)
                 with nullcontext() if number == len(own) - 1 else without_communication():
-                    with (
-                        row_keys(hashed(seed, rows.numpy())),
-                        ForkedGenerators(int(hashed(seed, int(rows[0]))), device),
-                    ):
+                    with row_keys(keys), draws:
                         logits = logits_of(trained, piece)
                     loss = weight * cross_entropy(logits, y[there], label_smoothing=recipe.label_smoothing)
                     if weight < 1:
@@ -380,7 +375,8 @@ def _train(
     run_epochs(model, recipe.epochs, progress, best, batches, step, measure, record, checkpoint, group)
     if average is not None and not best.collapsed:
         model.load_state_dict(average.module.state_dict())
-        update_bn((batch.float() / 255 for batch in images.split(recipe.batch_size)), asked)
+        with ForkedGenerators(recipe.seed, device):
+            update_bn((batch.float() / 255 for batch in images.split(recipe.batch_size)), asked)
     if isinstance(network, RandomSelfEnsemble):
         network.n = ENSEMBLE
     result = accuracy(network, test_data, group=group)
@@ -438,9 +434,10 @@ def robust_accuracy(
     if n is not None and n < len(data):
         chosen = torch.from_numpy(class_balanced_subset(data.labels.tolist(), n))
     attack, standing = watching(model, np.inf, eps, 128, steps), 0
-    for part in list(range(0, len(chosen), 500))[group.rank :: group.size]:
-        rows = chosen[part : part + 500]
-        standing += count_standing(attack, [(data.images[rows].float() / 255, data.labels[rows])], first_index=part)
+    for first in range(group.rank * 500, len(chosen), group.size * 500):
+        rows = chosen[first : first + 500]
+        batch = data.images[rows].float() / 255, data.labels[rows]
+        standing += round(len(rows) * share_standing(attack, [batch], first))
     device = next((parameter.device for parameter in model.parameters()), data.images.device)
     return int(group.add_up(torch.tensor(standing, device=device))) / len(chosen)
 

@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +74,7 @@ def train_with(fault: str, out: Path) -> None:
         trained(out, recipe_named("iat"), timeout=2.0 if fault == "hang" else 60.0)
     except (OSError, KeyboardInterrupt) as error:
         (out / f"error-{os.environ['RANK']}").write_text(f"{type(error).__name__}: {error}")
-        raise
+        sys.exit(1)
 
 
 def break_down(fault: str, rank: int) -> None:

@@ -400,7 +400,7 @@ class AdversarialTrainer(Trainer):
     def _robust_accuracy(self, images: Tensor, labels: Tensor, batch_size: int) -> float:
         attack, device = self.attacks[0], self._classifier.device
         watch = watching(self._classifier, attack.norm, attack.eps, batch_size)
-        return share_standing(watch, images.to(device), labels.to(device))
+        return share_standing(watch, [(images.to(device), labels.to(device))])
 
 
 class _Draws:

@@ -35,7 +35,6 @@ __all__ = [
     "State",
     "asked_in",
     "claimed",
-    "count_standing",
     "descend",
     "held_out_mask",
     "logits_of",
@@ -380,15 +379,10 @@ def watching(estimator: Any, norm: Any, eps: Any, batch_size: int, steps: int = 
     )
 
 
-def share_standing(attack: Attack, images: Tensor, labels: Tensor) -> float:
-    """Robust accuracy: the share of images (N, ...) that an attack with `early_stop` leaves classified correctly."""
-    return count_standing(attack, [(images, labels)]) / len(images)
-
-
-def count_standing(attack: Attack, batches: Iterable[tuple[Tensor, Tensor]], first_index: int = 0) -> int:
-    """How many of the images such an attack leaves classified correctly; `first_index` as in `Attack.stream`."""
-    standing = 0
+def share_standing(attack: Attack, batches: Iterable[tuple[Tensor, Tensor]], first_index: int = 0) -> float:
+    """Robust accuracy: the share of images that an attack with `early_stop` cannot make the model get wrong."""
+    fooled = images = 0
     for finished in attack.stream(batches, first_index=first_index):
         assert finished.fooled is not None
-        standing += int((~finished.fooled).sum())
-    return standing
+        fooled, images = fooled + int(finished.fooled.sum()), images + len(finished.index)
+    return 1 - fooled / images

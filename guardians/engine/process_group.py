@@ -132,11 +132,11 @@ def process_group(device: torch.device, timeout: float = TIMEOUT) -> Iterator[Pr
     if is_ours:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend, patience = ("nccl", 2 * timeout) if device.type == "cuda" else ("gloo", timeout)  # NCCL would abort
         _groups += 1
         store, rank, size = _rendezvous("group", timeout)
         distributed.init_process_group(
-            backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+            backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=patience)
         )
     if distributed.is_available() and distributed.is_initialized():
         yield ProcessGroup(distributed.get_rank(), distributed.get_world_size(), timeout)
