@@ -20,6 +20,7 @@ def main(
     recipe: Annotated[list[str], typer.Option(help="Repeatable.")] = ["standard", "pgd-at"],  # noqa: B006
     processes: Annotated[list[int], typer.Option(help="Number of processes, repeatable.")] = [1, 2],  # noqa: B006
     width: int = 16,
+    batch_size: Annotated[int | None, typer.Option(show_default="the recipe's")] = None,
     steps: int = 50,
     repeats: int = 3,
     threads: int = 1,
@@ -28,7 +29,7 @@ def main(
 ) -> None:
     """Measure, print and write the table."""
     images = load_data(data, split="train")
-    options = {"width": width, "steps": steps, "repeats": repeats, "threads": threads}
+    options = {"width": width, "batch_size": batch_size, "steps": steps, "repeats": repeats, "threads": threads}
     frame = measure_scaling(images, recipe, processes, **options, device=device)
     write_csv(frame, out / "training_scaling.csv")
     print_table(frame, title="Training in several processes")

@@ -25,7 +25,7 @@ from guardians.attacks.registry import usages
 from guardians.data import ENVIRONMENT_VARIABLE, Dataset, LazyDataset, load_data, open_data
 from guardians.engine.checks import check_choice, check_integer
 from guardians.engine.process_group import TIMEOUT, process_group
-from guardians.engine.ranks import is_launched, local_device, ranks, sharing
+from guardians.engine.ranks import agreed, is_launched, local_device, ranks, sharing
 from guardians.engine.victim import Victim
 from guardians.evaluation import BUDGETS
 from guardians.evaluation import evaluate as run_evaluation
@@ -700,6 +700,8 @@ def _announced_data(
     split: str = "test",
     read: Callable[..., Any] = load_data,
 ) -> Any:
+    if download:  # one process at a time, and then it is there
+        agreed(lambda: bool(open_data(data, split, download=True)))
     images = read(data, split, n, seed=seed, download=download, resize=resize, crop=crop)
     typer.echo(f"data: {len(images)} images, {images.source}" + (f", in {data}" if data else ""))
     if data is None and split == "test":

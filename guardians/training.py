@@ -572,8 +572,11 @@ def _start_log(file: Path, epochs: int) -> None:
 
 
 def _append_row(file: Path, row: dict[str, float]) -> None:
-    with file.open("a", newline="") as stream:
-        csv.DictWriter(stream, LOG_COLUMNS).writerow(row)
+    try:
+        with file.open("a", newline="") as stream:
+            csv.DictWriter(stream, LOG_COLUMNS).writerow(row)
+    except OSError as error:
+        raise OSError(f"log {str(file)!r} cannot be written: {error}; the checkpoint is whole") from error
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -453,6 +453,24 @@ class TestInterruption:
         assert [row["epoch"] for row in log_of(tmp_path)] == ["1", "2"]
         assert run(tmp_path) == uninterrupted
 
+    def test_a_kill_costs_no_more_than_the_time_since_the_last_checkpoint(
+        self, tmp_path: Path, uninterrupted: tuple[Any, ...]
+    ) -> None:
+        class Killed(BaseException):
+            pass
+
+        def kill() -> None:
+            raise Killed
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training_loop, "SAVED_EVERY", 0.0)
+            while_loading(STEPS + 3, kill)(patch, small_model())
+            with pytest.raises(Killed):
+                run(tmp_path)
+        saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]
+        assert (saved["epoch"], saved["step"]) == (1, 2)
+        assert run(tmp_path) == uninterrupted
+
     @pytest.mark.parametrize("torn", ["2", "2,0.01", "1", "11,0.1", "3,1,1,1,1,1\r\n"])
     def test_torn_row(self, tmp_path: Path, torn: str, uninterrupted: tuple[Any, ...]) -> None:
         with pytest.MonkeyPatch.context() as patch:

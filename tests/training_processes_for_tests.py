@@ -16,7 +16,7 @@ from guardians.data import Dataset
 from guardians.engine.ranks import is_launched
 from guardians.training import RECIPES, Recipe, train
 
-EPOCHS, STEPS = 3, 3
+EPOCHS, STEPS = 2, 3
 SMALL = {"epochs": EPOCHS, "batch_size": 16, "crop_padding": 1, "cutout": 2, "holdout": 9, "peak_lr": 0.1}
 FULL = 64  # bytes that fit on the disk
 

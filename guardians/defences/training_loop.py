@@ -49,6 +49,9 @@ logger = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch")
 
+SAVED_EVERY = 300.0
+"""Seconds after which a checkpoint is written in the middle of an epoch, too."""
+
 
 class State:
     """Plain values and tensors of a run, as a checkpoint holds them."""
@@ -223,8 +226,8 @@ def run_epochs(
 ) -> None:
     """Train from where `progress` stands to the last epoch, or until robustness collapses.
 
-    With a checkpoint, which is written after every epoch and on Ctrl-C, Ctrl-C waits for the end of the step; of
-    several processes, for that of the step after which all know of it.
+    With a checkpoint, which is written after every epoch, every five minutes and on Ctrl-C, Ctrl-C waits for the end of
+    the step; of several processes, for that of the step after which all know of it.
 
     Args:
         model: is trained.
@@ -244,13 +247,18 @@ def run_epochs(
     """
     whole = nullcontext if checkpoint is None else uninterrupted
     start, between_steps = time.perf_counter() - progress.seconds, True
+    saved = time.monotonic()
 
     def take(batch: Batch) -> None:
-        nonlocal between_steps
+        nonlocal between_steps, saved
         between_steps = False
         step(batch)
         progress.step += 1
         between_steps = True
+        if checkpoint is not None and time.monotonic() - saved > SAVED_EVERY:
+            progress.seconds = time.perf_counter() - start
+            checkpoint.save()
+            saved = time.monotonic()
 
     try:
         while progress.epoch < epochs and not best.collapsed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,6 +42,7 @@ def measure_scaling(
     processes: Sequence[int],
     *,
     width: int = 16,
+    batch_size: int | None = None,
     steps: int = 50,
     repeats: int = 3,
     threads: int = 1,
@@ -53,6 +55,7 @@ def measure_scaling(
         recipes: names of recipes.
         processes: numbers of processes.
         width: base width of the model.
+        batch_size: of all processes together; None takes the recipe's.
         steps: of an epoch.
         repeats: of each measurement.
         threads: of each process.
@@ -64,18 +67,19 @@ def measure_scaling(
     Raises:
         TypeError, ValueError: an argument is outside what is allowed.
     """
-    for name in recipes:
-        check_choice("recipes", name, RECIPES)
-        needed = steps * Recipe(**RECIPES[name]).batch_size
-        if needed > len(data):
-            raise ValueError(f"steps={steps}: an epoch of {name} takes {needed} images, the data has {len(data)}")
     for argument, value in [("steps", steps), ("repeats", repeats), ("threads", threads)]:
         check_integer(argument, value, low=1)
     for count in processes:
         check_integer("processes", count, low=1)
-    rows = []
+    chosen = {}
     for name in recipes:
+        check_choice("recipes", name, RECIPES)
         recipe = replace(Recipe(**RECIPES[name]), epochs=2, holdout=0)
+        chosen[name] = recipe = replace(recipe, batch_size=batch_size or recipe.batch_size)
+        if (needed := steps * recipe.batch_size) > len(data):
+            raise ValueError(f"steps={steps}: an epoch of {name} takes {needed} images, the data has {len(data)}")
+    rows = []
+    for name, recipe in chosen.items():
         part = data[: steps * recipe.batch_size]
         seconds: dict[int, float] = {}
         for _ in range(repeats):
@@ -92,11 +96,12 @@ def measure_scaling(
 
 
 def _launch(count: int, data: Dataset, recipe: Recipe, width: int, threads: int, device: str) -> float:
+    set_forkserver_preload([__name__])  # the processes are forked from one that has imported all
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=count,
-        start_method="spawn",
+        start_method="forkserver",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         run_id="training_scaling",
