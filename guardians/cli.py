@@ -748,7 +748,8 @@ def _name_in_tables(model: str, weights: Path | None) -> str:
 
 def _command() -> str:
     """What was typed."""
-    return shlex.join(["guardians", *sys.argv[1:]])
+    launched = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m"] if is_launched() else []
+    return shlex.join([*launched, "guardians", *sys.argv[1:]])
 
 
 def _first_line(error: Exception) -> str:

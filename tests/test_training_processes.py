@@ -1,13 +1,14 @@
 """Several processes train as one does, and nothing is lost or counted twice when some of them die."""
 
 import csv
+import json
 import multiprocessing
 
 import pytest
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from training_processes_for_tests import EPOCHS, recipe_named, train_all, train_with, trained
+from training_processes_for_tests import EPOCHS, command, recipe_named, train_all, train_with, trained
 
 from guardians.training import RECIPES
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 def launch(work, *arguments, restarts=0):
     """As torchrun does, but the processes are forked from one that has imported all."""
-    multiprocessing.set_forkserver_preload(["guardians.training"])
+    multiprocessing.set_forkserver_preload(["guardians.cli"])
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -55,6 +56,18 @@ def test_two_processes_train_every_recipe_as_one_does_bit_for_bit(alone, tmp_pat
     launch(train_all, tmp_path)
     for name in RECIPES:
         assert outcome(tmp_path / name) == outcome(alone / name), name
+
+
+def test_the_command_writes_what_one_process_writes(tmp_path, monkeypatch):
+    monkeypatch.delenv("GUARDIANS_DATA", raising=False)
+    launch(command, tmp_path / "two")
+    command(tmp_path / "one", "--micro-batches", "2")
+    one, two = (tmp_path / name / "resnet9-2-pgd-at" for name in ("one", "two"))
+    assert two.with_suffix(".safetensors").read_bytes() == one.with_suffix(".safetensors").read_bytes()
+    cards = [json.loads(folder.with_suffix(".json").read_text()) for folder in (one, two)]
+    assert cards[1].pop("command").startswith("torchrun --nproc-per-node 2 -m guardians ")
+    assert cards[0].pop("command").startswith("guardians ")
+    assert cards[0] == cards[1]
 
 
 FAULTS = {"one": "", "all": "", "hang": "process 1 of 2 has died, or hangs", "half": "", "full": "cannot be written"}

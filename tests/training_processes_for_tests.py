@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from guardians import training
+from guardians.cli import app
 from guardians.data import Dataset
 from guardians.engine.ranks import is_launched
 from guardians.training import RECIPES, Recipe, train
@@ -64,6 +65,13 @@ def train_all(out: Path) -> None:
     """Every recipe."""
     for name in RECIPES:
         trained(out / name, recipe_named(name))
+
+
+def command(out: Path, *options: str) -> None:
+    """`guardians train`, on the sample images."""
+    torch.set_num_threads(1)
+    small = ["--recipe", "pgd-at", "--width", "2", "--epochs", "1", "--batch-size", "8", "--holdout", "4"]
+    app(["train", *small, *options, "--out", str(out)], standalone_mode=False)
 
 
 def train_with(fault: str, out: Path) -> None:
