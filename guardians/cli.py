@@ -655,7 +655,7 @@ def train_command(
     if weights is not None:
         load_weights(model, weights)
     _check_fit(architecture, model.eval(), train_data, "cpu")
-    with process_group(torch.device(device), timeout) as group:
+    with process_group(torch.device(device), timeout) as group, group.naming_the_missing():
         if not group.is_first:
             logging.getLogger("guardians").setLevel(logging.ERROR)
         accuracy = train(
@@ -668,9 +668,9 @@ def train_command(
             micro_batches=micro_batches,
             timeout=timeout,
         )
-        robust = (
-            robust_accuracy(model, test_data, 40, eps=settings.eps, group=group) if settings.is_adversarial else None
-        )
+        robust = math.nan
+        if settings.is_adversarial:
+            robust = robust_accuracy(model, test_data, 40, eps=settings.eps, group=group)
     if not group.is_first:
         return
     card = {
@@ -684,7 +684,7 @@ def train_command(
     if settings.is_noisy:
         noise = {"sigma_init": settings.sigma_init, "sigma_inner": settings.sigma_inner, "n": ENSEMBLE}
         card["defence"] = {"name": "RandomSelfEnsemble", **noise}  # without which the accuracy is another one
-    if robust is not None:
+    if settings.is_adversarial:
         card["robust_accuracy"] = robust
     card["command"] = _command()
     typer.echo(f"accuracy {accuracy:.2%}; wrote {save_model(model, card, out)}")

@@ -192,9 +192,10 @@ def train(
     """Train `model` in place and return its accuracy on `test_data` (float32, evaluation mode).
 
     `folder` receives `log.csv`, a row an epoch (`LOG_COLUMNS`; the robust accuracy is that on held-out images under
-    PGD-10, nan without them), and `checkpoint.pt`, written after every epoch and on Ctrl-C, which waits for the end
-    of the step; where it exists, training goes on from it. Two processes cannot train in one folder: `lock` is the file
-    whose lock the first of them holds, which the operating system frees when it ends in whatever way.
+    PGD-10, nan without them), and `checkpoint.pt`, written after every epoch, every five minutes and on Ctrl-C, which
+    waits for the end of the step; where it exists, training goes on from it. Two processes cannot train in one folder
+    for themselves: `lock` is the file whose lock the first of them holds, which the operating system frees when it ends
+    in whatever way.
 
     Adversarial training with held-out images stops when its robust accuracy on them has fallen below half of the best
     so far: single-step training can learn, within an epoch, to fool its own attack ("catastrophic overfitting", Wong et

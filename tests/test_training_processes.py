@@ -56,6 +56,10 @@ def test_two_processes_train_every_recipe_as_one_does_bit_for_bit(alone, tmp_pat
     launch(train_all, tmp_path)
     for name in RECIPES:
         assert outcome(tmp_path / name) == outcome(alone / name), name
+    _, uneven = torch.load(tmp_path / "uneven" / "outcome.pt", weights_only=True)
+    _, expected = trained(tmp_path / "expected", recipe_named("standard"), micro_batches=3)
+    torch.testing.assert_close(uneven, expected, rtol=1e-3, atol=1e-5)
+    assert not torch.equal(expected["0.weight"], torch.load(alone / "standard" / "outcome.pt")[1]["0.weight"])
 
 
 def test_the_command_writes_what_one_process_writes(tmp_path, monkeypatch):
