@@ -323,9 +323,8 @@ def _train(
             perturbed = math.ceil(recipe.ratio * len(y))  # the order is random: the first ones will do
             adversary.seed = seed
             pieces = [
-                torch.cat([_attacked(adversary, piece[:n], y[there[:n]], rows[:n]), piece[n:]])
+                _attacked(adversary, piece, y[there], rows, perturbed)
                 for piece, rows, there in zip(pieces, own, own_there, strict=True)
-                for n in [int((rows < perturbed).sum())]
             ]
         weight, partners = _mixup(len(y), perturbed, recipe.mixup_alpha, seed)
         if weight < 1:
@@ -338,9 +337,9 @@ def _train(
         def losses() -> Iterator[Tensor]:
             for number, (piece, rows, there) in enumerate(zip(pieces, own, own_there, strict=True)):
                 statistics.start_micro_batch()
-                keys, draws = hashed(seed, rows.numpy()), ForkedGenerators(int(hashed(seed, int(rows[0]))), device)
+                keys = hashed(seed, rows.numpy())
                 with nullcontext() if number == len(own) - 1 else without_communication():
-                    with row_keys(keys), draws:
+                    with row_keys(keys), ForkedGenerators(int(keys[0]), device):
                         logits = logits_of(trained, piece)
                     loss = weight * cross_entropy(logits, y[there], label_smoothing=recipe.label_smoothing)
                     if weight < 1:
@@ -454,9 +453,12 @@ def _adversary(model: nn.Module, recipe: Recipe) -> PGD:
     )
 
 
-def _attacked(attack: PGD, x: Tensor, y: Tensor, positions: Tensor) -> Tensor:
-    """Adversarial images, with the draws that belong to their positions (N,) in the batch."""
-    return attack._run({"x": x, "y": y}, x.device, positions.numpy()) if len(x) else x
+def _attacked(attack: PGD, x: Tensor, y: Tensor, positions: Tensor, perturbed: int) -> Tensor:
+    """Images (N, ...), of which those at `positions` (N,) in the batch below `perturbed` are made adversarial."""
+    n = int((positions < perturbed).sum())
+    if n == 0:
+        return x
+    return torch.cat([attack._run({"x": x[:n], "y": y[:n]}, x.device, positions[:n].numpy()), x[n:]])
 
 
 @dataclass
