@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import os
 import shlex
@@ -23,7 +24,8 @@ from guardians import __version__
 from guardians.attacks.registry import usages
 from guardians.data import ENVIRONMENT_VARIABLE, Dataset, LazyDataset, load_data, open_data
 from guardians.engine.checks import check_choice, check_integer
-from guardians.engine.ranks import is_launched, local_device, ranks, sharing
+from guardians.engine.process_group import TIMEOUT, process_group
+from guardians.engine.ranks import agreed, is_launched, local_device, ranks, sharing
 from guardians.engine.victim import Victim
 from guardians.evaluation import BUDGETS
 from guardians.evaluation import evaluate as run_evaluation
@@ -568,6 +570,7 @@ def report(
 
 
 @app.command("train")
+@_shared
 def train_command(
     architecture: Annotated[str, typer.Option(help=f"{', '.join(ARCHITECTURES)}.")] = "resnet9",
     width: Annotated[int | None, typer.Option(help="Base width of resnet9.", show_default="16")] = None,
@@ -598,11 +601,22 @@ def train_command(
     mixup_alpha: Annotated[float | None, _of_recipe("Of the beta distribution of mixup; 0 turns it off.")] = None,
     sigma_init: Annotated[float | None, _of_recipe("Noise before the first convolution.")] = None,
     sigma_inner: Annotated[float | None, _of_recipe("Noise before the others.")] = None,
+    micro_batches: Annotated[
+        int | None,
+        typer.Option(
+            help="Parts of a batch, whose gradients add up: one after the other, or in several processes.",
+            show_default="as many as processes",
+        ),
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a process that hangs is given up.")] = TIMEOUT,
     seed: Annotated[int, typer.Option(help="Of weights, data order and all draws.")] = Recipe.seed,
     device: Device = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for weights, card, log and checkpoint.")] = Path("runs"),
 ) -> None:
-    """Train a classifier; run again with the same arguments to resume. Writes weights, a JSON card and a CSV log."""
+    """Train a classifier; run again with the same arguments to resume. Writes weights, a JSON card and a CSV log.
+
+    Example: torchrun --nproc-per-node 2 -m guardians train --recipe pgd-at --data folder
+    """
     check_choice("recipe", recipe, RECIPES)
     changes = {
         "epochs": epochs,
@@ -641,7 +655,24 @@ def train_command(
     if weights is not None:
         load_weights(model, weights)
     _check_fit(architecture, model.eval(), train_data, "cpu")
-    accuracy = train(model, train_data, test_data, settings, out / name, device=device)
+    with process_group(torch.device(device), timeout) as group, group.naming_the_missing():
+        if not group.is_first:
+            logging.getLogger("guardians").setLevel(logging.ERROR)
+        accuracy = train(
+            model,
+            train_data,
+            test_data,
+            settings,
+            out / name,
+            device=device,
+            micro_batches=micro_batches,
+            timeout=timeout,
+        )
+        robust = math.nan
+        if settings.is_adversarial:
+            robust = robust_accuracy(model, test_data, 40, eps=settings.eps, group=group)
+    if not group.is_first:
+        return
     card = {
         "name": name,
         "architecture": {"name": architecture, **shape, "num_classes": len(train_data.classes)},
@@ -654,7 +685,7 @@ def train_command(
         noise = {"sigma_init": settings.sigma_init, "sigma_inner": settings.sigma_inner, "n": ENSEMBLE}
         card["defence"] = {"name": "RandomSelfEnsemble", **noise}  # without which the accuracy is another one
     if settings.is_adversarial:
-        card["robust_accuracy"] = robust_accuracy(model, test_data, 40, eps=settings.eps)
+        card["robust_accuracy"] = robust
     card["command"] = _command()
     typer.echo(f"accuracy {accuracy:.2%}; wrote {save_model(model, card, out)}")
 
@@ -669,6 +700,8 @@ def _announced_data(
     split: str = "test",
     read: Callable[..., Any] = load_data,
 ) -> Any:
+    if download:  # one process at a time, and then it is there
+        agreed(lambda: bool(open_data(data, split, download=True)))
     images = read(data, split, n, seed=seed, download=download, resize=resize, crop=crop)
     typer.echo(f"data: {len(images)} images, {images.source}" + (f", in {data}" if data else ""))
     if data is None and split == "test":
@@ -715,7 +748,8 @@ def _name_in_tables(model: str, weights: Path | None) -> str:
 
 def _command() -> str:
     """What was typed."""
-    return shlex.join(["guardians", *sys.argv[1:]])
+    launched = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m"] if is_launched() else []
+    return shlex.join([*launched, "guardians", *sys.argv[1:]])
 
 
 def _first_line(error: Exception) -> str:
