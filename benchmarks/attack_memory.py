@@ -6,12 +6,15 @@ The files are enlarged images of the data: 1,000, and hard links to them. Writes
 guardians.experiments.memory.MEMORY_COLUMNS.
 """
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from guardians.data import ENVIRONMENT_VARIABLE, load_data
+from guardians.experiments.commands import noted
 from guardians.experiments.memory import measure_memory
 from guardians.tables import print_table, write_csv
 
@@ -30,7 +33,8 @@ def main(
     """Measure, print and write the table."""
     settings: dict[str, Any] = {"workers": workers, "side": side, "steps": steps, "batch_size": batch_size}
     frame = measure_memory(model, load_data(data), size, **settings, device=device)
-    write_csv(frame, out / "attack_memory.csv")
+    with noted(out, "attack_memory.csv", shlex.join(["python", *sys.argv])):
+        write_csv(frame, out / "attack_memory.csv")
     print_table(frame, title="Attack memory")
 
 

@@ -29,6 +29,7 @@ from guardians.evaluation import BUDGETS
 from guardians.evaluation import evaluate as run_evaluation
 from guardians.experiments.audit import audit as run_audit
 from guardians.experiments.bench import ATTACKS, run_benchmark
+from guardians.experiments.commands import noted
 from guardians.experiments.page import evaluation_page
 from guardians.experiments.planted import audit_planted
 from guardians.experiments.report import report_page
@@ -271,7 +272,8 @@ def audit(
     _check_run(1, device, seed, data_seed)
     images = _announced_data(data, n, data_seed, download, resize, crop)
     if planted:
-        frame = audit_planted(images, out, device=device, seed=seed)
+        with noted(out, "audit.csv", _command()):
+            frame = audit_planted(images, out, device=device, seed=seed)
         print_table(frame, ["defence", "model", "right", "planted", "raised", "verdict"], "Audit of planted defences")
         typer.echo(f"table: {out / 'audit.csv'}")
         if frame["verdict"].isin(["missed", "false alarm"]).any():
@@ -331,17 +333,18 @@ def parity(
     classifier = load_model(model, weights, device)
     images = _announced_data(data, n, data_seed, download, resize, crop)
     _check_fit(model, classifier, images, device)
-    frame = run_parity(
-        classifier,
-        images,
-        model_name=_name_in_tables(model, weights),
-        out=out,
-        attacks=attack,
-        references=reference,
-        own_rules=own_rules,
-        batch_size=batch_size,
-        seed=seed,
-    )
+    with noted(out, "deviations.csv" if own_rules else "parity.csv", _command()):
+        frame = run_parity(
+            classifier,
+            images,
+            model_name=_name_in_tables(model, weights),
+            out=out,
+            attacks=attack,
+            references=reference,
+            own_rules=own_rules,
+            batch_size=batch_size,
+            seed=seed,
+        )
     columns = ["case", "max_abs_diff", "pixel_mismatch", "unexplained", "max_abs_diff_float64", "label_agreement"]
     print_table(frame, [*columns, "native_success", "reference_success", "verdict", "note"], "Parity")
     counts = ", ".join(f"{count} {verdict}" for verdict, count in frame["verdict"].value_counts().items())
@@ -405,7 +408,8 @@ def check(
         raise ValueError(f"NAME={names or 'none'}: must be one or more names, or --all")
     p = None if norm is None else _checked_norm(norm)
     if every:
-        frame, interrupted = run_conformance(out, seconds)
+        with noted(out, "conformance.csv", _command()):
+            frame, interrupted = run_conformance(out, seconds)
         counts = frame.groupby(["implementation", "outcome"]).size().unstack(fill_value=0).reset_index()
         print_table(counts, title=f"Checks: {frame['name'].nunique()} attacks and defences")
         typer.echo(f"table: {out / 'conformance.csv'}")
