@@ -141,7 +141,10 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
 
 @app.command()
 def models() -> None:
-    """List the bundled models."""
+    """List the bundled models.
+
+    Example: guardians models
+    """
     names = bundled_models()
     for name in names:
         card = model_card(name)
@@ -325,7 +328,10 @@ def parity(
     data_seed: DataSeed = 0,
     out: Out = Path("runs"),
 ) -> None:
-    """Compare native attacks and defences with the toolkits' and the papers', case by case: parity.csv."""
+    """Compare native attacks and defences with the toolkits' and the papers', case by case: parity.csv.
+
+    Example: guardians parity --attack PGD-40 --reference foolbox --images 100
+    """
     from guardians.parity import run_parity
 
     _check_run(batch_size, device, seed, data_seed)
@@ -432,7 +438,10 @@ def check(
 
 @app.command()
 def attacks() -> None:
-    """List the attacks that `bench` knows: native ones, and those of the toolkits that are installed."""
+    """List the attacks that `bench` knows: native ones, and those of the toolkits that are installed.
+
+    Example: guardians attacks
+    """
     for name in usages():
         typer.echo(name)
     for toolkit in filter(is_installed, TOOLKITS):
@@ -564,7 +573,10 @@ def study(
 def report(
     out: Annotated[Path, typer.Option(help="Folder of results; the page is report.html in it.")] = Path("results"),
 ) -> None:
-    """Write the tables and figures of a folder of results as one self-contained page: report.html."""
+    """Write the tables and figures of a folder of results as one self-contained page: report.html.
+
+    Example: guardians report --out results
+    """
     report_page(out, out / "report.html")
     typer.echo(f"page: {out / 'report.html'}")
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, fx, nn
@@ -129,7 +130,7 @@ def choose_searches(
     if victim.dtype not in (None, torch.float32):
         return [own], 0
     if has_hooks(victim.module) or is_sharded(victim.module):
-        logger.info("the model has hooks or is sharded over processes: the search asks the model itself")
+        _warn_once(victim.module, "the model has hooks or is sharded over processes")
         return [own], 0
     if x.device.type == "cuda" and precision == "auto":
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count
@@ -144,8 +145,18 @@ def choose_searches(
                 found.append(Search(partial(victim.logits, module=candidate), str(candidate), _MAGNIFIED * off))
                 break
     if not found:
-        logger.info("nothing cheaper gives the model's logits: the search asks the model itself")
+        _warn_once(victim.module, "nothing cheaper gives the model's logits")
     return [*found, own], tried
+
+
+_WARNED: WeakSet[nn.Module] = WeakSet()
+
+
+def _warn_once(model: nn.Module, why: str) -> None:
+    """Say that the search takes longer than it could."""
+    if model not in _WARNED:
+        _WARNED.add(model)
+        logger.warning("%s: the search asks the model itself, which takes longer", why)
 
 
 class InPrecision(nn.Module):
