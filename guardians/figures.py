@@ -316,7 +316,7 @@ def plot_accuracy_by_lambda(frame: pd.DataFrame, path: str | os.PathLike[str]) -
     lines = frame.groupby(["model", "attack"], sort=False)
     for (key, line), colour in zip(lines, cycle(_PALETTE), strict=False):
         model, attack = map(str, key)
-        around = 100 * np.abs(line[["accuracy_low", "accuracy_high"]].sub(line["accuracy"], axis=0)).to_numpy().T
+        around = 100 * line[["accuracy_low", "accuracy_high"]].sub(line["accuracy"], axis=0).abs().to_numpy().T
         label = f"{model}, {attack}"
         axes.errorbar(line["lam"], 100 * line["accuracy"], around, color=colour, marker=markers[attack], label=label)
     axes.set(xlabel=r"$\lambda$, the weight of the image", ylabel="accuracy (%)", xlim=(0, 1.03))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -18,8 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from guardians.defences.ensemble import RandomEnsemble, log_probabilities
 from guardians.engine.checks import check_flag, check_integer, check_number
-from guardians.engine.rng import hashed
-from guardians.engine.victim import undisturbed
+from guardians.engine.rng import add_normal, hashed, keys_on
 
 __all__ = ["GaussianNoise", "RandomSelfEnsemble"]
 
@@ -75,10 +72,11 @@ class RandomSelfEnsemble(RandomEnsemble):
             raise ValueError(f"model of type {type(model).__name__}: must have a convolution to put noise in front of")
         shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
         self.n = int(n)
+        self._shapes: set[tuple[int, ...]] = set()  # of images of which it is known which layers they reach
         self.model = copy.deepcopy(model, shared if share_parameters else {})
-        self._tape = _NoiseTape(float(sigma_init), float(sigma_inner))
+        self._source = _NoiseSource(float(sigma_init), float(sigma_inner))
         layers = list(self.model.named_modules(remove_duplicate=False))  # a layer may have several names
-        noisy = {layer: _Noisy(GaussianNoise(self._tape), layer) for _, layer in layers if isinstance(layer, _ConvNd)}
+        noisy = {layer: _Noisy(GaussianNoise(self._source), layer) for _, layer in layers if isinstance(layer, _ConvNd)}
         for path, layer in layers:
             parent, _, name = path.rpartition(".")
             if layer is self.model and layer in noisy:
@@ -89,12 +87,12 @@ class RandomSelfEnsemble(RandomEnsemble):
     @property
     def sigma_init(self) -> float:
         """Standard deviation of the noise in front of the first convolution."""
-        return self._tape.sigma_init
+        return self._source.sigma_init
 
     @property
     def sigma_inner(self) -> float:
         """Standard deviation of that in front of all others."""
-        return self._tape.sigma_inner
+        return self._source.sigma_inner
 
     def undefended(self) -> nn.Module:
         """A copy of the model without noise layers, which shares no tensor with it."""
@@ -119,17 +117,17 @@ class RandomSelfEnsemble(RandomEnsemble):
 
     def _noisy_pass(self, x: Tensor, keys: np.ndarray) -> Tensor:
         """Log-probabilities of images (M, ...), each with the noise of its key."""
-        shape = tuple(x.shape[1:])
-        if shape not in self._tape.lengths:
-            with undisturbed(self.model), torch.no_grad(), self._tape.measuring(shape) as reached:
-                self.model(x[:1])
+        shape, model = tuple(x.shape[1:]), self.fast_model(x)
+        self._source.reached.clear()
+        with self._source.drawing(keys, x.device):
+            answers = log_probabilities(model, x)
+        if shape not in self._shapes:
+            self._shapes.add(shape)
             parts = self.model.named_modules()
-            silent = [name for name, part in parts if isinstance(part, _Noisy) and part[0] not in reached]
+            silent = [name for name, part in parts if isinstance(part, _Noisy) and part[0] not in self._source.reached]
             if silent:
                 logger.warning("a forward pass does not call %s: no noise is in front of them", ", ".join(silent))
-        model = self.fast_model(x)
-        with self._tape.wound(keys, shape, x.device):
-            return log_probabilities(model, x)
+        return answers
 
 
 class _Noisy(nn.Sequential):
@@ -151,102 +149,50 @@ class _Noisy(nn.Sequential):
 class GaussianNoise(nn.Module):
     """The noise layer of a `RandomSelfEnsemble`, which says how strong the noise is and draws it for all layers."""
 
-    def __init__(self, tape: _NoiseTape) -> None:
+    def __init__(self, source: _NoiseSource) -> None:
         super().__init__()
-        self._tape = tape
+        self._source = source
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` with noise on it."""
-        return self._tape.add_noise(x, self)
+        return self._source.add_noise(x, self)
 
 
-class _NoiseTape:
-    """The noise of one pass: for each image a row of normal numbers, of which one layer after the other takes some.
+class _NoiseSource:
+    """The noise of one pass, drawn layer by layer as each is reached, and kept by none.
 
-    A row is a function of its key alone. It is drawn in one go, because a call for each layer and image takes longer
-    than the numbers. In each row the numbers lie as in a channels_last tensor.
+    The noise of an image in a layer is a function of the key of its pass and the number of the layer in it. Positions
+    count as in a channels_last tensor.
 
     Attributes:
         sigma_init, sigma_inner: standard deviations in the first layer and in the others.
-        lengths: numbers that a pass takes for an image, by the shape of the image.
+        reached: the noise layers that a pass has called.
     """
 
     def __init__(self, sigma_init: float, sigma_inner: float) -> None:
         self.sigma_init, self.sigma_inner = sigma_init, sigma_inner
-        self.lengths: dict[tuple[int, ...], int] = {}
-        self._buffer = torch.empty(0)  # kept, because the system takes longer to find new memory than the numbers
-        self._numbers: Tensor | None = None
-        self._keys = np.empty(0)
-        self._reached: set[nn.Module] | None = None
-        self._position = self._layers_passed = 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, without the memory that is kept."""
-        return {**self.__dict__, "_buffer": torch.empty(0)}
+        self.reached: set[nn.Module] = set()
+        self._keys: Tensor | None = None
+        self._layers_passed = 0
 
     def add_noise(self, x: Tensor, layer: nn.Module) -> Tensor:
         """`x` (N, C, ...) with the noise of the next layer; `x` itself outside of a pass."""
-        if self._numbers is None:
+        if self._keys is None:
             return x
-        if self._reached is not None:
-            self._reached.add(layer)
-        sigma = self.sigma_inner if self._layers_passed else self.sigma_init
-        self._layers_passed += 1
+        self.reached.add(layer)
+        number, self._layers_passed = self._layers_passed, self._layers_passed + 1
+        sigma = self.sigma_inner if number else self.sigma_init
         if sigma == 0:
             return x
-        shape = (len(x), *x.shape[2:], x.shape[1])
-        first, self._position = self._position, self._position + math.prod(shape[1:])
-        if self._reached is not None:
-            return x
-        numbers = self._numbers[:, first : self._position]
-        if self._position > self._numbers.shape[1]:  # in training mode there may be more layers
-            numbers = _fill_rows(torch.empty(len(x), math.prod(shape[1:]), device=x.device), hashed(self._keys, first))
-        noise = numbers.view(shape).movedim(-1, 1)
-        return torch.add(x, noise.to(x.dtype), alpha=sigma)
+        noisy = x.clone()
+        add_normal(noisy.detach(), self._keys, number, sigma)  # unseen by autograd, whose gradient is that of the clone
+        return noisy
 
     @contextmanager
-    def measuring(self, shape: tuple[int, ...]) -> Iterator[set[nn.Module]]:
-        """Learn inside, from a pass without noise, how many numbers an image of a shape needs, by which layers."""
-        with self._rewound(torch.empty(0), np.empty(0)):
-            self._reached = set()
-            yield self._reached
-            self.lengths[shape] = self._position
-
-    @contextmanager
-    def wound(self, keys: np.ndarray, shape: tuple[int, ...], device: torch.device) -> Iterator[None]:
+    def drawing(self, keys: np.ndarray, device: torch.device) -> Iterator[None]:
         """The noise of one pass of images with these keys (N,) inside."""
-        size = (len(keys), self.lengths[shape])
-        if self._buffer.device != device or self._buffer.numel() < math.prod(size):
-            with torch.inference_mode(False):
-                self._buffer = torch.empty(math.prod(size), device=device)
-        with self._rewound(_fill_rows(self._buffer[: math.prod(size)].view(size), keys), keys):
-            yield
-
-    @contextmanager
-    def _rewound(self, numbers: Tensor, keys: np.ndarray) -> Iterator[None]:
-        self._numbers, self._keys, self._position, self._layers_passed = numbers, keys, 0, 0
+        self._keys, self._layers_passed = keys_on(device, keys), 0
         try:
             yield
         finally:
-            self._numbers = self._reached = None
-
-
-def _fill_rows(numbers: Tensor, keys: np.ndarray) -> Tensor:
-    """`numbers` (N, length), now standard normal, a row for each key; on a CPU by as many threads as torch uses.
-
-    A CPU's generator takes in 32 bits of a key, so among very many rows some pairs are equal.
-    """
-    device = numbers.device
-
-    def fill(first: int, step: int) -> None:
-        generator = torch.Generator(device)
-        for row in range(first, len(keys), step):
-            numbers[row].normal_(generator=generator.manual_seed(int(keys[row])))
-
-    threads = min(torch.get_num_threads(), len(keys)) if device.type == "cpu" else 1
-    with ThreadPoolExecutor(max(1, threads - 1)) as pool:
-        others = [pool.submit(fill, first, threads) for first in range(1, threads)]
-        fill(0, threads)
-        for other in others:
-            other.result()
-    return numbers
+            self._keys = None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
@@ -14,12 +17,19 @@ import torch
 from numpy.random import Generator, Philox
 from torch import Tensor
 
-__all__ = ["ForkedGenerators", "SampleRng", "fresh_seed", "given_keys", "hashed", "row_keys"]
+__all__ = [
+    *("ForkedGenerators", "SampleRng", "add_normal", "bits", "fresh_seed"),
+    *("given_keys", "hashed", "keys_on", "row_keys"),
+]
 
 _SEED_AT_IMPORT = torch.initial_seed()
 """Of torch's global generator."""
 _NUMBERS = 16
 """Keeps hashed numbers apart from the keys of `guardians.engine.run`, whose second part is smaller."""
+_GAMMA, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+"""What SplitMix64 adds to its state and multiplies it by."""
+_SLAB, _BLOCK = 2**17, 2**21
+"""Normal numbers that are drawn at once on a CPU, and on a GPU. The first has a part in which they are."""
 _KEYS: ContextVar[np.ndarray | None] = ContextVar("row_keys", default=None)
 
 
@@ -76,11 +86,136 @@ def hashed(*parts: np.ndarray | int) -> np.ndarray:
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64
         for part in parts:
             low = part % 2**64 if isinstance(part, int) else part
-            state = state + np.asarray(low).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = state ^ (state >> np.uint64(31))
+            state = _mixed(state + np.asarray(low).astype(np.uint64) + np.uint64(_GAMMA))
     return state
+
+
+def keys_on(device: torch.device, keys: np.ndarray) -> Tensor:
+    """Keys (N,), uint64, as `bits` and `add_normal` take them: int64 with the same bits, on a device."""
+    return torch.from_numpy(keys.view(np.int64)).to(device, non_blocking=True)
+
+
+def bits(keys: Tensor, stream: int, first: int, last: int) -> Tensor:
+    """Numbers `first` to `last` - 1, of 64 random bits, of a stream of each key: int64 (N, last - first) beside `keys`.
+
+    Number i is number i of SplitMix64 seeded with number `stream` of SplitMix64 seeded with the key. SplitMix64 is
+    counter-based, as its number i is a hash of seed + (i + 1) gamma: all rows are a few operations on whole tensors,
+    and exact on every device. Two rows of L numbers overlap somewhere with a probability of about L / 2**63.
+
+    Args:
+        keys: int64 (N,), well mixed (`hashed`, `keys_on`).
+        stream: at least 0.
+        first, last: at least 0.
+    """
+    seeds = _mixed_tensor(keys + _signed((stream + 1) * _GAMMA))
+    return _mixed_tensor(seeds[:, None] + torch.arange(first + 1, last + 1, device=keys.device) * _signed(_GAMMA))
+
+
+def add_normal(x: Tensor, keys: Tensor, stream: int, sigma: float) -> None:
+    """Add noise ~ N(0, sigma^2) to `x` (N, C, H, ...) in place, for a row a function of (key, stream, shape) alone.
+
+    Box and Muller, "A note on the generation of random normal deviates", 1958, in float32, from the numbers of `bits`:
+    of the L numbers of a slab (as many lines, in channels_last order, as hold 2**17), i and i + (L + 1) // 2 share one.
+    The radius has 32 bits, for up to 6.7 standard deviations. Devices differ by the rounding of logarithm, sine and
+    cosine.
+
+    It takes at most 64 MB of memory, on a CPU 4 MB for each thread of torch, or where one line of an image has more
+    than 2**17 numbers 28 bytes for each of them. Nothing is kept.
+
+    Args:
+        x: of a floating-point type, in any memory format.
+        keys: int64 (N,) on the device of `x`, as for `bits`.
+        stream: at least 0.
+        sigma: standard deviation.
+    """
+    if not x.numel():
+        return
+    n, lines, on_cpu = len(x), x.shape[2], x.device.type == "cpu"
+    line = math.prod(x.shape[3:]) * x.shape[1]
+    step = max(1, _SLAB // line)
+    size = max(1, (_SLAB if on_cpu else _BLOCK) // (line * min(step, lines)))
+    blocks = [
+        (slice(row, row + size), slice(top, top + step), number * ((step * line + 1) // 2))
+        for number, top in enumerate(range(0, lines, step))
+        for row in range(0, n, size)
+    ]
+    threads = min(torch.get_num_threads(), len(blocks)) if on_cpu else 1
+
+    def add(part: int) -> None:
+        draw = _normal_in_numpy if on_cpu else _normal
+        places = [x[rows, :, slab].movedim(1, -1) for rows, slab, _ in blocks[part::threads]]
+        known = [(keys[rows], first) for rows, _, first in blocks[part::threads]]
+        tasks = [(*both, place[0].numel()) for both, place in zip(known, places, strict=True)]
+        for place, noise in zip(places, draw(tasks, stream), strict=True):
+            place.add_(noise.view(place.shape), alpha=sigma)
+
+    if threads == 1:
+        add(0)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(torch.inference_mode(x.is_inference())(add), range(threads)))
+
+
+def _normal(blocks: list[tuple[Tensor, int, int]], stream: int) -> Iterator[Tensor]:
+    """Standard normal numbers (N, length), float32, for each block of keys (N,), first number of `bits`, and length."""
+    for keys, first, length in blocks:
+        half = (length + 1) // 2
+        drawn = bits(keys, stream, first, first + half)
+        radius = (drawn >> 32).bitwise_and_(2**32 - 1).to(torch.float32).add_(0.5).mul_(2.0**-32)
+        radius.log_().mul_(-2).sqrt_()
+        angle = drawn.to(torch.int32).to(torch.float32).mul_(math.pi * 2.0**-31)
+        numbers = torch.empty(len(keys), length, device=keys.device)
+        torch.mul(radius, angle.cos(), out=numbers[:, :half])
+        torch.mul(radius[:, : length - half], angle.sin_()[:, : length - half], out=numbers[:, half:])
+        yield numbers
+
+
+def _normal_in_numpy(blocks: list[tuple[Tensor, int, int]], stream: int) -> Iterator[Tensor]:
+    """The same on a CPU, where numpy takes half as long as torch; each block is overwritten by the next."""
+    most = max(len(keys) * (length + 1) // 2 + len(keys) for keys, _, length in blocks)
+    states, floats = np.empty((2, most), dtype=np.uint64), np.empty((5, most), dtype=np.float32)
+    low, high = (0, 1) if sys.byteorder == "little" else (1, 0)
+    for keys, first, length in blocks:
+        n, half = len(keys), (length + 1) // 2
+        state, shifted = states[:, : n * half].reshape(2, n, half)
+        radius, angle, cosine = floats[:3, : n * half].reshape(3, n, half)
+        numbers = floats[3:].reshape(-1)[: n * length].reshape(n, length)
+        seeds = _mixed(keys.numpy().view(np.uint64) + np.uint64((stream + 1) * _GAMMA % 2**64))
+        counters = np.arange(first + 1, first + half + 1, dtype=np.uint64) * np.uint64(_GAMMA)
+        _mixed(np.add(seeds[:, None], counters, out=state), shifted)
+        radius[:] = state.view(np.uint32)[:, high::2]
+        radius += np.float32(0.5)
+        radius *= np.float32(2.0**-32)
+        np.log(radius, out=radius)
+        radius *= np.float32(-2)
+        np.sqrt(radius, out=radius)
+        angle[:] = state.view(np.int32)[:, low::2]
+        angle *= np.float32(math.pi * 2.0**-31)
+        np.multiply(radius, np.cos(angle, out=cosine), out=numbers[:, :half])
+        np.sin(angle, out=angle)
+        np.multiply(radius[:, : length - half], angle[:, : length - half], out=numbers[:, half:])
+        yield torch.from_numpy(numbers)
+
+
+def _mixed(state: np.ndarray, shifted: np.ndarray | None = None) -> np.ndarray:
+    """SplitMix64's hash of states, uint64, in their place; `shifted` is memory for it."""
+    for shift, factor in ((30, _FIRST), (27, _SECOND), (31, 1)):
+        state ^= np.right_shift(state, np.uint64(shift), out=shifted)
+        if factor != 1:
+            state *= np.uint64(factor)
+    return state
+
+
+def _mixed_tensor(state: Tensor) -> Tensor:
+    """The same of int64, whose shifts fill in the sign."""
+    state.bitwise_xor_((state >> 30).bitwise_and_(2**34 - 1)).mul_(_signed(_FIRST))
+    state.bitwise_xor_((state >> 27).bitwise_and_(2**37 - 1)).mul_(_signed(_SECOND))
+    return state.bitwise_xor_((state >> 31).bitwise_and_(2**33 - 1))
+
+
+def _signed(number: int) -> int:
+    """Modulo 2**64, as int64 has it."""
+    return (number + 2**63) % 2**64 - 2**63
 
 
 def fresh_seed() -> int:

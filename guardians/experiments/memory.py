@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -93,7 +93,7 @@ def measure_memory(
         for work, n, count in tqdm(tasks, desc="memory", unit="run"):
             settings: dict[str, Any] = {"n": int(n), "workers": int(count), "batch_size": batch_size}
             shown = {"work": work, "model": "", "side": side, "steps": 0, **settings}
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_starts_as_usual) as process:
                 if work == "decode":
                     task = process.submit(_decode, folder, **settings)
                 else:
@@ -102,6 +102,11 @@ def measure_memory(
                     task = process.submit(_attack, folder, model, **settings, threads=torch.get_num_threads())
                 rows.append({**shown, **task.result()})
     return pd.DataFrame(rows, columns=list(MEMORY_COLUMNS))
+
+
+def _starts_as_usual() -> None:
+    """What is spawned would spawn the processes that decode, too, which takes seconds each."""
+    set_start_method(None, force=True)
 
 
 def _write_images(folder: Path, data: Dataset, n: int, side: int) -> None:

@@ -89,7 +89,7 @@ PUBLISHED_COLUMNS = {
     "why": "the figures that the verdict follows from",
     "stronger": "the attack of the study in the same ball that leaves least of this model and defence",
     "stronger_accuracy": "what it leaves",
-    "stronger_beside": "what the strongest leaves of the undefended model; where it is as much, the defence adds nothing",
+    "stronger_beside": "what the strongest leaves of the undefended model; if it is as much, the defence adds nothing",
 }
 
 

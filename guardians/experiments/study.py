@@ -63,7 +63,7 @@ class Study:
         title: one line.
         view: of `VIEWS`.
         subjects: names of models, or for each a mapping with `model` and `defence`.
-        runs: mappings of arguments of `guardians.experiments.bench.runs_of`, such as `attacks` and `eps`, also as 8/255,
+        runs: mappings of arguments of `guardians.experiments.bench.runs_of`, such as `attacks` and `eps` (8/255),
             and `label`, for tables; `n`, the first so many of the images; `seeds` in the place of the study's;
             `models` and `defences`, names such as "none", "rse" and "mi-ol(lam=0.5)", of the subjects for which they
             are made; and `source`, what the attacks ask in the place of the subject: another model by its name, or a

@@ -7,7 +7,6 @@ it. Both sides have the same draws, which are functions of the seed and the numb
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from torch.nn.modules.conv import _ConvNd
 from guardians.attacks.pgd import PGD
 from guardians.defences import AdversarialTrainer, AveragedMixturePGD, MixupInference, RandomSelfEnsemble
 from guardians.defences.mixup_inference import METHODS
-from guardians.engine.rng import given_keys, hashed, row_keys
+from guardians.engine.rng import add_normal, given_keys, hashed, keys_on, row_keys
 from guardians.estimators import MixupInferenceClassifier, RandomSelfEnsembleClassifier
 from guardians.parity.comparison import FLOAT64_TOLERANCE
 from guardians.toolkits.build import build_attack, global_seed, own_spec
@@ -184,12 +183,12 @@ def _with_next(pairs: Iterator[tuple[float, Tensor]], values: Tensor) -> Tensor:
 
 
 def _noises(key: np.ndarray, shapes: Sequence[torch.Size], x: Tensor) -> Iterator[Tensor]:
-    """Standard normal numbers for layer after layer, (1, C, ...) each: one row, in which channels lie last."""
-    lengths = [math.prod(shape) for shape in shapes]
-    row = torch.empty(sum(lengths), device=x.device)
-    row.normal_(generator=torch.Generator(x.device).manual_seed(int(key)))
-    for piece, shape in zip(row.to(x.dtype).split(lengths), shapes, strict=True):
-        yield piece.reshape(1, *shape[1:], shape[0]).movedim(-1, 1)
+    """Standard normal numbers for layer after layer, (1, C, ...) each."""
+    keys = keys_on(x.device, np.atleast_1d(key))
+    for layer, shape in enumerate(shapes):
+        noise = x.new_zeros(1, *shape)
+        add_normal(noise, keys, layer, 1)
+        yield noise
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from guardians.defences import RandomSelfEnsemble
 from guardians.defences.random_self_ensemble import GaussianNoise
-from guardians.engine.rng import hashed, row_keys
+from guardians.engine.rng import add_normal, hashed, keys_on, row_keys
 
 N, SEED = 6, 11
 NAN, INF = float("nan"), float("inf")
@@ -38,16 +38,12 @@ def plain_keys(n, seed=SEED, first=0):
     return hashed(seed, np.arange(first, first + n))
 
 
-def row_of(key, length):
-    """The standard normal numbers of a pass, which are float32 whatever the model computes in."""
-    return torch.empty(length).normal_(generator=torch.Generator().manual_seed(int(key)))
-
-
 def noises_of(key, shapes, dtype=torch.float64):
-    """Noise (1, C, ...) of variance 1 for each layer: pieces of a row one after the other, each laid channels last."""
-    lengths = [int(np.prod(shape)) for shape in shapes]
-    pieces = row_of(key, sum(lengths)).to(dtype).split(lengths)
-    return [piece.reshape(1, *shape[1:], shape[0]).movedim(-1, 1) for piece, shape in zip(pieces, shapes, strict=True)]
+    """Noise (1, C, ...) of variance 1 for each layer, whose law tests/engine/test_rng.py tests."""
+    noises = [torch.zeros(1, *shape, dtype=dtype) for shape in shapes]
+    for layer, noise in enumerate(noises):
+        add_normal(noise, keys_on(noise.device, np.atleast_1d(key)), layer, 1)
+    return noises
 
 
 def layers_of(net):
@@ -60,10 +56,10 @@ def layers_of(net):
 def literal_logits(net, x, noises, sigmas, training=False):
     """Of images (N, 3, 8, 8), with noise in front of either convolution."""
     first, first_norm, second, second_norm, head = layers_of(net)
-    hidden, noises = x, iter(noises)
-    for conv, norm, sigma, stride in ((first, first_norm, sigmas[0], 1), (second, second_norm, sigmas[1], 2)):
-        if sigma:  # a layer without noise takes no numbers
-            hidden = hidden + sigma * next(noises)
+    hidden = x
+    layers = (first, first_norm, 1), (second, second_norm, 2)
+    for (conv, norm, stride), sigma, noise in zip(layers, sigmas, noises, strict=True):
+        hidden = hidden + sigma * noise
         hidden = F.conv2d(hidden, conv.weight, conv.bias, stride=stride, padding=1)
         mean, variance = norm.running_mean, norm.running_var
         if training:
@@ -75,12 +71,11 @@ def literal_logits(net, x, noises, sigmas, training=False):
 
 def literal_rse(net, x, keys, n=4, sigmas=(0.2, 0.1)):
     """Algorithm 1 of Liu et al. 2018, for the seeds (N,) of images (N, 3, 8, 8)."""
-    shapes = [shape for shape, sigma in zip(SHAPES, sigmas, strict=True) if sigma]
     answers = []
     for image, key in zip(x, keys, strict=True):
         mean = torch.zeros(CLASSES, dtype=x.dtype)
         for k in range(n):
-            noises = noises_of(hashed(key, k), shapes, x.dtype)
+            noises = noises_of(hashed(key, k), SHAPES, x.dtype)
             logits = literal_logits(net, image[None], noises, sigmas)[0]
             mean = mean + (logits - logits.max()).exp() / (logits - logits.max()).exp().sum() / n
         answers.append(mean.log())
