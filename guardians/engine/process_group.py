@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -68,33 +68,38 @@ class ProcessGroup:
         distributed.broadcast_object_list(found, 0, group=self._hosts)
         return found[0]  # type: ignore[return-value]
 
-    @contextmanager
-    def naming_the_missing(self) -> Iterator[None]:
+    def naming_the_missing(self) -> AbstractContextManager[None]:
         """Where a process does not answer any more, the error says which.
 
         Raises:
             ConnectionError: one has died or hangs.
         """
-        try:
-            yield
-        except RuntimeError as error:
-            missing = self._missing() if self.size > 1 and _is_of_communication(error) else []
-            if not missing:
-                raise
-            named = ", ".join(map(str, missing))
-            raise ConnectionError(f"process {named} of {self.size} has died, or hangs: {error}") from error
+        return _naming_the_missing(self.rank, self.size)
 
-    def _missing(self) -> list[int]:
-        """The processes that do not say in time that they live, in torchrun's store, which needs none of them."""
-        if not is_launched():
-            return []
-        store, _, _ = _rendezvous("lives", _GRACE)
-        store.set(str(self.rank), "")
-        missing, end = set(range(self.size)), time.monotonic() + _GRACE
-        while missing and time.monotonic() < end:
-            missing = {rank for rank in missing if not store.check([str(rank)])}
-            time.sleep(0.05)
-        return sorted(missing)
+
+@contextmanager
+def _naming_the_missing(rank: int, size: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        missing = _missing(rank, size) if size > 1 and _is_of_communication(error) else []
+        if not missing:
+            raise
+        named = ", ".join(map(str, missing))
+        raise ConnectionError(f"process {named} of {size} has died, or hangs: {error}") from error
+
+
+def _missing(rank: int, size: int) -> list[int]:
+    """The processes that do not say in time that they live, in torchrun's store, which needs none of them."""
+    if not is_launched():
+        return []
+    store, _, _ = _rendezvous("lives", _GRACE)
+    store.set(str(rank), "")
+    missing, end = set(range(size)), time.monotonic() + _GRACE
+    while missing and time.monotonic() < end:
+        missing = {other for other in missing if not store.check([str(other)])}
+        time.sleep(0.05)
+    return sorted(missing)
 
 
 def _rendezvous(purpose: str, timeout: float) -> tuple[Any, int, int]:
@@ -135,9 +140,10 @@ def process_group(device: torch.device, timeout: float = TIMEOUT) -> Iterator[Pr
         backend, patience = ("nccl", 2 * timeout) if device.type == "cuda" else ("gloo", timeout)  # NCCL would abort
         _groups += 1
         store, rank, size = _rendezvous("group", timeout)
-        distributed.init_process_group(
-            backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=patience)
-        )
+        with _naming_the_missing(rank, size):
+            distributed.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=patience)
+            )
     if distributed.is_available() and distributed.is_initialized():
         yield ProcessGroup(distributed.get_rank(), distributed.get_world_size(), timeout)
     else:
