@@ -6,6 +6,8 @@ Writes results/defence_speed.csv; columns in guardians.experiments.defence_speed
 benchmarks/defences.yaml.
 """
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +15,7 @@ import pandas as pd
 import typer
 
 from guardians.data import ENVIRONMENT_VARIABLE, load_data
+from guardians.experiments.commands import noted
 from guardians.experiments.defence_speed import measure_inference, measure_training
 from guardians.models import load_model
 from guardians.tables import print_table, write_csv
@@ -39,7 +42,8 @@ def main(
         ]
     )
     frame.insert(0, "model", model)
-    write_csv(frame, out / "defence_speed.csv")
+    with noted(out, "defence_speed.csv", shlex.join(["python", *sys.argv])):
+        write_csv(frame, out / "defence_speed.csv")
     print_table(frame, title="Speed of the defences")
 
 

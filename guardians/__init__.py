@@ -4,15 +4,16 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Audit", "Evaluation", "audit", "evaluate"]
+__all__ = ["Audit", "Evaluation", "audit", "evaluate", "evaluation_page"]
 _FROM = {
     "guardians.evaluation": ("Evaluation", "evaluate"),
     "guardians.experiments.audit": ("Audit", "audit"),
+    "guardians.experiments.page": ("evaluation_page",),
 }
 
 
 def __getattr__(name: str) -> Any:
-    """`evaluate`, `audit` and what they return, imported with all that they need when they are asked for."""
+    """What is in `__all__`, imported with all that it needs when it is asked for."""
     for module, names in _FROM.items():
         if name in names:
             return getattr(import_module(module), name)

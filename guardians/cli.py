@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import os
 import shlex
@@ -23,12 +24,14 @@ from guardians import __version__
 from guardians.attacks.registry import usages
 from guardians.data import ENVIRONMENT_VARIABLE, Dataset, LazyDataset, load_data, open_data
 from guardians.engine.checks import check_choice, check_integer
-from guardians.engine.ranks import is_launched, local_device, ranks, sharing
+from guardians.engine.process_group import TIMEOUT, process_group
+from guardians.engine.ranks import agreed, is_launched, local_device, ranks, sharing
 from guardians.engine.victim import Victim
 from guardians.evaluation import BUDGETS
 from guardians.evaluation import evaluate as run_evaluation
 from guardians.experiments.audit import audit as run_audit
 from guardians.experiments.bench import ATTACKS, run_benchmark
+from guardians.experiments.commands import noted
 from guardians.experiments.page import evaluation_page
 from guardians.experiments.planted import audit_planted
 from guardians.experiments.report import report_page
@@ -271,7 +274,8 @@ def audit(
     _check_run(1, device, seed, data_seed)
     images = _announced_data(data, n, data_seed, download, resize, crop)
     if planted:
-        frame = audit_planted(images, out, device=device, seed=seed)
+        with noted(out, "audit.csv", _command()):
+            frame = audit_planted(images, out, device=device, seed=seed)
         print_table(frame, ["defence", "model", "right", "planted", "raised", "verdict"], "Audit of planted defences")
         typer.echo(f"table: {out / 'audit.csv'}")
         if frame["verdict"].isin(["missed", "false alarm"]).any():
@@ -331,17 +335,18 @@ def parity(
     classifier = load_model(model, weights, device)
     images = _announced_data(data, n, data_seed, download, resize, crop)
     _check_fit(model, classifier, images, device)
-    frame = run_parity(
-        classifier,
-        images,
-        model_name=_name_in_tables(model, weights),
-        out=out,
-        attacks=attack,
-        references=reference,
-        own_rules=own_rules,
-        batch_size=batch_size,
-        seed=seed,
-    )
+    with noted(out, "deviations.csv" if own_rules else "parity.csv", _command()):
+        frame = run_parity(
+            classifier,
+            images,
+            model_name=_name_in_tables(model, weights),
+            out=out,
+            attacks=attack,
+            references=reference,
+            own_rules=own_rules,
+            batch_size=batch_size,
+            seed=seed,
+        )
     columns = ["case", "max_abs_diff", "pixel_mismatch", "unexplained", "max_abs_diff_float64", "label_agreement"]
     print_table(frame, [*columns, "native_success", "reference_success", "verdict", "note"], "Parity")
     counts = ", ".join(f"{count} {verdict}" for verdict, count in frame["verdict"].value_counts().items())
@@ -405,7 +410,8 @@ def check(
         raise ValueError(f"NAME={names or 'none'}: must be one or more names, or --all")
     p = None if norm is None else _checked_norm(norm)
     if every:
-        frame, interrupted = run_conformance(out, seconds)
+        with noted(out, "conformance.csv", _command()):
+            frame, interrupted = run_conformance(out, seconds)
         counts = frame.groupby(["implementation", "outcome"]).size().unstack(fill_value=0).reset_index()
         print_table(counts, title=f"Checks: {frame['name'].nunique()} attacks and defences")
         typer.echo(f"table: {out / 'conformance.csv'}")
@@ -564,6 +570,7 @@ def report(
 
 
 @app.command("train")
+@_shared
 def train_command(
     architecture: Annotated[str, typer.Option(help=f"{', '.join(ARCHITECTURES)}.")] = "resnet9",
     width: Annotated[int | None, typer.Option(help="Base width of resnet9.", show_default="16")] = None,
@@ -594,11 +601,22 @@ def train_command(
     mixup_alpha: Annotated[float | None, _of_recipe("Of the beta distribution of mixup; 0 turns it off.")] = None,
     sigma_init: Annotated[float | None, _of_recipe("Noise before the first convolution.")] = None,
     sigma_inner: Annotated[float | None, _of_recipe("Noise before the others.")] = None,
+    micro_batches: Annotated[
+        int | None,
+        typer.Option(
+            help="Parts of a batch, whose gradients add up: one after the other, or in several processes.",
+            show_default="as many as processes",
+        ),
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a process that hangs is given up.")] = TIMEOUT,
     seed: Annotated[int, typer.Option(help="Of weights, data order and all draws.")] = Recipe.seed,
     device: Device = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for weights, card, log and checkpoint.")] = Path("runs"),
 ) -> None:
-    """Train a classifier; run again with the same arguments to resume. Writes weights, a JSON card and a CSV log."""
+    """Train a classifier; run again with the same arguments to resume. Writes weights, a JSON card and a CSV log.
+
+    Example: torchrun --nproc-per-node 2 -m guardians train --recipe pgd-at --data folder
+    """
     check_choice("recipe", recipe, RECIPES)
     changes = {
         "epochs": epochs,
@@ -637,7 +655,24 @@ def train_command(
     if weights is not None:
         load_weights(model, weights)
     _check_fit(architecture, model.eval(), train_data, "cpu")
-    accuracy = train(model, train_data, test_data, settings, out / name, device=device)
+    with process_group(torch.device(device), timeout) as group, group.naming_the_missing():
+        if not group.is_first:
+            logging.getLogger("guardians").setLevel(logging.ERROR)
+        accuracy = train(
+            model,
+            train_data,
+            test_data,
+            settings,
+            out / name,
+            device=device,
+            micro_batches=micro_batches,
+            timeout=timeout,
+        )
+        robust = math.nan
+        if settings.is_adversarial:
+            robust = robust_accuracy(model, test_data, 40, eps=settings.eps, group=group)
+    if not group.is_first:
+        return
     card = {
         "name": name,
         "architecture": {"name": architecture, **shape, "num_classes": len(train_data.classes)},
@@ -650,7 +685,7 @@ def train_command(
         noise = {"sigma_init": settings.sigma_init, "sigma_inner": settings.sigma_inner, "n": ENSEMBLE}
         card["defence"] = {"name": "RandomSelfEnsemble", **noise}  # without which the accuracy is another one
     if settings.is_adversarial:
-        card["robust_accuracy"] = robust_accuracy(model, test_data, 40, eps=settings.eps)
+        card["robust_accuracy"] = robust
     card["command"] = _command()
     typer.echo(f"accuracy {accuracy:.2%}; wrote {save_model(model, card, out)}")
 
@@ -665,6 +700,8 @@ def _announced_data(
     split: str = "test",
     read: Callable[..., Any] = load_data,
 ) -> Any:
+    if download:  # one process at a time, and then it is there
+        agreed(lambda: bool(open_data(data, split, download=True)))
     images = read(data, split, n, seed=seed, download=download, resize=resize, crop=crop)
     typer.echo(f"data: {len(images)} images, {images.source}" + (f", in {data}" if data else ""))
     if data is None and split == "test":
@@ -711,7 +748,8 @@ def _name_in_tables(model: str, weights: Path | None) -> str:
 
 def _command() -> str:
     """What was typed."""
-    return shlex.join(["guardians", *sys.argv[1:]])
+    launched = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m"] if is_launched() else []
+    return shlex.join([*launched, "guardians", *sys.argv[1:]])
 
 
 def _first_line(error: Exception) -> str:

@@ -118,7 +118,7 @@ class Dataset:
         return self.images.float() / 255
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LazyDataset:
     """Labels in memory, and images that are decoded when they are asked for; made by `open_data`.
 
@@ -184,7 +184,8 @@ class LazyDataset:
         loader: DataLoader[Dataset | str] = DataLoader(
             _Decoded(self), sampler=sampler, batch_size=None, num_workers=workers, prefetch_factor=1
         )
-        found = iter(loader)
+        with torch.random.fork_rng(devices=[]):  # from which a loader draws
+            found = iter(loader)
         try:
             for parts in shares:
                 images, labels = [], []
@@ -303,8 +304,8 @@ def open_data(
     So a folder as large as ImageNet, `n01440764` to `n15075141` in `val/`, is attacked in the memory of a few shards:
 
         data = open_data("path/to/imagenet", resize=256, crop=224)
-        for shard in data.shards(512, workers=4):
-            attack(shard.as_floats(), shard.labels)
+        for finished in attack.stream((shard.as_floats(), shard.labels) for shard in data.shards(128, workers=4)):
+            ...
 
     Of torchvision's own data sets the pixels are in memory all the same, as large as their files have them.
 

@@ -139,7 +139,7 @@ CONFORMANCE_COLUMNS = {
 
 _TEXT_COLUMNS = """
     model model_digest data defence attack implementation params flags device precision search versions commit
-    case reference kind verdict note
+    case reference kind verdict note file command
 """.split()  # noqa: SIM905
 RATES = """
     clean_accuracy robust_accuracy robust_accuracy_low robust_accuracy_high success_rate label_agreement

@@ -1,8 +1,12 @@
 """Standard and adversarial training, with mixup or noise: SGD on seeded augmentations, resumable to the step.
 
-Data order, augmentation and all draws of a step are functions of (seed, epoch, step), so a run that was interrupted and
-resumed gives the same weights as one that was not (up to the arithmetic of the machine, and unless the model draws
-random numbers of its own).
+Data order, augmentation and all draws are functions of (seed, epoch, step, position in the batch), so a run that was
+interrupted and resumed gives the same weights as one that was not, up to the arithmetic of the machine.
+
+Launched by torchrun, the processes train one model (`DistributedDataParallel`). A batch is dealt out in micro-batches,
+one to each process, or several of which it accumulates the gradients: the outcome is a function of how many there are,
+and of the number of processes only by the order in which sums are rounded. Batch norm normalises a micro-batch by its
+own statistics, and its running statistics move by the mean over the micro-batches.
 """
 
 from __future__ import annotations
@@ -11,7 +15,8 @@ import csv
 import math
 import operator
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm.auto import tqdm
@@ -42,8 +48,10 @@ from guardians.defences.training_loop import (
     share_standing,
     watching,
 )
-from guardians.engine.checks import check_flag
-from guardians.engine.rng import hashed, row_keys
+from guardians.engine.checks import check_flag, check_integer
+from guardians.engine.process_group import ALONE, TIMEOUT, ProcessGroup, process_group
+from guardians.engine.ranks import local_device
+from guardians.engine.rng import ForkedGenerators, hashed, row_keys
 from guardians.engine.victim import Victim
 
 __all__ = ["ENSEMBLE", "LOG_COLUMNS", "RECIPES", "SCHEDULES", "Recipe", "accuracy", "robust_accuracy", "train"]
@@ -178,23 +186,44 @@ def train(
     *,
     device: str | torch.device = "cpu",
     verbose: bool = True,
+    micro_batches: int | None = None,
+    timeout: float = TIMEOUT,
 ) -> float:
     """Train `model` in place and return its accuracy on `test_data` (float32, evaluation mode).
 
     `folder` receives `log.csv`, a row an epoch (`LOG_COLUMNS`; the robust accuracy is that on held-out images under
-    PGD-10, nan without them), and `checkpoint.pt`, written after every epoch and on Ctrl-C, which waits for the end
-    of the step; where it exists, training goes on from it. Two processes cannot train in one folder: `lock` is the file
-    whose lock the first of them holds, which the operating system frees when it ends in whatever way.
+    PGD-10, nan without them), and `checkpoint.pt`, written after every epoch, every five minutes and on Ctrl-C, which
+    waits for the end of the step; where it exists, training goes on from it. Two processes cannot train in one folder
+    for themselves: `lock` is the file whose lock the first of them holds, which the operating system frees when it ends
+    in whatever way.
 
     Adversarial training with held-out images stops when its robust accuracy on them has fallen below half of the best
     so far: single-step training can learn, within an epoch, to fool its own attack ("catastrophic overfitting", Wong et
     al. 2020, section 5.3). The log of the program says so, and the model is that of the best epoch.
 
+    In processes that torchrun has launched, or that have started the default group of `torch.distributed`, all call
+    this with the same arguments; the first reads and writes `folder`. "cuda" is then the GPU of each process.
+
+    Args:
+        model: gives logits for images in [0, 1].
+        train_data, test_data: images to train on, and to measure the accuracy after each epoch.
+        recipe: what is done.
+        folder: see above.
+        device: on which it is computed.
+        verbose: print a line an epoch, and a progress bar.
+        micro_batches: parts of equal size, up to one image, into which a batch is divided. A process with several goes
+            through them one after the other, in less memory. None takes as many as there are processes; a run that goes
+            on from a checkpoint has as many as before, on fewer processes too.
+        timeout: seconds after which a process that does not answer is given up.
+
     Raises:
         ValueError: there are fewer training images than one batch, no test images, fewer training images than are held
-            out, the images are too small for `crop_padding`, `folder` cannot be made or is in use by another training,
-            or the checkpoint is of another recipe, another number of steps or another model, or cannot be read.
-        KeyboardInterrupt: on Ctrl-C, after the checkpoint is written.
+            out, the images are too small for `crop_padding`, there are more micro-batches than images of a batch or
+            fewer than processes, `folder` cannot be made or is in use by another training, or the checkpoint is of
+            another recipe, another number of steps or another model, or cannot be read.
+        OSError: the log or the checkpoint cannot be written; the previous checkpoint is whole.
+        ConnectionError: another process has died, or has not answered in time.
+        KeyboardInterrupt: on Ctrl-C or, in several processes, SIGTERM, after the checkpoint is written.
     """
     held_out = None
     if recipe.holdout and recipe.is_adversarial:
@@ -205,9 +234,17 @@ def train(
         raise ValueError("test_data has no images")
     if recipe.crop_padding >= (side := min(train_data.images.shape[2:])):
         raise ValueError(f"crop_padding={recipe.crop_padding}: must be below {side}, the side of the images")
-    folder = Path(folder)
-    with claimed("folder", folder, folder / "lock"):
-        return _train(model, train_data, held_out, test_data, recipe, folder, torch.device(device), verbose)
+    if micro_batches is not None:
+        check_integer("micro_batches", micro_batches, low=1)
+    if not 0 < timeout < math.inf:
+        raise ValueError(f"timeout={timeout}: must be above 0 and finite")
+    folder, device = Path(folder), torch.device(local_device(str(device)))
+    with process_group(device, timeout) as group, group.naming_the_missing():
+        if not group.size <= (micro_batches or group.size) <= recipe.batch_size:
+            allowed = f"from {group.size}, the number of processes, to batch_size={recipe.batch_size}"
+            raise ValueError(f"micro_batches={micro_batches}: must be {allowed}")
+        with claimed("folder", folder, folder / "lock") if group.is_first else nullcontext():
+            return _train(model, train_data, held_out, test_data, recipe, folder, device, verbose, micro_batches, group)
 
 
 def _train(
@@ -219,7 +256,10 @@ def _train(
     folder: Path,
     device: torch.device,
     verbose: bool,
+    micro_batches: int | None,
+    group: ProcessGroup,
 ) -> float:
+    verbose = verbose and group.is_first
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     network = model
     if recipe.is_noisy:
@@ -234,27 +274,39 @@ def _train(
         nesterov=recipe.momentum > 0,
     )
     schedule = _schedule(optimizer, recipe, recipe.epochs * steps)
-    progress, sums, best = Progress(), _Sums(), BestEpoch()
+    progress, sums, best, division = Progress(), _Sums(), BestEpoch(), _Division()
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    parts |= {"progress": progress, "sums": sums, "best": best}
+    parts |= {"progress": progress, "sums": sums, "best": best, "division": division}
     average = AveragedModel(model) if recipe.schedule == "swa" else None
     if average is not None:
         parts["average"] = average
-    checkpoint = Checkpoint(folder / "checkpoint.pt", asdict(recipe) | {"steps": recipe.epochs * steps}, parts)
+    run = asdict(recipe) | {"steps": recipe.epochs * steps}
+    checkpoint = Checkpoint(folder / "checkpoint.pt", run, parts, group)
     checkpoint.restore()
+    division.micro_batches = micro_batches or max(division.micro_batches, group.size)
     log_file = folder / "log.csv"
-    _start_log(log_file, progress.epoch)
+    if group.is_first:
+        _start_log(log_file, progress.epoch)
 
     images, labels = train_data.images.to(device), train_data.labels.to(device)
     asked = asked_in("auto", Victim(network), device)
     adversary = None
     if recipe.is_adversarial:
         adversary = on_model_as_trained(_adversary(network, recipe), asked, images[:8].float() / 255)
+    trained: nn.Module = asked
+    without_communication: Callable[[], AbstractContextManager[None]] = nullcontext
+    if group.size > 1:
+        trained = parallel = DistributedDataParallel(asked)
+        parallel.broadcast_buffers = False  # `_Statistics` brings them together, better than those of the first process
+        without_communication = parallel.no_sync
+    own = division.rows_of(group, recipe.batch_size)
+    own_there = [rows.to(device) for rows in own]
+    statistics = _Statistics(model, division.micro_batches, group)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         network.train()
         yield from tqdm(
-            _batches(images, labels, recipe, progress.epoch, progress.step),
+            _batches(images, labels, recipe, progress.epoch, progress.step, torch.cat(own)),
             desc=f"epoch {progress.epoch + 1}/{recipe.epochs}",
             total=steps,
             initial=progress.step,
@@ -265,30 +317,48 @@ def _train(
     def step(batch: tuple[Tensor, Tensor]) -> None:
         x, y = batch
         seed = _seed(recipe.seed, progress.epoch, progress.step)
+        pieces = list(x.split([len(rows) for rows in own]))
         perturbed = 0
         if adversary is not None:
             perturbed = math.ceil(recipe.ratio * len(y))  # the order is random: the first ones will do
             adversary.seed = seed
-            x = torch.cat([adversary(x[:perturbed], y[:perturbed]), x[perturbed:]])
+            pieces = [
+                _attacked(adversary, piece, y[there], rows, perturbed)
+                for piece, rows, there in zip(pieces, own, own_there, strict=True)
+            ]
         weight, partners = _mixup(len(y), perturbed, recipe.mixup_alpha, seed)
         if weight < 1:
-            x = weight * x + (1 - weight) * x[partners]
-        with row_keys(hashed(seed, np.arange(len(y)))):
-            logits = logits_of(asked, x)
-        loss = weight * cross_entropy(logits, y, label_smoothing=recipe.label_smoothing)
-        if weight < 1:
-            other = cross_entropy(logits, y[partners], label_smoothing=recipe.label_smoothing)
-            loss = loss + (1 - weight) * other
+            whole = x.new_zeros(len(y), *x.shape[1:])
+            whole[torch.cat(own_there)] = torch.cat(pieces)
+            group.add_up(whole)  # a partner may be in another process, and adversarial
+            mixed = [whole[partners[rows]] for rows in own]
+            pieces = [weight * piece + (1 - weight) * other for piece, other in zip(pieces, mixed, strict=True)]
+
+        def losses() -> Iterator[Tensor]:
+            for number, (piece, rows, there) in enumerate(zip(pieces, own, own_there, strict=True)):
+                statistics.start_micro_batch()
+                keys = hashed(seed, rows.numpy())
+                with nullcontext() if number == len(own) - 1 else without_communication():
+                    with row_keys(keys), ForkedGenerators(int(keys[0]), device):
+                        logits = logits_of(trained, piece)
+                    loss = weight * cross_entropy(logits, y[there], label_smoothing=recipe.label_smoothing)
+                    if weight < 1:
+                        other = cross_entropy(logits, y[partners[rows]], label_smoothing=recipe.label_smoothing)
+                        loss = loss + (1 - weight) * other
+                    yield loss * (len(rows) * group.size / len(y))  # of which DDP takes the mean over the processes
+                statistics.add(len(rows), len(y), loss.detach(), (logits.argmax(1) == y[there]).sum())
+
         sums.learning_rate = float(schedule.get_last_lr()[0])
-        descend(loss, optimizer, schedule)
-        sums.loss = sums.loss + loss.detach().double() * len(y)  # on the device, for which nothing waits
-        sums.correct = sums.correct + (logits.argmax(1) == y).sum()
+        statistics.start_step()
+        descend(losses(), optimizer, schedule)
+        loss, correct = statistics.end_step()
+        sums.loss, sums.correct = sums.loss + loss, sums.correct + correct
 
     def measure() -> dict[str, float]:
-        return {
-            "test_accuracy": accuracy(network, test_data),
-            "robust_accuracy": math.nan if held_out is None else robust_accuracy(network, held_out, 10, eps=recipe.eps),
-        }
+        robust = math.nan
+        if held_out is not None:
+            robust = robust_accuracy(network, held_out, 10, eps=recipe.eps, group=group)
+        return {"test_accuracy": accuracy(network, test_data, group=group), "robust_accuracy": robust}
 
     def record(measured: dict[str, float]) -> None:
         seen = steps * recipe.batch_size
@@ -298,25 +368,27 @@ def _train(
             tqdm.write("  ".join(f"{key} {value:.4g}" for key, value in row.items()))
         if average is not None:
             average.update_parameters(model)
-        _append_row(log_file, row)
+        if group.is_first:
+            _append_row(log_file, row)
         sums.load_state_dict(vars(_Sums()))
 
-    run_epochs(model, recipe.epochs, progress, best, batches, step, measure, record, checkpoint)
+    run_epochs(model, recipe.epochs, progress, best, batches, step, measure, record, checkpoint, group)
     if average is not None and not best.collapsed:
         model.load_state_dict(average.module.state_dict())
-        update_bn((batch.float() / 255 for batch in images.split(recipe.batch_size)), asked)
+        with ForkedGenerators(recipe.seed, device):
+            update_bn((batch.float() / 255 for batch in images.split(recipe.batch_size)), asked)
     if isinstance(network, RandomSelfEnsemble):
         network.n = ENSEMBLE
-    result = accuracy(network, test_data)
+    result = accuracy(network, test_data, group=group)
     model.to(memory_format=torch.contiguous_format)
     return result
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: Dataset, batch_size: int = 500) -> float:
+def accuracy(model: nn.Module, data: Dataset, batch_size: int = 500, *, group: ProcessGroup = ALONE) -> float:
     """Share of the images that the model, in evaluation mode and float32, classifies correctly.
 
-    The model stays in evaluation mode.
+    The model stays in evaluation mode. The processes of a group take turns batch by batch, and all get the result.
 
     Raises:
         ValueError: there are no images.
@@ -325,16 +397,24 @@ def accuracy(model: nn.Module, data: Dataset, batch_size: int = 500) -> float:
         raise ValueError("data has no images")
     device = next((parameter.device for parameter in model.parameters()), data.images.device)
     model.eval()
-    correct = 0
-    for start in range(0, len(data), batch_size):
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    for start in range(group.rank * batch_size, len(data), group.size * batch_size):
         images = data.images[start : start + batch_size].to(device).float() / 255
         labels = data.labels[start : start + batch_size].to(device)
         with row_keys(hashed(0, np.arange(start, start + len(labels)))):
-            correct += int((model(images).argmax(1) == labels).sum())
-    return correct / len(data)
+            correct += (model(images).argmax(1) == labels).sum()
+    return int(group.add_up(correct)) / len(data)
 
 
-def robust_accuracy(model: nn.Module, data: Dataset, steps: int, n: int | None = None, eps: float = 8 / 255) -> float:
+def robust_accuracy(
+    model: nn.Module,
+    data: Dataset,
+    steps: int,
+    n: int | None = None,
+    eps: float = 8 / 255,
+    *,
+    group: ProcessGroup = ALONE,
+) -> float:
     """Share of images that the model classifies correctly as they are and under PGD (inf, step eps / 4).
 
     Args:
@@ -343,6 +423,7 @@ def robust_accuracy(model: nn.Module, data: Dataset, steps: int, n: int | None =
         steps: of PGD, from the image.
         n: images of a class-balanced subset; None, or more than there are, takes all.
         eps: radius of the ball.
+        group: processes that take turns, 500 images at a time, and all get the result.
 
     Raises:
         ValueError: there are no images.
@@ -352,8 +433,13 @@ def robust_accuracy(model: nn.Module, data: Dataset, steps: int, n: int | None =
     chosen = torch.arange(len(data))
     if n is not None and n < len(data):
         chosen = torch.from_numpy(class_balanced_subset(data.labels.tolist(), n))
-    batches = ((data.images[rows].float() / 255, data.labels[rows]) for rows in chosen.split(500))
-    return share_standing(watching(model, np.inf, eps, 128, steps), batches)
+    attack, standing = watching(model, np.inf, eps, 128, steps), 0
+    for first in range(group.rank * 500, len(chosen), group.size * 500):
+        rows = chosen[first : first + 500]
+        batch = data.images[rows].float() / 255, data.labels[rows]
+        standing += round(len(rows) * share_standing(attack, [batch], first))
+    device = next((parameter.device for parameter in model.parameters()), data.images.device)
+    return int(group.add_up(torch.tensor(standing, device=device))) / len(chosen)
 
 
 def _adversary(model: nn.Module, recipe: Recipe) -> PGD:
@@ -367,13 +453,74 @@ def _adversary(model: nn.Module, recipe: Recipe) -> PGD:
     )
 
 
+def _attacked(attack: PGD, x: Tensor, y: Tensor, positions: Tensor, perturbed: int) -> Tensor:
+    """Images (N, ...), of which those at `positions` (N,) in the batch below `perturbed` are made adversarial."""
+    n = int((positions < perturbed).sum())
+    if n == 0:
+        return x
+    return torch.cat([attack._run({"x": x[:n], "y": y[:n]}, x.device, positions[:n].numpy()), x[n:]])
+
+
 @dataclass
 class _Sums(State):
     """Over the steps of an epoch so far, with the learning rate of the last."""
 
     loss: float | Tensor = 0.0
-    correct: int | Tensor = 0
+    correct: float | Tensor = 0.0
     learning_rate: float = 0.0
+
+
+@dataclass
+class _Division(State):
+    """Into how many micro-batches a batch is divided."""
+
+    micro_batches: int = 1
+
+    def rows_of(self, group: ProcessGroup, n: int) -> list[Tensor]:
+        """The positions in a batch of `n` images of each micro-batch of this process.
+
+        They are spread over the batch, of which the first images are perturbed where not all are.
+        """
+        return [
+            torch.arange(number, n, self.micro_batches) for number in range(group.rank, self.micro_batches, group.size)
+        ]
+
+
+class _Statistics:
+    """What a step adds up over the micro-batches of all processes: loss, correct answers, running statistics.
+
+    The running statistics of batch norm, and all other floating-point buffers of the model, move from where they were
+    before the step by the mean over the micro-batches.
+    """
+
+    def __init__(self, model: nn.Module, micro_batches: int, group: ProcessGroup) -> None:
+        self._group, self._found = group, torch.empty(0)
+        self._all = list(model.buffers()) if micro_batches > 1 else []
+        self._averaged = [buffer for buffer in self._all if buffer.is_floating_point()]
+        self._before: list[Tensor] = []
+
+    def start_step(self) -> None:
+        """Where the buffers are now, each micro-batch begins."""
+        self._before, self._found = [buffer.clone() for buffer in self._all], torch.empty(0)
+
+    def start_micro_batch(self) -> None:
+        """Before its forward pass."""
+        for buffer, before in zip(self._all, self._before, strict=True):
+            buffer.copy_(before)
+
+    def add(self, n: int, total: int, loss: Tensor, correct: Tensor) -> None:
+        """After the backward pass of `n` images of a batch of `total`: their mean loss and how many are correct."""
+        averaged = (buffer.double() * (n / total) for buffer in self._averaged)
+        found = torch.cat([part.flatten() for part in (loss.double() * n, correct.double(), *averaged)])
+        self._found = self._found + found if len(self._found) else found
+
+    def end_step(self) -> tuple[Tensor, Tensor]:
+        """The sum of the losses, and the number of correct answers, of the whole batch."""
+        self._group.add_up(self._found)
+        loss, correct, *means = self._found.split([1, 1, *(buffer.numel() for buffer in self._averaged)])
+        for buffer, mean in zip(self._averaged, means, strict=True):
+            buffer.copy_(mean.view_as(buffer))
+        return loss[0], correct[0]
 
 
 def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int) -> LRScheduler:
@@ -428,8 +575,11 @@ def _start_log(file: Path, epochs: int) -> None:
 
 
 def _append_row(file: Path, row: dict[str, float]) -> None:
-    with file.open("a", newline="") as stream:
-        csv.DictWriter(stream, LOG_COLUMNS).writerow(row)
+    try:
+        with file.open("a", newline="") as stream:
+            csv.DictWriter(stream, LOG_COLUMNS).writerow(row)
+    except OSError as error:
+        raise OSError(f"log {str(file)!r} cannot be written: {error}; the checkpoint is whole") from error
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -440,13 +590,13 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def _batches(
-    images: Tensor, labels: Tensor, recipe: Recipe, epoch: int, first_step: int
+    images: Tensor, labels: Tensor, recipe: Recipe, epoch: int, first_step: int, own: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented float batches of one epoch from `first_step` on."""
+    """Of the batches of one epoch from `first_step` on, augmented images at the positions `own`, and all labels."""
     order = torch.randperm(len(images), generator=_generator(recipe.seed, epoch)).to(images.device)
     for step in range(first_step, len(images) // recipe.batch_size):
         chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-        yield _augment(images[chosen], recipe, _generator(recipe.seed, epoch, step)), labels[chosen]
+        yield _augment(images[chosen], recipe, _generator(recipe.seed, epoch, step), own), labels[chosen]
 
 
 def _generator(*key: int) -> torch.Generator:
@@ -460,14 +610,19 @@ def _seed(*key: int) -> int:
     return seed
 
 
-def _augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
-    """Random reflection-padded crop, horizontal flip and cutout of uint8 images; float32 in [0, 1]."""
-    n, _, height, width = images.shape
+def _augment(images: Tensor, recipe: Recipe, generator: torch.Generator, own: Tensor | None = None) -> Tensor:
+    """Random reflection-padded crop, horizontal flip and cutout of uint8 images; float32 in [0, 1].
+
+    Of a batch, of which only the images at the positions `own` are wanted; None for all.
+    """
+    total, _, height, width = images.shape
     device, padding = images.device, recipe.crop_padding
-    x = images.float() / 255
+    own = torch.arange(total) if own is None else own
+    x = images[own.to(device)].float() / 255
+    n = len(x)
 
     def draw(high: int) -> Tensor:
-        return torch.randint(high, (n, 1), generator=generator).to(device)
+        return torch.randint(high, (total, 1), generator=generator)[own].to(device)
 
     rows = draw(2 * padding + 1) + torch.arange(height, device=device)
     columns = draw(2 * padding + 1) + torch.arange(width, device=device)

@@ -183,7 +183,7 @@ def test_evaluate_writes_a_page_of_all_radii(command, tree, tmp_path):
     text = page.read_text()
     assert "Robustness of models_for_tests:small_net" in text
     for eps in ("2/255", "0.1"):
-        assert f"Result, infinity-norm at most {eps}" in text
+        assert f"Result, eps {eps}" in text
     for name in load_data(tree).classes:
         assert name in text
 
@@ -351,6 +351,10 @@ def test_parity(command, tree, tmp_path):
         (line,) = [line for line in result.lines if case in line]
         assert "exact" in line
     assert result.lines[-1] == f"{len(frame)} cases: {len(frame)} exact"
+    (noted,) = read_csv(tmp_path / "out" / "commands.csv").itertuples()
+    assert noted.file == "parity.csv"
+    assert noted.command.startswith("guardians parity --model models_for_tests:small_net --data ")
+    assert json.loads(noted.versions)["torch"] == torch.__version__
 
 
 def test_parity_on_a_bundled_model_and_the_sample(command, bundled):

@@ -189,6 +189,11 @@ class TestDecoding:
             given.append(weakref.ref(shard.images))
         assert len(given) == 5
 
+    def test_nothing_is_drawn_from_the_global_generator(self, tree: Path) -> None:
+        state = torch.get_rng_state()
+        list(open_data(tree).shards(5, workers=1))
+        assert torch.equal(torch.get_rng_state(), state)
+
     def test_a_subset_reads_no_other_file(self, tree: Path, tmp_path: Path) -> None:
         root = tmp_path / "copy"
         shutil.copytree(tree, root)

@@ -453,6 +453,24 @@ class TestInterruption:
         assert [row["epoch"] for row in log_of(tmp_path)] == ["1", "2"]
         assert run(tmp_path) == uninterrupted
 
+    def test_a_kill_costs_no_more_than_the_time_since_the_last_checkpoint(
+        self, tmp_path: Path, uninterrupted: tuple[Any, ...]
+    ) -> None:
+        class Killed(BaseException):
+            pass
+
+        def kill() -> None:
+            raise Killed
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training_loop, "SAVED_EVERY", 0.0)
+            while_loading(STEPS + 3, kill)(patch, small_model())
+            with pytest.raises(Killed):
+                run(tmp_path)
+        saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]
+        assert (saved["epoch"], saved["step"]) == (1, 2)
+        assert run(tmp_path) == uninterrupted
+
     @pytest.mark.parametrize("torn", ["2", "2,0.01", "1", "11,0.1", "3,1,1,1,1,1\r\n"])
     def test_torn_row(self, tmp_path: Path, torn: str, uninterrupted: tuple[Any, ...]) -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -839,7 +857,9 @@ class TestHoldout:
         """Robust accuracies after each epoch; the model's weights and the other arguments come to the list."""
         asked: list[dict[str, Any]] = []
 
-        def scripted(model: nn.Module, data: Dataset, steps: int, n: int | None = None, eps: float = 8 / 255) -> float:
+        def scripted(
+            model: nn.Module, data: Dataset, steps: int, n: int | None = None, *, eps: float, **_: Any
+        ) -> float:
             weights = {key: value.tolist() for key, value in model.state_dict().items()}
             asked.append({"weights": weights, "data": data, "steps": steps, "n": n, "eps": eps})
             return standings[len(asked) - 1]
@@ -943,6 +963,94 @@ class TestHoldout:
             asked = self.script(patch, (0.5, 0.6, 0.1))
             weights, _, _ = run(tmp_path, recipe)
         assert weights == asked[1]["weights"]
+
+
+class TestMicroBatches:
+    RECIPE = replace(RECIPE, attack_steps=2, ratio=0.4, mixup_alpha=1.0, holdout=6, label_smoothing=0.1)
+
+    @pytest.mark.parametrize("micro_batches", [2, 5, 16])
+    def test_without_batch_norm_they_are_the_batch(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batches: int
+    ) -> None:
+        """Augmented, perturbed, mixed and weighed as the whole, also where some are smaller than others."""
+        monkeypatch.setattr(training_loop, "bfloat16_is_native", lambda device: False)
+        logs, states = [], []
+        for number in (1, micro_batches):
+            torch.manual_seed(0)
+            model = nn.Sequential(
+                nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)
+            )
+            options: dict[str, Any] = {"micro_batches": number, "verbose": False}
+            train(model, TRAIN, TEST, self.RECIPE, tmp_path / str(number), **options)
+            logs.append([float(row["train_loss"]) for row in log_of(tmp_path / str(number))])
+            states.append(model.state_dict())
+        torch.testing.assert_close(states[0], states[1], rtol=1e-3, atol=1e-5)
+        assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+
+    def test_running_statistics_move_by_the_mean_over_them(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(training_loop, "bfloat16_is_native", lambda device: False)
+        recipe, model, inputs = replace(RECIPE, epochs=1, batch_size=70), small_model(), []
+        model[0].register_forward_hook(lambda m, _, output: inputs.append(output.detach()) if model.training else None)
+        train(model, TRAIN, TEST, recipe, tmp_path, micro_batches=4, verbose=False)
+        assert [len(x) for x in inputs] == [18, 18, 17, 17]
+        parts = [x.double().transpose(0, 1).flatten(1) for x in inputs]
+        for statistic, start, found in (("mean", 0.0, model[1].running_mean), ("var", 1.0, model[1].running_var)):
+            mean = sum(len(x) / 70 * getattr(part, statistic)(1) for x, part in zip(inputs, parts, strict=True))
+            torch.testing.assert_close(found.double(), 0.9 * start + 0.1 * mean, rtol=1e-5, atol=1e-6)
+        assert int(model[1].num_batches_tracked) == 1
+
+    def test_with_batch_norm_the_model_is_as_good(self, tmp_path: Path) -> None:
+        data, test = two_features(1000, seed=2), two_features(200, seed=3)
+        recipe = Recipe(epochs=8, batch_size=50, peak_lr=0.2, crop_padding=1, cutout=0, eps=EPS, eps_step=EPS / 2)
+        recipe, found = replace(recipe, attack_steps=3), []
+        for number in (1, 2):
+            model = small_model()
+            options: dict[str, Any] = {"micro_batches": number, "verbose": False}
+            clean = train(model, data, test, recipe, tmp_path / str(number), **options)
+            found.append((clean, robust_accuracy(model, test, 10, eps=EPS)))
+        assert min(map(min, found)) > 0.5
+        assert np.abs(np.subtract(*found)).max() < 0.1
+
+    def test_a_run_goes_on_with_as_many(self, tmp_path: Path) -> None:
+        whole, model = small_model(), small_model()
+        result = train(whole, TRAIN, TEST, RECIPE, tmp_path / "whole", micro_batches=3, verbose=False)
+        with pytest.MonkeyPatch.context() as patch:
+            while_loading(STEPS + 2, interrupt)(patch, model)
+            with pytest.raises(KeyboardInterrupt):
+                train(model, TRAIN, TEST, RECIPE, tmp_path / "run", micro_batches=3, verbose=False)
+        assert run(tmp_path / "run") == outcome(tmp_path / "whole", whole, result)
+
+    def test_out_of_range(self, tmp_path: Path) -> None:
+        for number in (0, -1):
+            with pytest.raises(ValueError, match=f"micro_batches={number}: must be"):
+                train(small_model(), TRAIN, TEST, RECIPE, tmp_path / "run", micro_batches=number)
+        with pytest.raises(ValueError, match=r"micro_batches=17: must be from 1.* to batch_size=16"):
+            train(small_model(), TRAIN, TEST, RECIPE, tmp_path / "run", micro_batches=17)
+        for value in (0.0, -1.0, math.nan, math.inf):
+            with pytest.raises(ValueError, match=f"timeout={value}: must be above 0"):
+                train(small_model(), TRAIN, TEST, RECIPE, tmp_path / "run", timeout=value)
+        assert not (tmp_path / "run").exists()
+
+    def test_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def no_space(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        with pytest.MonkeyPatch.context() as patch:
+            writing_the_checkpoint(2, no_space)(patch, small_model())
+            with pytest.raises(OSError, match=r"checkpoint .*run/checkpoint.pt' cannot be written: .*No space left"):
+                run(tmp_path / "run")
+        assert run(tmp_path / "run") == run(tmp_path / "whole")
+
+    def test_dropout_is_a_function_of_the_seed(self, tmp_path: Path) -> None:
+        states = []
+        for seed in (1, 2):
+            model = small_model().append(nn.Dropout(0.3))
+            torch.manual_seed(seed)
+            train(model, TRAIN, TEST, RECIPE, tmp_path / str(seed), verbose=False)
+            states.append(model[5].weight.tolist())
+        assert states[0] == states[1]
 
 
 class TestBadCheckpoint:

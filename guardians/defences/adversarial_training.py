@@ -136,10 +136,10 @@ class AdversarialTrainer(Trainer):
                 `fit` does: by cross-entropy as they are, by a loss of labels as the largest.
             batch_size: images in a step; the last batch of an epoch may be smaller.
             nb_epochs: passes over the images.
-            checkpoint: a file, written after each epoch and on Ctrl-C, which then waits for the end of the step. Where
-                it exists, training goes on from it: an interrupted fit, called again with the same arguments, gives the
-                weights of one that was not. The global generators come back with it. Beside it lies a file whose lock
-                keeps other trainings off.
+            checkpoint: a file, written after each epoch, every five minutes and on Ctrl-C, which then waits for the end
+                of the step. Where it exists, training goes on from it: an interrupted fit, called again with the same
+                arguments, gives the weights of one that was not. The global generators come back with it. Beside it
+                lies a file whose lock keeps other trainings off.
             **kwargs: those of the classifier's `fit`, with what they do there to a single batch. `scheduler` takes a
                 step after each batch; `training_mode=False` trains the model in evaluation mode. All others are without
                 effect: `drop_last` and `validation_data` silently, of the rest the log says so.
@@ -303,7 +303,7 @@ class AdversarialTrainer(Trainer):
                     attacks[turn], getattr(self.attacks[turn], "seed", None), x[chosen.to(device)], y[chosen], number
                 )
             model.train(training_mode)
-            descend(self._loss(asked, x, y), classifier.optimizer, scheduler)
+            descend([self._loss(asked, x, y)], classifier.optimizer, scheduler)
             bar.update()
 
         def measure() -> dict[str, float]:

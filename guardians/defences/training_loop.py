@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from guardians.attacks import PGD
 from guardians.data import class_balanced_mask
 from guardians.engine.attack import Attack
+from guardians.engine.process_group import ALONE, ProcessGroup
 from guardians.engine.search import InPrecision, bfloat16_is_native, folded_view, works_in
 from guardians.engine.victim import Victim
 
@@ -46,6 +48,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch")
+
+SAVED_EVERY = 300.0
+"""Seconds after which a checkpoint is written in the middle of an epoch, too."""
 
 
 class State:
@@ -116,10 +121,11 @@ class Checkpoint:
         file: where it is.
         run: what the run is, in plain values: a file of another run is refused.
         parts: all that changes in the run, objects with `state_dict` and `load_state_dict`.
+        group: of which the first process reads and writes.
     """
 
-    def __init__(self, file: Path, run: dict[str, Any], parts: dict[str, Any]) -> None:
-        self.file, self.run, self.parts = file, run, parts
+    def __init__(self, file: Path, run: dict[str, Any], parts: dict[str, Any], group: ProcessGroup = ALONE) -> None:
+        self.file, self.run, self.parts, self.group = file, run, parts, group
 
     def restore(self) -> bool:
         """Bring the parts to where the file says they were, if there is one; whether there was.
@@ -127,30 +133,57 @@ class Checkpoint:
         Raises:
             ValueError: it cannot be read, or is of another run or another model.
         """
-        if not self.file.exists():
+        state = self.group.from_first(self._read)
+        if state is None:
             return False
-        try:
+        with self._refused():
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+        return True
+
+    def _read(self) -> dict[str, Any] | None:
+        if not self.file.exists():
+            return None
+        with self._refused():
             state: dict[str, Any] = torch.load(self.file, map_location="cpu", weights_only=True)
             here, there = self.run, state["run"]
             if here != there:
                 changed = {key: (there.get(key), here.get(key)) for key in here | there}
                 changed = {key: values for key, values in changed.items() if values[0] != values[1]}
                 raise ValueError(f"it was written with other settings or data (there, here): {changed}")
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
+        return state
+
+    @contextmanager
+    def _refused(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # torch.load raises a different type for each way a file can be broken
             raise ValueError(
                 f"checkpoint {str(self.file)!r} cannot be resumed: {type(error).__name__}: {error}; "
                 "delete it to start over"
             ) from error
-        return True
 
     def save(self) -> None:
-        """Write the parts as they are; a kill while writing leaves the previous file whole."""
+        """Write the parts as they are; a kill or a failure while writing leaves the previous file whole.
+
+        Raises:
+            OSError: it cannot be written, as on a full disk.
+        """
+        if not self.group.is_first:
+            return
         state = {"run": self.run} | {name: part.state_dict() for name, part in self.parts.items()}
         partial = Path(f"{self.file}.partial")
-        torch.save(state, partial)
-        partial.replace(self.file)
+        try:
+            with partial.open("wb") as stream:
+                torch.save(state, stream)
+                stream.flush()
+                os.fsync(stream.fileno())  # else a power failure may leave the new name with nothing in it
+            partial.replace(self.file)
+        except (OSError, RuntimeError) as error:  # torch's writer has the second for some failures
+            partial.unlink(missing_ok=True)
+            raise OSError(
+                f"checkpoint {str(self.file)!r} cannot be written: {error}; the previous one, if any, is whole"
+            ) from error
 
 
 @contextmanager
@@ -189,10 +222,12 @@ def run_epochs(
     measure: Callable[[], dict[str, float]],
     record: Callable[[dict[str, float]], None],
     checkpoint: Checkpoint | None,
+    group: ProcessGroup = ALONE,
 ) -> None:
     """Train from where `progress` stands to the last epoch, or until robustness collapses.
 
-    With a checkpoint, which is written after every epoch and on Ctrl-C, Ctrl-C waits for the end of the step.
+    With a checkpoint, which is written after every epoch, every five minutes and on Ctrl-C, Ctrl-C waits for the end of
+    the step; of several processes, for that of the step after which all know of it.
 
     Args:
         model: is trained.
@@ -201,23 +236,42 @@ def run_epochs(
         best: judges the "robust_accuracy" after each epoch, where it is not NaN.
         batches: those of `progress.epoch` from `progress.step` on.
         step: trains on a batch.
-        measure: what is known of the model after an epoch. It leaves no trace, as it may be interrupted and repeated.
+        measure: what is known of the model after an epoch, the same in all processes. It leaves no trace, as it may be
+            interrupted and repeated.
         record: is given that, before the next epoch begins.
         checkpoint: has `progress`, `best` and all else that changes; None for a run that cannot be resumed.
+        group: the processes that train the model.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C, after the checkpoint is written.
     """
     whole = nullcontext if checkpoint is None else uninterrupted
     start, between_steps = time.perf_counter() - progress.seconds, True
+    saved = time.monotonic()
+
+    def take(batch: Batch) -> None:
+        nonlocal between_steps, saved
+        between_steps = False
+        step(batch)
+        progress.step += 1
+        between_steps = True
+        if checkpoint is not None and time.monotonic() - saved > SAVED_EVERY:
+            progress.seconds = time.perf_counter() - start
+            checkpoint.save()
+            saved = time.monotonic()
+
     try:
         while progress.epoch < epochs and not best.collapsed:
-            for batch in batches():
-                with whole():
-                    between_steps = False
-                    step(batch)
-                    progress.step += 1
-                    between_steps = True
+            if group.size == 1:
+                for batch in batches():
+                    with whole():
+                        take(batch)
+            else:  # a signal comes to each at another time, and nobody is to wait for one who has stopped
+                with uninterrupted() as received:
+                    for batch in batches():
+                        take(batch)
+                        if group.any(bool(received)):
+                            raise KeyboardInterrupt
             measured = measure()
             progress.seconds = time.perf_counter() - start
             with whole():
@@ -236,20 +290,25 @@ def run_epochs(
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the end of the block, so that no checkpoint has half a step or misses its log row."""
-    previous = signal.getsignal(signal.SIGINT)
-    if previous is None or threading.current_thread() is not threading.main_thread():
-        yield  # not Python's to handle, or handled in another thread
-        return
+def uninterrupted() -> Iterator[list[int]]:
+    """Hold Ctrl-C and SIGTERM back until the end of the block, so that no checkpoint has half a step or misses its row.
+
+    It yields the signals that have come so far; they are raised in the end, unless an error ends the block.
+    """
     received: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    held: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # in another no handler can be set
+        held = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    held = {number: handler for number, handler in held.items() if handler is not None}  # Python's to handle
+    for number in held:
+        signal.signal(number, lambda received_number, _: received.append(received_number))
     try:
-        yield
+        yield received
     finally:
-        signal.signal(signal.SIGINT, previous)
-    if received:
-        signal.raise_signal(signal.SIGINT)
+        for number, handler in held.items():
+            signal.signal(number, handler)
+    for number in dict.fromkeys(received):
+        signal.raise_signal(number)
 
 
 def asked_in(precision: str, victim: Victim, device: torch.device, images: Tensor | None = None) -> InPrecision:
@@ -273,7 +332,7 @@ def asked_in(precision: str, victim: Victim, device: torch.device, images: Tenso
     return InPrecision(victim.module, dtype, is_folded=False, channels_last=gains and works(dtype, True))
 
 
-def logits_of(asked: InPrecision, x: Tensor) -> Tensor:
+def logits_of(asked: nn.Module, x: Tensor) -> Tensor:
     """Logits (N, classes) in training, whatever autocast the caller is in."""
     with torch.autocast(x.device.type, enabled=False):
         logits: Tensor = asked(x)
@@ -296,10 +355,14 @@ def on_model_as_trained(attack: Attack, asked: InPrecision, images: Tensor) -> A
     return attack
 
 
-def descend(loss: Tensor, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
-    """A step of the optimizer, and of the schedule of its learning rate where there is one."""
+def descend(losses: Iterable[Tensor], optimizer: torch.optim.Optimizer, schedule: Any) -> None:
+    """A step of the optimizer down the sum of losses, and of the schedule of its learning rate where there is one.
+
+    A loss is differentiated before the next is asked for.
+    """
     optimizer.zero_grad()
-    loss.backward()
+    for loss in losses:
+        loss.backward()
     optimizer.step()
     if schedule is not None:
         schedule.step()
@@ -324,10 +387,10 @@ def watching(estimator: Any, norm: Any, eps: Any, batch_size: int, steps: int = 
     )
 
 
-def share_standing(attack: Attack, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+def share_standing(attack: Attack, batches: Iterable[tuple[Tensor, Tensor]], first_index: int = 0) -> float:
     """Robust accuracy: the share of images that an attack with `early_stop` cannot make the model get wrong."""
     fooled = images = 0
-    for finished in attack.stream(batches):
+    for finished in attack.stream(batches, first_index=first_index):
         assert finished.fooled is not None
         fooled, images = fooled + int(finished.fooled.sum()), images + len(finished.index)
     return 1 - fooled / images

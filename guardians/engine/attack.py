@@ -181,7 +181,7 @@ class Attack(ClassifierAttack):
                 )
             yield inputs
 
-    def _run(self, inputs: dict[str, Tensor], device: torch.device, first_index: int) -> Tensor:
+    def _run(self, inputs: dict[str, Tensor], device: torch.device, first_index: int | np.ndarray) -> Tensor:
         x = inputs["x"]
         x_adv, fooled, judged = torch.empty_like(x), np.zeros(len(x), dtype=bool), True
         for finished in self._search([inputs], device, len(x), first_index):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CountingModel", "PeakMemory", "peak_memory"]
+__all__ = ["CountingModel", "PeakMemory", "peak_memory", "resident_peak"]
 
 
 class CountingModel(nn.Module):
@@ -72,7 +72,7 @@ def peak_memory(device: torch.device | str = "cpu") -> Iterator[PeakMemory]:
     else:
         reset = _reset_resident_peak()
         yield peak
-        peak.mb = (_resident_peak() if reset else None) or _resident_peak_of_process()
+        peak.mb = (_resident_peak() if reset else None) or resident_peak()
 
 
 def _reset_resident_peak() -> bool:
@@ -90,10 +90,15 @@ def _resident_peak() -> float | None:
     return None
 
 
-def _resident_peak_of_process() -> float:
+def resident_peak(*, of_children: bool = False) -> float:
+    """The peak of the resident memory of this process since it started, or of the largest of its children that ended.
+
+    In MB (10^6 bytes); NaN where the system does not tell.
+    """
     try:
         import resource
     except ImportError:  # Windows
         return float("nan")
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    whose = resource.RUSAGE_CHILDREN if of_children else resource.RUSAGE_SELF
+    return resource.getrusage(whose).ru_maxrss * unit / 1e6

@@ -1,10 +1,11 @@
-"""The memory of PGD (inf, 8/255) on images that are read lazily, in a process of its own."""
+"""Memory and speed of decoding JPEG files, and of PGD (inf, 8/255) on them, each in a process of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,33 +13,36 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
+from PIL import Image
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from guardians.attacks import PGD
-from guardians.data import Dataset, class_balanced_subset
+from guardians.data import Dataset, class_balanced_subset, open_data
 from guardians.engine.checks import check_integer
-from guardians.experiments.counting import peak_memory
+from guardians.experiments.counting import peak_memory, resident_peak
 from guardians.experiments.timing import timed
 from guardians.models import load_model
 
 __all__ = ["MEMORY_COLUMNS", "measure_memory"]
 
 EPS, EPS_STEP = 8 / 255, 2 / 255
-_CHUNK = 1000
-"""Images written at once."""
+_DISTINCT = 1000
+"""Files with images of their own; the others are hard links to them, so reading is from memory that caches the disk."""
 
 MEMORY_COLUMNS = {
-    "model": "name of the model",
-    "n": "number of images, read lazily",
-    "steps": "of PGD, native with early_stop and precision auto",
-    "batch_size": "images in one forward pass, and in one batch read",
-    "peak_memory_mb": "peak memory in MB (10^6 bytes) of a process of its own: resident, or on a GPU allocated there",
-    "peak_anonymous_mb": "largest resident memory in MB, files that are mapped left out, whenever results came; empty "
-    "where the system does not tell",
-    "seconds": "wall-clock time, reading included, without a warm-up",
+    "work": "decode: the files alone; attack in memory: of images that are decoded before; attack: of files",
+    "model": "name of the model, in front of which images are averaged to the size that it is for; empty for decode",
+    "n": "number of images",
+    "side": "of an image, in pixels",
+    "workers": "processes that decode; 0 for an attack in memory",
+    "steps": "of PGD, native with early_stop and precision auto; 0 for decode",
+    "batch_size": "images in one shard and in one forward pass",
+    "peak_memory_mb": "peak memory in MB (10^6 bytes) of the process that asks for images: resident, or on a GPU "
+    "allocated there",
+    "worker_peak_mb": "largest resident memory in MB of a process that decodes, what it shares with the one that asks "
+    "included; empty where the system does not tell",
+    "seconds": "wall-clock time, without a warm-up; of an attack in memory without decoding",
     "images_per_second": "n / seconds",
     "robust_accuracy": "fraction that the model classifies correctly both clean and attacked",
 }
@@ -49,113 +53,121 @@ def measure_memory(
     data: Dataset,
     sizes: Sequence[int] = (1000, 50_000),
     *,
+    workers: Sequence[int] = (1, 2),
+    side: int = 224,
     steps: int = 40,
-    batch_size: int = 128,
+    batch_size: int = 32,
     device: str = "cpu",
 ) -> pd.DataFrame:
-    """Peak memory of native PGD on images that are read from a memory-mapped file, `MEMORY_COLUMNS`.
+    """Peak memory and speed of `open_data` and of native PGD on an `ImageFolder` of JPEG files, `MEMORY_COLUMNS`.
 
-    Each number of images is attacked in a fresh process.
+    Decoding is measured for each number of images and of workers, the attack for each number of images with the first
+    number of workers, and on the smallest number of images in memory.
 
     Args:
         model: name of the model, see `load_model`.
-        data: images, in the order of a class-balanced draw, and from the first again where they are too few.
-        sizes: numbers of images.
+        data: images, of which 1,000 or as many as there are, in a class-balanced draw, are enlarged to files.
+        sizes: numbers of images; beyond the 1,000 they are the same again, under other names.
+        workers: numbers of processes that decode, each at least 1.
+        side: to which images are enlarged, in pixels.
         steps: of PGD.
-        batch_size: images in one forward pass, and in one batch read.
+        batch_size: images in one shard and in one forward pass.
         device: where the model goes.
 
     Raises:
-        TypeError, ValueError: a size, `steps` or `batch_size` is not an integer of at least 1, or there is no size.
+        TypeError, ValueError: a size, a number of workers, `side`, `steps` or `batch_size` is not an integer of at
+            least 1, or there is no size or no number of workers.
     """
-    check_integer("steps", steps, low=1)
-    check_integer("batch_size", batch_size, low=1)
-    if not sizes:
-        raise ValueError("sizes=[]: needed is at least one number of images")
-    for size in sizes:
-        check_integer("sizes", size, low=1)
+    for name, values in (("sizes", sizes), ("workers", workers)):
+        if not values:
+            raise ValueError(f"{name}=[]: needed is at least one number")
+        for value in values:
+            check_integer(name, value, low=1)
+    for name, value in (("side", side), ("steps", steps), ("batch_size", batch_size)):
+        check_integer(name, value, low=1)
+    tasks: list[tuple[str, int, int]] = [("decode", n, count) for n in sizes for count in workers]
+    tasks += [("attack in memory", min(sizes), 0), *(("attack", n, workers[0]) for n in sizes)]
     rows = []
     with TemporaryDirectory() as folder:
-        _write_images(Path(folder), data, max(sizes))
-        for n in tqdm(sizes, desc="memory", unit="run"):
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                task = process.submit(
-                    _attack_files, model, folder, n, steps, batch_size, device, torch.get_num_threads()
-                )
-                rows.append({"model": model, "n": int(n), "steps": steps, "batch_size": batch_size, **task.result()})
+        _write_images(Path(folder), data, max(sizes), side)
+        for work, n, count in tqdm(tasks, desc="memory", unit="run"):
+            settings: dict[str, Any] = {"n": int(n), "workers": int(count), "batch_size": batch_size}
+            shown = {"work": work, "model": "", "side": side, "steps": 0, **settings}
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_starts_as_usual) as process:
+                if work == "decode":
+                    task = process.submit(_decode, folder, **settings)
+                else:
+                    shown |= {"model": model, "steps": steps}
+                    settings |= {"steps": steps, "size": data.image_shape[1:], "device": device}
+                    task = process.submit(_attack, folder, model, **settings, threads=torch.get_num_threads())
+                rows.append({**shown, **task.result()})
     return pd.DataFrame(rows, columns=list(MEMORY_COLUMNS))
 
 
-class _MappedImages(TorchDataset[tuple[Tensor, Tensor]]):
-    """The first `n` images and labels of a folder that `_write_images` has written.
-
-    The file is mapped for one read at a time: pages that were read no longer count as memory of the process.
-    """
-
-    def __init__(self, folder: str | Path, n: int) -> None:
-        self._folder, self._n = Path(folder), n
-
-    def __len__(self) -> int:
-        return self._n
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
-        """Several at once, which is how a `DataLoader` asks."""
-        images, labels = (
-            torch.from_numpy(np.load(self._folder / f"{name}.npy", mmap_mode="r")[indices])
-            for name in ("images", "labels")
-        )
-        return list(zip(images.float() / 255, labels, strict=True))
+def _starts_as_usual() -> None:
+    """What is spawned would spawn the processes that decode, too, which takes seconds each."""
+    set_start_method(None, force=True)
 
 
-def _write_images(folder: Path, data: Dataset, n: int) -> None:
-    """The images and labels as .npy files, written piece by piece."""
-    order = np.resize(class_balanced_subset(data.labels.numpy(), len(data)), n)
-    for name, values in (("images", data.images), ("labels", data.labels)):
-        array = values.numpy()
-        file = np.lib.format.open_memmap(
-            folder / f"{name}.npy", mode="w+", dtype=array.dtype, shape=(n, *array.shape[1:])
-        )
-        for first in range(0, n, _CHUNK):
-            file[first : first + _CHUNK] = array[order[first : first + _CHUNK]]
-        file.flush()
+def _write_images(folder: Path, data: Dataset, n: int, side: int) -> None:
+    """An `ImageFolder` tree of `n` JPEG files of `side` x `side` pixels, its class folders named by their labels."""
+    chosen = class_balanced_subset(data.labels.numpy(), min(n, len(data), _DISTINCT))
+    for i in range(n):
+        same = i % len(chosen)
+        place = folder / "test" / str(int(data.labels[chosen[same]]))
+        place.mkdir(parents=True, exist_ok=True)
+        file = place / f"{i}.jpg"
+        if i != same:
+            os.link(place / f"{same}.jpg", file)
+            continue
+        pixels = data.images[chosen[same]].permute(1, 2, 0).numpy()
+        picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+        picture.resize((side, side), Image.Resampling.BICUBIC).save(file, quality=90)
 
 
-def _attack_files(
-    model: str, folder: str, n: int, steps: int, batch_size: int, device: str, threads: int
+def _decode(folder: str, n: int, workers: int, batch_size: int) -> dict[str, float]:
+    """Decode `n` images of a folder; what a process of its own has to say of it."""
+    data = open_data(folder, n=n)
+    with peak_memory() as peak:
+        _, seconds = timed(lambda: sum(len(shard) for shard in data.shards(batch_size, workers=workers)))
+    return _costs(n, workers, peak.mb, seconds)
+
+
+def _attack(
+    folder: str,
+    model: str,
+    n: int,
+    workers: int,
+    batch_size: int,
+    steps: int,
+    size: tuple[int, ...],
+    device: str,
+    threads: int,
 ) -> dict[str, float]:
-    """Attack the first `n` images of a folder; what a process of its own has to say of it."""
+    """Attack `n` images of a folder, without workers in memory; what a process of its own has to say of it."""
     torch.set_num_threads(threads)
+    averaged = nn.Sequential(nn.AdaptiveAvgPool2d(size), load_model(model, device=device)).eval()
     options: dict[str, Any] = {"batch_size": batch_size, "seed": 0, "early_stop": True, "verbose": False}
-    attack = PGD(load_model(model, device=device), np.inf, EPS, EPS_STEP, max_iter=steps, **options)
-    batches = DataLoader(_MappedImages(folder, n), batch_size=batch_size)
-    robust, anonymous = 0, _anonymous_mb()
+    attack = PGD(averaged, np.inf, EPS, EPS_STEP, max_iter=steps, **options)
+    files = open_data(folder, n=n)
+    data = files if workers else files[:]
+    labels, robust = torch.tensor([int(name) for name in files.classes]), 0
 
-    def run() -> Tensor:
-        nonlocal robust, anonymous
-        for finished in attack.stream(batches):
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for shard in data.shards(batch_size, workers=workers):
+            yield shard.as_floats(), labels[shard.labels]
+
+    def run() -> None:
+        nonlocal robust
+        for finished in attack.stream(batches()):
             assert finished.fooled is not None
             robust += int((~finished.fooled).sum())
-            anonymous = max(anonymous, _anonymous_mb())
-        return torch.empty(0, device=device)
 
     with peak_memory(device) as peak:
         _, seconds = timed(run)
-    return {
-        "peak_memory_mb": peak.mb,
-        "peak_anonymous_mb": anonymous,
-        "seconds": seconds,
-        "images_per_second": n / seconds,
-        "robust_accuracy": robust / n,
-    }
+    return {**_costs(n, workers, peak.mb, seconds), "robust_accuracy": robust / n}
 
 
-def _anonymous_mb() -> float:
-    """Resident memory of this process without mapped files, in MB; NaN where the system does not tell."""
-    status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.exists() else []:
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    return float("nan")
+def _costs(n: int, workers: int, peak: float, seconds: float) -> dict[str, float]:
+    of_worker = resident_peak(of_children=True) if workers else float("nan")
+    return {"peak_memory_mb": peak, "worker_peak_mb": of_worker, "seconds": seconds, "images_per_second": n / seconds}

@@ -24,6 +24,7 @@ __all__ = [
     "local_optimality",
     "minimum_norm_table",
     "minimum_norm_view",
+    "show_perturbations",
 ]
 
 MINIMUM_NORM_COLUMNS = {
@@ -86,7 +87,7 @@ def consts_view(store: Store, runs: Sequence[tuple[Run, str]], out: Path) -> pd.
         plot_accuracy_by_const(frame, out / "carlini_wagner_consts.png")
     shown = [run for run, _ in runs if run.subject is runs[0][0].subject and _const(run) in _SHOWN_CONSTS]
     if shown:
-        _show(shown, out / "carlini_wagner_c.png")
+        show_perturbations(shown, out / "carlini_wagner_c.png")
     return frame
 
 
@@ -101,7 +102,7 @@ def _const(run: Run) -> float:
     return float(run.attack.get("const", np.nan))
 
 
-def _show(runs: Sequence[Run], path: Path) -> None:
+def show_perturbations(runs: Sequence[Run], path: Path) -> None:
     """The first images of runs on one subject, which are made again for it."""
     data, subject = runs[0].data, runs[0].subject
     x, y = data.as_floats()[:_SHOWN].to(runs[0].device), data.labels[:_SHOWN].to(runs[0].device)

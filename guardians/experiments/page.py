@@ -35,6 +35,8 @@ _FLAG_COLUMNS = ("flags", "raised", "planted")
 _WORD, _LONG = 26, 40
 """Characters up to which a cell is one line, and from which it is wide."""
 _EXAMPLES = 8
+_MOST_ROWS = 10_000
+"""Images that are listed; browsers are slow beyond."""
 _SUMMARY_COLUMNS = ("norm", "eps", "n", "clean_accuracy", "robust_accuracy", "robust_accuracy_low")
 _STAGE_COLUMNS = {
     "stage": "the attack, in the order in which they are run, each on the images that still stand; clean is none",
@@ -304,7 +306,7 @@ def evaluation_page(
         sections.append(Section("radii", "All radii", table=summary, columns=meanings, shown=shown, flags=FLAGS))
     for number, one in enumerate(found):
         after = f"-{number + 1}" if number else ""
-        where = f", {_ball(one)}" if len(found) > 1 else ""
+        where = f", eps {printed('eps', one.eps)}" if len(found) > 1 else ""
         sections += _sections_of(
             one, after, where, images=images, model=model, data=data, classes=names, command=command
         )
@@ -369,21 +371,24 @@ def _sections_of(
         ["Where the curve is flat, more of the same attacks would not change the number."],
         figures=[_curve(one)],
     )
+    text = ["Which attack felled each image, at what norm, and what the search cost."]
+    if len(by_image) > _MOST_ROWS:
+        text.append(f"The first {_MOST_ROWS:,} of {len(by_image):,} images; `evaluation_images.csv` has all.")
     table = Section(
         f"images{after}",
         f"Image by image{where}",
-        ["Which attack felled each image, at what norm, and what the search cost."],
-        table=by_image,
+        text,
+        table=by_image[:_MOST_ROWS],
         columns=_IMAGE_COLUMNS,
     )
     sections = [result, stages, curve, table]
     examples = [] if images is None else _examples(one, images, model, classes)
     if examples:
-        text = (
+        shown = (
             "The first images that an attack felled: as they are, attacked, and the perturbation alone, magnified "
             "around grey until its largest change is black or white."
         )
-        sections.insert(3, Section(f"examples{after}", f"Adversarial images{where}", [text], examples=examples))
+        sections.insert(3, Section(f"examples{after}", f"Adversarial images{where}", [shown], examples=examples))
     return sections
 
 
@@ -418,7 +423,8 @@ def _examples(one: Evaluation, images: Tensor, model: Any, classes: Sequence[str
             Part(_png(0.5 + factor * delta), f"perturbation of image {row}", f"perturbation times {factor:.3g}"),
         ]
         distance = printed("eps", float(one.distance[row]))
-        text = f"Image {row}: {one.stages[one.stage[row]]}, norm {distance}, {one.backward[row]} gradients"
+        cost = f"{one.forward[row]} evaluations of the model, {one.backward[row]} of its gradient"
+        text = f"Image {row}: {one.stages[one.stage[row]]}, norm {distance}; {cost}"
         examples.append(Example(parts, text))
     return examples
 

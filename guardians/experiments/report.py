@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from guardians.experiments.audit import RULES
+from guardians.experiments.commands import COMMANDS
 from guardians.experiments.defence_speed import SPEED_COLUMNS
 from guardians.experiments.defences import DEFENCE_COLUMNS
 from guardians.experiments.evaluation import EVALUATION_COLUMNS
@@ -34,7 +35,7 @@ class Known:
     Attributes:
         title: of its section.
         text: what it says.
-        command: that writes it, unless the folder's README.md says another.
+        command: that writes it, unless `commands.csv` or the README.md of the folder says another.
         columns: what they mean.
         shown: columns that are visible at first; empty for all.
         flags: that its rows may have, and what each means.
@@ -71,8 +72,8 @@ _EVALUATION = Known(
     of_runs=("model_digest", "data", "attack", "implementation", "device"),
 )
 _HEADLINE = (
-    *("model", "norm", "eps", "n", "clean_accuracy", "robust_accuracy", "interval", "reference_n"),
-    *("on_reference_images", "reference_accuracy", "speedup"),
+    *("model", "norm", "eps", "robust_accuracy", "interval", "clean_accuracy", "n"),
+    *("on_reference_images", "reference_accuracy", "reference_n", "speedup"),
 )
 _THROUGHPUT = Known(
     "Throughput",
@@ -205,6 +206,7 @@ TABLES: dict[str, Known] = {
                 "Clean, adversarial and magnified perturbation",
             ),
         },
+        of_runs=("model", "n"),
     ),
     "attack_throughput.csv": _THROUGHPUT,
     "attack_overhead.csv": Known(
@@ -261,13 +263,13 @@ def report_page(
     if not tables:
         raise ValueError(f"folder={str(folder)!r} has none of the tables that a report shows: {', '.join(TABLES)}")
     runs: dict[Path, pd.DataFrame] = {}
-    commands = _commands(folder / "README.md")
+    said = _commands(folder / "README.md")
     sections = []
     for name, frame in tables.items():
         at = (folder / name).parent
         if at not in runs:
             runs[at] = _runs(at)
-        sections.append(_section(folder, name, frame, runs[at], commands.get(name)))
+        sections.append(_section(folder, name, frame, runs[at], said.get(name)))
     if drawn:
         figures = [
             Figure(one.title, one.caption, data_uri(_file(folder / "figures", one.name)), one.command) for one in drawn
@@ -282,9 +284,12 @@ def report_page(
     write_page(path, title, sections, lede=lede, claims=list(_claims(tables)))
 
 
-def _section(folder: Path, name: str, frame: pd.DataFrame, runs: pd.DataFrame, command: str | None) -> Section:
-    known = TABLES[name]
-    written = command or f"`{known.command}`"
+def _section(folder: Path, name: str, frame: pd.DataFrame, runs: pd.DataFrame, said: str | None) -> Section:
+    known, path = TABLES[name], folder / name
+    written = said or f"`{known.command}`"
+    noted = _noted(path)
+    if len(noted):
+        written = "; ".join(f"`{command}`" for command in noted["command"].unique())
     figures = [
         Figure(title, caption, data_uri(folder / file))
         for file, (title, caption) in known.figures.items()
@@ -298,7 +303,7 @@ def _section(folder: Path, name: str, frame: pd.DataFrame, runs: pd.DataFrame, c
         key=_key(name),
         title=known.title,
         text=[known.text],
-        facts={"Table": f"`{name}`", "Command": written, **_provenance(frame, runs, known.of_runs), **counts},
+        facts={"Table": f"`{name}`", "Command": written, **_provenance(frame, noted, runs, known.of_runs), **counts},
         table=frame,
         columns=known.columns,
         shown=[column for column in known.shown if column in frame],
@@ -343,24 +348,30 @@ def _runs(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(Store(folder).runs())
 
 
-def _provenance(frame: pd.DataFrame, runs: pd.DataFrame, by: Sequence[str]) -> dict[str, str]:
-    """Versions and commits: of the rows, or of the runs that are of the same models, images and so on."""
+def _noted(path: Path) -> pd.DataFrame:
+    """What `commands.csv` says of a table: a row a command and code."""
+    beside = path.with_name(COMMANDS)
+    commands = read_csv(beside) if beside.exists() else pd.DataFrame({"file": []})
+    return commands[commands["file"] == path.name]
+
+
+def _provenance(frame: pd.DataFrame, noted: pd.DataFrame, runs: pd.DataFrame, by: Sequence[str]) -> dict[str, str]:
+    """Versions and commits: of the rows, of the commands, or of the runs of the same models, images and so on."""
     if {"versions", "commit"} <= set(frame):
         sources, whose = frame, "rows"
+    elif len(noted):
+        sources, whose = noted, "commands"
+    elif by and set(by) <= set(frame) & set(runs):
+        sources = runs.merge(frame[list(by)].drop_duplicates(), on=list(by))
+        whose = f"runs in the store of the same {', '.join(by)}".replace("_", " ")
     else:
-        if not by or not set(by) <= set(frame) & set(runs):
-            return {"Versions": "not recorded with this table"}
-        sources, whose = runs.merge(frame[list(by)].drop_duplicates(), on=list(by)), "runs"
-    versions = sources["versions"].map(lambda cell: json.loads(cell) if isinstance(cell, str) and cell else cell)
-    named = [
-        ", ".join(f"{package} {version}" for package, version in cell.items() if version)
-        for cell in versions
-        if isinstance(cell, dict) and cell
-    ]
+        return {"Versions": "not recorded with this table"}
+    versions = [json.loads(cell) if isinstance(cell, str) else cell for cell in sources["versions"] if cell]
+    named = [", ".join(f"{package} {version}" for package, version in cell.items() if version) for cell in versions]
     counts = sources["commit"].map(_short).value_counts().sort_index()
     commits = ", ".join(f"{commit} ({count})" for commit, count in counts.items())
     return {
-        "Versions": "; ".join(dict.fromkeys(named)) or "not recorded",
+        "Versions": "; ".join(dict.fromkeys(filter(None, named))) or "not recorded",
         "Commits": f"{commits}, of {len(sources)} {whose}" if commits else "not recorded",
     }
 

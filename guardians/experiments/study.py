@@ -24,6 +24,7 @@ from guardians.experiments.defences import defences_view
 from guardians.experiments.evaluation import evaluation_view
 from guardians.experiments.minimum_norm import consts_view, minimum_norm_view
 from guardians.experiments.names import parsed
+from guardians.experiments.published import published_view
 from guardians.experiments.run import Run, perform
 from guardians.experiments.store import Store
 from guardians.experiments.subject import KINDS, Subject, defended
@@ -49,6 +50,7 @@ VIEWS: dict[str, Callable[[Store, Sequence[tuple[Run, str]], Path], pd.DataFrame
     "throughput": throughput_view,
     "defences": defences_view,
     "evaluation": evaluation_view,
+    "published": published_view,
 }
 """Of the runs of a study, with their labels: writes tables and figures into a folder, and returns what is printed."""
 
@@ -61,10 +63,11 @@ class Study:
         title: one line.
         view: of `VIEWS`.
         subjects: names of models, or for each a mapping with `model` and `defence`.
-        runs: mappings of arguments of `guardians.experiments.bench.runs_of`, such as `attacks` and `implementations`,
+        runs: mappings of arguments of `guardians.experiments.bench.runs_of`, such as `attacks` and `eps` (8/255),
             and `label`, for tables; `n`, the first so many of the images; `seeds` in the place of the study's;
-            `defences`, kinds such as "none" and "rse", of the subjects for which they are made; and `source`, what the
-            attacks ask in the place of the subject: another model by its name, or a defence around the same network.
+            `models` and `defences`, names such as "none", "rse" and "mi-ol(lam=0.5)", of the subjects for which they
+            are made; and `source`, what the attacks ask in the place of the subject: another model by its name, or a
+            defence around the same network.
         n: images, class-balanced.
         split: "test" or "train".
         correct: only the first so many images that each model gets right; None for all.
@@ -189,6 +192,7 @@ class _Subjects:
     def __init__(self, study: Study, data: Any, device: torch.device) -> None:
         self.study, self.data, self.device = study, data, device
         self._networks: dict[str, nn.Module] = {}
+        self._models = tuple(entry if isinstance(entry, str) else entry["model"] for entry in study.subjects)
 
     @cached_property
     def pool(self) -> Dataset:
@@ -207,12 +211,19 @@ class _Subjects:
         """Of one entry of the study on one subject; what is its own source is the same as without one, and left out."""
         options = dict(settings)
         options.pop("label", None)
+        sizes = {name: options[name] for name in ("eps", "eps_step") if isinstance(options.get(name), str)}
+        options |= {name: parsed(f"size({name}={size})")[1][name] for name, size in sizes.items()}
         n, seeds = options.pop("n", len(images)), options.pop("seeds", self.study.seeds)
         check_integer("seeds", seeds, low=1)
-        kinds, source = options.pop("defences", None), options.pop("source", None)
-        for kind in kinds or ():
-            check_choice("defences", kind, KINDS)
-        if kinds is not None and subject.kind not in kinds:
+        models, wanted = options.pop("models", None), options.pop("defences", None)
+        source = options.pop("source", None)
+        for name in models or ():
+            check_choice("models", name, self._models)
+        for name in wanted or ():
+            check_choice("defences", parsed(name)[0], KINDS)
+        if models is not None and subject.name not in models:
+            return []
+        if wanted is not None and not any(_is_such(subject.defence, name) for name in wanted):
             return []
         if source is not None:
             is_defence = parsed(source)[0].casefold() in KINDS
@@ -229,6 +240,12 @@ class _Subjects:
                 subject, few, self.device, **options, seed=first + seed, repetition=repetition, source=source
             )
         ]
+
+
+def _is_such(defence: str, name: str) -> bool:
+    """Whether a defence has this name, and the arguments that go with it."""
+    (kind, arguments), (wanted, given) = parsed(defence), parsed(name)
+    return kind == wanted and given.items() <= arguments.items()
 
 
 def _first(data: Dataset, n: int) -> Dataset:

@@ -1,6 +1,6 @@
 """Architectures and bundled weights: `load_model("resnet9-16-standard")`."""
 
-from guardians.models.architectures import CIFAR10_MEAN, CIFAR10_STD, Normalize, resnet9, resnet18, wide_resnet
+from guardians.models.architectures import CIFAR10_MEAN, CIFAR10_STD, Normalize, lenet, resnet9, resnet18, wide_resnet
 from guardians.models.identity import digest
 from guardians.models.registry import (
     ARCHITECTURES,
@@ -20,6 +20,7 @@ __all__ = [
     "build_model",
     "bundled_models",
     "digest",
+    "lenet",
     "load_model",
     "load_weights",
     "model_card",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 from torchvision.models import resnet18 as torchvision_resnet18
 
-__all__ = ["CIFAR10_MEAN", "CIFAR10_STD", "Normalize", "resnet9", "resnet18", "wide_resnet"]
+__all__ = ["CIFAR10_MEAN", "CIFAR10_STD", "Normalize", "lenet", "resnet9", "resnet18", "wide_resnet"]
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
@@ -65,6 +65,29 @@ def _conv_bn_relu(in_channels: int, out_channels: int) -> nn.Sequential:
 
 def _residual(channels: int) -> _Residual:
     return _Residual(nn.Sequential(_conv_bn_relu(channels, channels), _conv_bn_relu(channels, channels)))
+
+
+def lenet(num_classes: int = 10) -> nn.Sequential:
+    """LeNet-5 (LeCun et al., "Gradient-based learning applied to document recognition", 1998, section II.B), with ReLU,
+    maxima for pooling and colours, as the CIFAR-10 tutorial of PyTorch has it; for 32 x 32 images.
+
+    Args:
+        num_classes: number of logits.
+
+    Raises:
+        TypeError: `num_classes` is not an integer.
+        ValueError: `num_classes` is below 1.
+    """
+    _check_positive(num_classes=num_classes)
+    return nn.Sequential(
+        Normalize(),
+        nn.Sequential(nn.Conv2d(3, 6, 5), nn.ReLU(inplace=True), nn.MaxPool2d(2)),
+        nn.Sequential(nn.Conv2d(6, 16, 5), nn.ReLU(inplace=True), nn.MaxPool2d(2)),
+        nn.Flatten(),
+        nn.Sequential(nn.Linear(16 * 5 * 5, 120), nn.ReLU(inplace=True)),
+        nn.Sequential(nn.Linear(120, 84), nn.ReLU(inplace=True)),
+        nn.Linear(84, num_classes),
+    )
 
 
 def resnet9(width: int = 64, num_classes: int = 10) -> nn.Sequential:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from guardians.models.architectures import resnet9, resnet18, wide_resnet
+from guardians.models.architectures import lenet, resnet9, resnet18, wide_resnet
 from guardians.models.loaders import LOADERS
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
+    "lenet": lenet,
     "resnet9": resnet9,
     "resnet18": resnet18,
     "wide_resnet": wide_resnet,

@@ -7,26 +7,13 @@ import pytest
 import torch
 from models_for_tests import CLASSES, small_net, some_images, some_labels
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from guardians.attacks import PGD
-from guardians.data import Dataset
+from guardians.data import Dataset, load_data
 from guardians.experiments import memory
-from guardians.experiments.memory import (
-    MEMORY_COLUMNS,
-    measure_memory,
-)
+from guardians.experiments.memory import MEMORY_COLUMNS, measure_memory
 
 ROOT = Path(__file__).parents[2]
-
-
-class Clock:
-    """Time that passes when images go through a network, a second each."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -35,43 +22,42 @@ def few_data():
     return Dataset(images, some_labels(8), tuple("abcde"), "random")
 
 
-def test_memory_of_lazily_read_images(few_data):
-    frame = measure_memory("models_for_tests:small_net", few_data, [5, 20], steps=2, batch_size=4)
-    assert list(frame.columns) == list(MEMORY_COLUMNS)
-    assert frame["n"].tolist() == [5, 20]
-    assert (frame[["peak_memory_mb", "peak_anonymous_mb"]] > 10).all(axis=None)
-    assert (frame["peak_anonymous_mb"] < frame["peak_memory_mb"]).all()
-    np.testing.assert_allclose(frame["images_per_second"], frame["n"] / frame["seconds"])
-    assert frame["robust_accuracy"].between(0, 1).all()
-
-
-def test_a_process_attacks_the_images_that_were_written(tmp_path, few_data):
-    memory._write_images(tmp_path, few_data, 16)
-    net = small_net()
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_process_attacks_the_images_that_were_written(tmp_path, few_data, workers):
+    memory._write_images(tmp_path, few_data, 16, 16)
+    net = torch.nn.Sequential(torch.nn.AvgPool2d(2), small_net()).eval()
     attack = PGD(net, np.inf, 8 / 255, 2 / 255, max_iter=2, batch_size=4, verbose=False, early_stop=True)
-    attack(few_data.as_floats(), few_data.labels)
-    row = memory._attack_files("models_for_tests:small_net", str(tmp_path), 16, 2, 4, "cpu", 1)
+    data = load_data(tmp_path)
+    labels = torch.tensor([int(name) for name in data.classes])[data.labels]
+    assert len(data.classes) < len(few_data.classes)  # some have no images
+    attack(data.as_floats(), labels)
+    row = memory._attack(
+        str(tmp_path), "models_for_tests:small_net", 16, workers, 4, steps=2, size=(8, 8), device="cpu", threads=1
+    )
     assert row["robust_accuracy"] == pytest.approx(1 - attack.report.fooled.mean())
 
 
-def test_images_are_written_piece_by_piece_and_again_where_too_few(tmp_path, few_data, monkeypatch):
-    monkeypatch.setattr(memory, "_CHUNK", 3)
-    memory._write_images(tmp_path, few_data, 20)
-    batches = list(DataLoader(memory._MappedImages(tmp_path, 19), batch_size=4))
-    images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
-    assert images.shape == (19, 3, 8, 8)
-    assert images.dtype == torch.float32
-    assert torch.equal(images[:8], images[8:16])
-    assert torch.equal(labels[:3], labels[16:])
-    for image, label in zip(images[:8], labels[:8], strict=True):
-        same = (few_data.as_floats() == image).flatten(1).all(1)
-        assert few_data.labels[same].tolist() == [label]
-    assert torch.equal(memory._MappedImages(tmp_path, 19)[2][0], images[2])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_enlarged_and_linked_where_too_few(tmp_path, few_data, channels):
+    """JPEG files of the images in a balanced order, each under as many names as are needed."""
+    grey = few_data.images[:, :channels]
+    memory._write_images(tmp_path, Dataset(grey, few_data.labels, few_data.classes, "random"), 20, 64)
+    data = load_data(tmp_path)
+    assert data.images.shape == (20, channels, 64, 64)
+    files = list((tmp_path / "test").rglob("*.jpg"))
+    assert len({file.stat().st_ino for file in files}) == 8
+    small = torch.nn.functional.avg_pool2d(data.images.float(), 8)
+    for image, label in zip(small, data.labels, strict=True):
+        distances = (grey.float() - image).abs().flatten(1).mean(1)
+        assert distances.min() < distances.median() / 3  # but for the losses of JPEG
+        assert few_data.labels[distances.argmin()] == int(data.classes[label])
 
 
-def test_bad_sizes_in_memory_are_refused(few_data):
-    with pytest.raises(ValueError, match="sizes="):
-        measure_memory("models_for_tests:small_net", few_data, [0])
+@pytest.mark.parametrize("name", ["sizes", "workers"])
+@pytest.mark.parametrize("numbers", [[], [0]])
+def test_bad_numbers_are_refused(few_data, name, numbers):
+    with pytest.raises(ValueError, match=f"{name}="):
+        measure_memory("models_for_tests:small_net", few_data, **{name: numbers})
     with pytest.raises(ValueError, match="steps=0"):
         measure_memory("models_for_tests:small_net", few_data, steps=0)
 
@@ -101,5 +87,15 @@ MODEL = "models_for_tests:small_net"
 
 
 def test_memory_script(tree, tmp_path):
-    script("attack_memory")(MODEL, tree, size=[4], batch_size=4, steps=2, out=tmp_path / "out")
-    assert list(pd.read_csv(tmp_path / "out" / "attack_memory.csv").columns) == list(MEMORY_COLUMNS)
+    options = {"size": [6], "workers": [1], "side": 16, "batch_size": 4, "steps": 2}
+    script("attack_memory")(MODEL, tree, **options, out=tmp_path / "out")
+    frame = pd.read_csv(tmp_path / "out" / "attack_memory.csv")
+    assert list(frame.columns) == list(MEMORY_COLUMNS)
+    assert frame["work"].tolist() == ["decode", "attack in memory", "attack"]
+    assert frame["workers"].tolist() == [1, 0, 1]
+    assert (frame["n"] == 6).all()
+    assert (frame["peak_memory_mb"] > 10).all()
+    np.testing.assert_array_equal(frame["worker_peak_mb"] > 10, frame["workers"] > 0)
+    np.testing.assert_allclose(frame["images_per_second"], frame["n"] / frame["seconds"])
+    assert frame["robust_accuracy"].iloc[1] == frame["robust_accuracy"].iloc[2]  # of the same images
+    assert frame.loc[0, ["model", "robust_accuracy"]].isna().all()

@@ -1,15 +1,19 @@
 """Pages: what they hold, and in headless Chromium what they do."""
 
+import dataclasses
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from models_for_tests import small_net, some_images, some_labels
 from pages_for_tests import Read, open_all, opened, problems
 from playwright.sync_api import expect
 from torch import nn
 
+import guardians
+from guardians.attacks.sequence import Ledger
 from guardians.evaluation import FLAGS, evaluate
 from guardians.experiments.page import Claim, Section, data_uri, evaluation_page, write_page
 
@@ -127,7 +131,7 @@ def test_an_evaluation_page_says_what_was_found_and_how(found, evaluated):
 
 def test_an_evaluation_page_has_every_stage_and_image(found, evaluated):
     tables = Read(evaluated).tables
-    for one, where in zip(found[0], ("infinity-norm at most 0.02", "infinity-norm at most 0.1"), strict=True):
+    for one, where in zip(found[0], ("eps 0.02", "eps 0.1"), strict=True):
         stages = tables[f"Attacks in their order, {where}"][1:]
         assert [(row[0][0], int(row[1][1])) for row in stages] == list(
             one.by_stage()[["stage", "felled"]].itertuples(index=False, name=None)
@@ -150,10 +154,23 @@ def test_examples_say_what_the_model_takes_the_images_for(found, evaluated):
 
 
 def test_without_images_there_are_no_examples(found, tmp_path):
-    evaluation_page(found[0][0], tmp_path / "page.html")
+    guardians.evaluation_page(found[0][0], tmp_path / "page.html")
     read = Read(tmp_path / "page.html")
     assert "Adversarial images" not in read.text
     assert [tag for tag, url in read.urls if tag == "img"] == ["img"]  # the curve
+
+
+def test_of_very_many_images_the_first_are_listed(found, tmp_path):
+    one = dataclasses.replace(
+        found[0][0],
+        labels=np.zeros(10_002, dtype=int),
+        distance=np.zeros(10_002),
+        ledger=Ledger.of(torch.zeros(10_002, 1, 1, 1)),
+    )
+    guardians.evaluation_page(one, tmp_path / "page.html")
+    read = Read(tmp_path / "page.html")
+    assert len(read.tables["Image by image"]) == 1 + 10_000
+    assert "The first 10,000 of 10,002 images" in read.text
 
 
 def test_an_evaluation_page_refuses_other_images(found, tmp_path):

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 from pages_for_tests import Read, open_all, opened, problems
 from playwright.sync_api import expect
 
 from guardians.experiments.audit import RULES
+from guardians.experiments.commands import noted
 from guardians.experiments.report import TABLES, report_page
 from guardians.figures import plot_curve
 from guardians.tables import read_csv, write_csv
@@ -64,7 +66,7 @@ def test_the_headline_is_computed_from_the_tables(read):
     assert f"{(read_csv(RESULTS / 'audit.csv')['verdict'] == 'caught').sum()} caught" in read.text
     standard = read_csv(RESULTS / "evaluation.csv").query("contender == 'standard'")
     rows = read.tables["Robust accuracy"][1:]
-    assert [float(row[5][1]) for row in rows] == list(standard["robust_accuracy"])
+    assert [float(row[3][1]) for row in rows] == list(standard["robust_accuracy"])
 
 
 def test_commands_are_those_of_the_folder_and_versions_those_of_its_runs(folder, read):
@@ -74,6 +76,18 @@ def test_commands_are_those_of_the_folder_and_versions_those_of_its_runs(folder,
     row = read_csv(RESULTS / "benchmark.csv").iloc[0]
     assert row["commit"][:9] in read.text
     assert "torchattacks 3.5.1" in read.text
+
+
+def test_commands_that_were_noted_come_with_their_versions(tmp_path):
+    shutil.copy(RESULTS / "parity.csv", tmp_path)
+    for command in ("guardians parity --n 200", "guardians parity --n 20"):
+        with noted(tmp_path, "parity.csv", command):
+            (tmp_path / "parity.csv").write_bytes((tmp_path / "parity.csv").read_bytes() + b"\n")
+    report_page(tmp_path, tmp_path / "report.html")
+    text = Read(tmp_path / "report.html").text
+    assert "guardians parity --n 200; guardians parity --n 20" in text
+    assert f"torch {torch.__version__}" in text
+    assert "of 2 commands" in text
 
 
 def test_flags_and_rules_are_explained(read):
