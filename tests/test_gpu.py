@@ -12,6 +12,7 @@ import guardians
 from guardians.attacks import FGSM, PGD
 from guardians.attacks.registry import Spec, families
 from guardians.defences import AdversarialTrainer, AveragedMixturePGD, MixupInference, RandomSelfEnsemble
+from guardians.engine.rng import bits, hashed, keys_on, with_normal
 from guardians.engine.search import bfloat16_is_native
 from guardians.engine.victim import predicted_labels
 from guardians.estimators import MixupInferenceClassifier, RandomSelfEnsembleClassifier
@@ -167,6 +168,27 @@ def defence_of(name, net):
     return MixupInference(net, pool, name, num_samples=4, detection_samples=3, seed=0)
 
 
+def test_noise_has_the_bits_of_the_cpu():
+    keys, gpu = hashed(3, np.arange(70)), torch.device("cuda")
+    on_cpu, on_gpu = keys_on(torch.device("cpu"), keys), keys_on(gpu, keys)
+    for stream in (0, 5):
+        assert torch.equal(bits(on_gpu, stream, 3, 50_000).cpu(), bits(on_cpu, stream, 3, 50_000))
+        for shape in ((3, 7), (16, 32, 32), (64, 50, 49)):  # the last has two slabs
+            expected = with_normal(torch.zeros(70, *shape, dtype=torch.float64), on_cpu, stream, 1)
+            found = with_normal(torch.zeros(70, *shape, dtype=torch.float64, device=gpu), on_gpu, stream, 1)
+            torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-5)
+
+
+def test_noise_for_large_images_takes_the_memory_that_is_stated():
+    x = torch.zeros(64, 64, 112, 112, device="cuda")
+    keys = keys_on(x.device, hashed(3, np.arange(64)))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    noisy = with_normal(x, keys, 0, 1)
+    assert torch.cuda.max_memory_allocated() - before - noisy.numel() * 4 < 64 * 2**20
+    assert abs(float(noisy.std()) - 1) < 1e-3
+
+
 every_defence = pytest.mark.parametrize("name", ["RSE", "MI-PL", "MI-OL", "MI-Combined"])
 
 
@@ -180,10 +202,7 @@ def test_defences_answer_and_have_gradients_on_the_device(name):
     assert answer.is_cuda
     assert asked.grad.is_cuda
     torch.testing.assert_close(answer.exp().sum(1), torch.ones(N, device="cuda"))
-    if name == "RSE":  # whose generators draw other numbers on a GPU, but always the same
-        expected = defence_of(name, small_net().cuda()).eval()(x.cuda()).detach().cpu()
-    else:
-        expected = defence_of(name, small_net()).eval()(x).detach()
+    expected = defence_of(name, small_net()).eval()(x).detach()
     torch.testing.assert_close(answer.detach().cpu(), expected, rtol=1e-2, atol=1e-2)
 
 

@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from guardians.defences.ensemble import RandomEnsemble, log_probabilities
 from guardians.engine.checks import check_flag, check_integer, check_number
-from guardians.engine.rng import add_normal, hashed, keys_on
+from guardians.engine.rng import hashed, keys_on, with_normal
 
 __all__ = ["GaussianNoise", "RandomSelfEnsemble"]
 
@@ -182,11 +182,7 @@ class _NoiseSource:
         self.reached.add(layer)
         number, self._layers_passed = self._layers_passed, self._layers_passed + 1
         sigma = self.sigma_inner if number else self.sigma_init
-        if sigma == 0:
-            return x
-        noisy = x.clone()
-        add_normal(noisy.detach(), self._keys, number, sigma)  # unseen by autograd, whose gradient is that of the clone
-        return noisy
+        return with_normal(x, self._keys, number, sigma) if sigma else x
 
     @contextmanager
     def drawing(self, keys: np.ndarray, device: torch.device) -> Iterator[None]:

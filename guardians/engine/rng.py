@@ -18,8 +18,8 @@ from numpy.random import Generator, Philox
 from torch import Tensor
 
 __all__ = [
-    *("ForkedGenerators", "SampleRng", "add_normal", "bits", "fresh_seed"),
-    *("given_keys", "hashed", "keys_on", "row_keys"),
+    *("ForkedGenerators", "SampleRng", "bits", "fresh_seed"),
+    *("given_keys", "hashed", "keys_on", "row_keys", "with_normal"),
 ]
 
 _SEED_AT_IMPORT = torch.initial_seed()
@@ -111,16 +111,16 @@ def bits(keys: Tensor, stream: int, first: int, last: int) -> Tensor:
     return _mixed_tensor(seeds[:, None] + torch.arange(first + 1, last + 1, device=keys.device) * _signed(_GAMMA))
 
 
-def add_normal(x: Tensor, keys: Tensor, stream: int, sigma: float) -> None:
-    """Add noise ~ N(0, sigma^2) to `x` (N, C, H, ...) in place, for a row a function of (key, stream, shape) alone.
+def with_normal(x: Tensor, keys: Tensor, stream: int, sigma: float) -> Tensor:
+    """`x` (N, C, H, ...) and noise ~ N(0, sigma^2), which for a row is a function of (key, stream, shape) alone.
 
     Box and Muller, "A note on the generation of random normal deviates", 1958, in float32, from the numbers of `bits`:
     of the L numbers of a slab (as many lines, in channels_last order, as hold 2**17), i and i + (L + 1) // 2 share one.
     The radius has 32 bits, for up to 6.7 standard deviations. Devices differ by the rounding of logarithm, sine and
     cosine.
 
-    It takes at most 64 MB of memory, on a CPU 4 MB for each thread of torch, or where one line of an image has more
-    than 2**17 numbers 28 bytes for each of them. Nothing is kept.
+    Beside the result it takes at most 64 MB of memory, on a CPU 4 MB for each thread of torch; where one line of an
+    image has more than 2**17 numbers, 28 bytes for each of them. Nothing is kept, for a gradient either.
 
     Args:
         x: of a floating-point type, in any memory format.
@@ -129,7 +129,9 @@ def add_normal(x: Tensor, keys: Tensor, stream: int, sigma: float) -> None:
         sigma: standard deviation.
     """
     if not x.numel():
-        return
+        return x
+    # Autograd sees the clone alone, whose gradient is that of the sum.
+    noisy = x.clone() if x.requires_grad and torch.is_grad_enabled() else torch.empty_like(x)
     n, lines, on_cpu = len(x), x.shape[2], x.device.type == "cpu"
     line = math.prod(x.shape[3:]) * x.shape[1]
     step = max(1, _SLAB // line)
@@ -143,17 +145,18 @@ def add_normal(x: Tensor, keys: Tensor, stream: int, sigma: float) -> None:
 
     def add(part: int) -> None:
         draw = _normal_in_numpy if on_cpu else _normal
-        places = [x[rows, :, slab].movedim(1, -1) for rows, slab, _ in blocks[part::threads]]
-        known = [(keys[rows], first) for rows, _, first in blocks[part::threads]]
-        tasks = [(*both, place[0].numel()) for both, place in zip(known, places, strict=True)]
-        for place, noise in zip(places, draw(tasks, stream), strict=True):
-            place.add_(noise.view(place.shape), alpha=sigma)
+        mine = blocks[part::threads]
+        before, after = ([t.detach()[rows, :, slab].movedim(1, -1) for rows, slab, _ in mine] for t in (x, noisy))
+        tasks = [(keys[rows], first, one[0].numel()) for (rows, _, first), one in zip(mine, before, strict=True)]
+        for old, new, noise in zip(before, after, draw(tasks, stream), strict=True):
+            torch.add(old, noise.view(old.shape), alpha=sigma, out=new)
 
     if threads == 1:
         add(0)
     else:
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(torch.inference_mode(x.is_inference())(add), range(threads)))
+            list(pool.map(torch.inference_mode(noisy.is_inference())(add), range(threads)))
+    return noisy
 
 
 def _normal(blocks: list[tuple[Tensor, int, int]], stream: int) -> Iterator[Tensor]:

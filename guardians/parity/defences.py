@@ -29,7 +29,7 @@ from torch.nn.modules.conv import _ConvNd
 from guardians.attacks.pgd import PGD
 from guardians.defences import AdversarialTrainer, AveragedMixturePGD, MixupInference, RandomSelfEnsemble
 from guardians.defences.mixup_inference import METHODS
-from guardians.engine.rng import add_normal, given_keys, hashed, keys_on, row_keys
+from guardians.engine.rng import given_keys, hashed, keys_on, row_keys, with_normal
 from guardians.estimators import MixupInferenceClassifier, RandomSelfEnsembleClassifier
 from guardians.parity.comparison import FLOAT64_TOLERANCE
 from guardians.toolkits.build import build_attack, global_seed, own_spec
@@ -186,9 +186,7 @@ def _noises(key: np.ndarray, shapes: Sequence[torch.Size], x: Tensor) -> Iterato
     """Standard normal numbers for layer after layer, (1, C, ...) each."""
     keys = keys_on(x.device, np.atleast_1d(key))
     for layer, shape in enumerate(shapes):
-        noise = x.new_zeros(1, *shape)
-        add_normal(noise, keys, layer, 1)
-        yield noise
+        yield with_normal(x.new_zeros(1, *shape), keys, layer, 1)
 
 
 @contextmanager

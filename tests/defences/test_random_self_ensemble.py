@@ -1,10 +1,12 @@
 """Random Self-Ensemble against a transcription of the paper, ART's randomised smoothing, and what its users rely on."""
 
 import copy
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing
 from models_for_tests import (
     CLASSES,
@@ -23,7 +25,7 @@ from torch.nn import functional as F
 
 from guardians.defences import RandomSelfEnsemble
 from guardians.defences.random_self_ensemble import GaussianNoise
-from guardians.engine.rng import add_normal, hashed, keys_on, row_keys
+from guardians.engine.rng import hashed, keys_on, row_keys, with_normal
 
 N, SEED = 6, 11
 NAN, INF = float("nan"), float("inf")
@@ -40,10 +42,8 @@ def plain_keys(n, seed=SEED, first=0):
 
 def noises_of(key, shapes, dtype=torch.float64):
     """Noise (1, C, ...) of variance 1 for each layer, whose law tests/engine/test_rng.py tests."""
-    noises = [torch.zeros(1, *shape, dtype=dtype) for shape in shapes]
-    for layer, noise in enumerate(noises):
-        add_normal(noise, keys_on(noise.device, np.atleast_1d(key)), layer, 1)
-    return noises
+    keys = keys_on(torch.device("cpu"), np.atleast_1d(key))
+    return [with_normal(torch.zeros(1, *shape, dtype=dtype), keys, layer, 1) for layer, shape in enumerate(shapes)]
 
 
 def layers_of(net):
@@ -254,6 +254,28 @@ def test_the_unit_of_the_noise_is_that_of_what_a_convolution_is_given():
 
     noise = layer_noise(rse(Scaled().eval(), 0.8, 0.1, n=1), torch.rand(50, *SHAPE))
     assert float(noise["first"].std()) == pytest.approx(0.8, rel=0.05)
+
+
+def test_noise_for_images_of_imagenets_size_is_made_in_little_memory():
+    """ResNet-18 takes 2.2 million numbers for an image and a pass, here 140 MB."""
+    module = rse(torchvision.models.resnet18(num_classes=CLASSES).eval(), n=2)
+    numbers = []
+    for part in module.modules():
+        if isinstance(part, GaussianNoise):
+            part.register_forward_hook(lambda _, inputs, output: numbers.append(output.numel()))
+    x = torch.rand(8, 3, 224, 224)
+    ask(module, x[:1])
+    numbers.clear()
+    tracemalloc.start()  # which counts what numpy allocates: all that noise needs on a CPU
+    try:
+        answers = ask(module, x)
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert answers.isfinite().all()
+    assert 4 * sum(numbers) > 130e6
+    assert peak < 5e6 * torch.get_num_threads()
+    assert kept < 1e6
 
 
 # Against ART

@@ -2,6 +2,7 @@ import contextvars
 import itertools
 import math
 import tracemalloc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from guardians.engine import rng
-from guardians.engine.rng import SampleRng, add_normal, bits, given_keys, hashed, keys_on, row_keys
+from guardians.engine.rng import SampleRng, bits, given_keys, hashed, keys_on, row_keys, with_normal
 
 DRAW = {
     "uniform": lambda rng: rng.uniform((3, 4)),
@@ -107,9 +109,7 @@ KEYS = keys_on(CPU, hashed(5, np.arange(40)))
 
 
 def noise(keys, stream, shape, dtype=torch.float32):
-    values = torch.zeros(len(keys), *shape, dtype=dtype)
-    add_normal(values, keys, stream, 1)
-    return values
+    return with_normal(torch.zeros(len(keys), *shape, dtype=dtype), keys, stream, 1)
 
 
 def literal_bits(key, stream, count, first=0):
@@ -157,10 +157,22 @@ def test_noise_is_added_in_proportion_and_lies_as_in_channels_last():
     x = torch.rand(40, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = x + 0.3 * noise(KEYS, 2, (1, 60), torch.float64).view(40, 4, 5, 3).permute(0, 3, 1, 2)
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        values = x.clone(memory_format=memory_format)
-        add_normal(values, KEYS, 2, 0.3)
+        images = x.clone(memory_format=memory_format)
+        values = with_normal(images, KEYS, 2, 0.3)
+        assert torch.equal(images, x)
         assert values.is_contiguous(memory_format=memory_format)
         torch.testing.assert_close(values, expected, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_gradient_of_noisy_values_is_that_of_a_sum(dtype):
+    x = torch.rand(40, 3, 4, 5, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    values = with_normal(x, KEYS, 2, 0.3)
+    assert torch.equal(values, with_normal(x.detach(), KEYS, 2, 0.3))
+    assert values.dtype == dtype
+    weights = torch.rand_like(values)
+    (gradient,) = torch.autograd.grad((values * weights).sum(), x)
+    assert torch.equal(gradient, weights)
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (4, 32, 32), (64, 50, 49)], ids=str)
@@ -225,12 +237,47 @@ def test_noise_for_large_images_takes_the_memory_that_is_stated(shape):
     x = torch.zeros(2, *shape)
     tracemalloc.start()  # which counts what numpy allocates
     try:
-        add_normal(x, KEYS[:2], 0, 1)
+        values = with_normal(x, KEYS[:2], 0, 1)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak < 4e6 * torch.get_num_threads()
-    assert abs(float(x.std()) - 1) < 4.5 / math.sqrt(x.numel())
+    assert abs(float(values.std()) - 1) < 4.5 / math.sqrt(x.numel())
+
+
+class LiveBytes(TorchDispatchMode):
+    """Of the tensors that operations inside have made, now and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        given = (*args, *(kwargs or {}).values())
+        known = {one.untyped_storage().data_ptr() for one in given if isinstance(one, torch.Tensor)}
+        if found.untyped_storage().data_ptr() not in known:
+            self.count(found.nbytes)
+            weakref.finalize(found, self.count, -found.nbytes)
+        return found
+
+    def count(self, size):
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def test_a_block_on_a_gpu_takes_the_memory_that_is_stated():
+    with LiveBytes() as live:  # the same operations on a CPU
+        noise = next(rng._normal([(KEYS[:16], 0, rng._BLOCK // 16)], 0))
+    assert noise.numel() == rng._BLOCK
+    assert 3 * noise.nbytes < live.peak < 64e6
+
+
+def test_on_a_cpu_torch_allocates_the_result_alone():
+    x = torch.rand(40, 16, 32, 32)
+    with LiveBytes() as live:
+        noisy = with_normal(x, KEYS, 0, 1)
+    assert live.peak == noisy.nbytes
 
 
 def test_row_keys_are_those_of_the_innermost_batch_of_that_length():
