@@ -32,9 +32,11 @@ from guardians.evaluation import evaluate as run_evaluation
 from guardians.experiments.audit import audit as run_audit
 from guardians.experiments.bench import ATTACKS, run_benchmark
 from guardians.experiments.commands import noted
+from guardians.experiments.curves import draw_figures
 from guardians.experiments.page import evaluation_page
 from guardians.experiments.planted import audit_planted
 from guardians.experiments.report import report_page
+from guardians.experiments.store import Store
 from guardians.experiments.study import find_studies, load_study, perform_study
 from guardians.experiments.subject import DEFENCES
 from guardians.models import (
@@ -577,7 +579,8 @@ def report(
 
     Example: guardians report --out results
     """
-    report_page(out, out / "report.html")
+    has_store = (out / "store.sqlite").exists() or (out / "runs.csv").exists()
+    report_page(out, out / "report.html", drawn=draw_figures(Store(out), out) if has_store else [])
     typer.echo(f"page: {out / 'report.html'}")
 
 

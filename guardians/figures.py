@@ -16,7 +16,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-__all__ = ["plot_accuracy_by_const", "plot_accuracy_by_lambda", "plot_cost", "plot_frontier", "plot_perturbations"]
+__all__ = [
+    "plot_accuracy_by_const",
+    "plot_accuracy_by_lambda",
+    "plot_cost",
+    "plot_frontier",
+    "plot_lines",
+    "plot_perturbations",
+]
 
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#000000", "#E69F00", "#CC79A7", "#56B4E9", "#F0E442")
 """Colours of Okabe and Ito, told apart by the colour-blind; the palest last."""
@@ -35,6 +42,7 @@ _COLOURS = {
     "foolbox DDN": "#CC79A7",
 }
 """Of the implementations of `plot_frontier`; others take what is left of `_PALETTE`."""
+_DASHES = ("-", "--", ":")
 _MARKERS = "osD^v*"
 """Of the models; in `plot_frontier`, of the implementations."""
 _BEST = "best of all attacks for each image"
@@ -295,6 +303,57 @@ def _accuracy_figure(frame: pd.DataFrame) -> Figure:
         _tidy(axes)
     left.legend(fontsize="small", frameon=False)
     return figure
+
+
+def plot_lines(
+    frame: pd.DataFrame, path: str | os.PathLike[str], *, axis: str, scale: str = "linear", steps: bool = False
+) -> None:
+    """Accuracy with its interval against something, a panel for each group of lines.
+
+    Args:
+        frame: columns `panel`, `line`, `x`, `accuracy`, `low` and `high` (0 to 1).
+        path: of the file; the same table gives the same bytes.
+        axis: what x is.
+        scale: of x, as matplotlib's.
+        steps: whether accuracy stays the same until the next x.
+
+    Raises:
+        ValueError: the table is empty.
+    """
+    if frame.empty:
+        raise ValueError("frame is empty: must have at least one row")
+    panels = list(dict.fromkeys(frame["panel"]))
+    names = list(dict.fromkeys(frame["line"]))
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = _new_figure(4 * columns, 3.4 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        for number, name in enumerate(names):
+            line = frame[(frame["panel"] == panel) & (frame["line"] == name)].sort_values("x")
+            if line.empty:
+                continue
+            style = {"color": _PALETTE[number % len(_PALETTE)], "ls": _DASHES[number // len(_PALETTE) % len(_DASHES)]}
+            percent = 100 * line[["accuracy", "low", "high"]]
+            where = {"drawstyle": "steps-post"} if steps else {"marker": _MARKERS[number % len(_MARKERS)], "ms": 4}
+            axes.plot(line["x"], percent["accuracy"], label=name, **style, **where)
+            step = "post" if steps else None
+            axes.fill_between(
+                line["x"], percent["low"], percent["high"], color=style["color"], alpha=0.12, lw=0, step=step
+            )
+        axes.set(xscale=scale, xlabel=axis, ylabel="robust accuracy (%)")
+        axes.set_ylim(bottom=0)
+        axes.set_title(panel, fontsize="small")
+        _tidy(axes)
+    handles = {
+        label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize="small", frameon=False
+    )
+    _save(figure, path)
 
 
 def plot_accuracy_by_lambda(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
