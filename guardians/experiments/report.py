@@ -21,6 +21,7 @@ from guardians.experiments.memory import MEMORY_COLUMNS
 from guardians.experiments.minimum_norm import CONST_COLUMNS, MINIMUM_NORM_COLUMNS
 from guardians.experiments.page import Claim, Figure, Section, data_uri, write_page
 from guardians.experiments.planted import AUDIT_COLUMNS
+from guardians.experiments.published import PUBLISHED_COLUMNS
 from guardians.experiments.store import Store
 from guardians.experiments.throughput import THROUGHPUT_COLUMNS
 from guardians.tables import BENCHMARK_COLUMNS, BENCHMARK_FLAGS, CONFORMANCE_COLUMNS, PARITY_COLUMNS, read_csv
@@ -122,6 +123,27 @@ TABLES: dict[str, Known] = {
             *("case", "reference", "n", "native_success", "reference_success", "difference", "difference_low"),
             *("difference_high", "l2_ratio", "query_ratio", "note"),
         ),
+    ),
+    "robust_neural_networks/robust_neural_networks.csv": Known(
+        "A report of 2023, done again",
+        "Each figure of the report beside ours, on a model like its own and on the bundled ones; what a stronger attack "
+        "leaves stands beside it. The rules of the verdicts are those of `guardians.experiments.published.judged`.",
+        "guardians study benchmarks/robust_neural_networks.yaml --out results/robust_neural_networks",
+        PUBLISHED_COLUMNS,
+        (
+            *("model", "defence", "attack", "published", "accuracy", "accuracy_low", "accuracy_high", "verdict"),
+            *("stronger", "stronger_accuracy", "stronger_beside"),
+        ),
+        figures={
+            "robust_neural_networks/robust_neural_networks_lambda.png": (
+                "Accuracy against lambda",
+                "Of Mixup Inference, with 95 % intervals.",
+            ),
+            "robust_neural_networks/robust_neural_networks_c.png": (
+                "Carlini-Wagner with c = 0.1 and c = 100",
+                "The images, what the attack made of them, and the perturbation.",
+            ),
+        },
     ),
     "conformance.csv": Known(
         "Conformance",
