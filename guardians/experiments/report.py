@@ -126,8 +126,8 @@ TABLES: dict[str, Known] = {
     ),
     "robust_neural_networks/robust_neural_networks.csv": Known(
         "A report of 2023, done again",
-        "Each figure of the report beside ours, on a model like its own and on the bundled ones; what a stronger attack "
-        "leaves stands beside it. The rules of the verdicts are those of `guardians.experiments.published.judged`.",
+        "Each figure of the report beside ours, on a model like its own and on the bundled ones, and what a stronger "
+        "attack leaves. The rules of the verdicts are those of `guardians.experiments.published.judged`.",
         "guardians study benchmarks/robust_neural_networks.yaml --out results/robust_neural_networks",
         PUBLISHED_COLUMNS,
         (
