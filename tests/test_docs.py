@@ -49,7 +49,7 @@ def commands():
         yield command, re.split(r"Example: .*?guardians ", known.help)[-1] if "Example: " in known.help else ""
 
 
-@pytest.mark.parametrize(("where", "command"), commands())
+@pytest.mark.parametrize(("where", "command"), list(commands()))
 def test_the_commands_that_are_shown_are_known(where, command):
     assert command, f"{where} has no example"
     first, *arguments = shlex.split(command)
