@@ -56,9 +56,11 @@ def test_the_commands_that_are_shown_are_known(where, command):
     COMMANDS[first].make_context(first, arguments, resilient_parsing=False)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [[], *([name] for name in COMMANDS)], ids=lambda command: " ".join(command) or "all"
+)
 def test_each_command_has_help_with_an_example(command):
-    shown = CliRunner().invoke(app, [command, "--help"])
+    shown = CliRunner().invoke(app, [*command, "--help"])
     assert shown.exit_code == 0
     assert "Example: " in shown.output
 
