@@ -35,6 +35,7 @@ gpu: $(VENV)/.installed
 results: $(VENV)/.installed
 	for study in $(STUDIES); do $(BIN)/guardians study $$study --out results || exit; done
 	$(BIN)/guardians study benchmarks/robust_neural_networks.yaml --out results/robust_neural_networks
+	$(BIN)/guardians study benchmarks/curves.yaml --out results/curves
 	$(BIN)/guardians parity --n 200 $(EXACT:%=--attack %) $(DEFENCES:%=--attack %) --out results
 	$(BIN)/guardians parity --n 20 $(SINGLE:%=--attack %) --out results
 	$(BIN)/guardians parity --own-rules --n 200 --attack FGSM --attack PGD-40 --out results
@@ -45,7 +46,7 @@ results: $(VENV)/.installed
 	$(BIN)/python benchmarks/process_scaling.py
 	$(BIN)/guardians report --out results
 
-STUDIES  := $(filter-out benchmarks/robust_neural_networks.yaml,$(wildcard benchmarks/*.yaml))
+STUDIES  := $(filter-out %/robust_neural_networks.yaml %/curves.yaml,$(wildcard benchmarks/*.yaml))
 EXACT    := FGSM PGD-10 PGD-40 Square-100
 DEFENCES := RSE MI-PL MI-OL MI-Combined RandomSelfEnsembleClassifier MixupInferenceClassifier EOT-PGD \
             AveragedMixturePGD AdversarialTrainer

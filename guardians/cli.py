@@ -582,8 +582,11 @@ def report(
 
     Example: guardians report --out results
     """
-    has_store = (out / "store.sqlite").exists() or (out / "runs.csv").exists()
-    report_page(out, out / "report.html", drawn=draw_figures(Store(out), out) if has_store else [])
+    curves = (
+        out / "curves" if (out / "curves").is_dir() else out
+    )  # where `benchmarks/curves.yaml` has a store of its own
+    has_store = any((curves / name).exists() for name in ("store.sqlite", "runs.csv"))
+    report_page(out, out / "report.html", drawn=draw_figures(Store(curves), out) if has_store else [])
     typer.echo(f"page: {out / 'report.html'}")
 
 

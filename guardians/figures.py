@@ -344,6 +344,10 @@ def plot_lines(
                 line["x"], percent["low"], percent["high"], color=style["color"], alpha=0.12, lw=0, step=step
             )
         axes.set(xscale=scale, xlabel=axis, ylabel="robust accuracy (%)")
+        if scale == "log":
+            ticks = sorted(frame.loc[frame["panel"] == panel, "x"].unique())
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.set_xticks([], minor=True)
         axes.set_ylim(bottom=0)
         axes.set_title(panel, fontsize="small")
         _tidy(axes)

@@ -20,6 +20,7 @@ __all__ = ["Drawn", "draw_figures"]
 _LEAST = 3
 """Points that make a line."""
 _RADII = 100
+_COLUMNS = ["of", "panel", "line", "x", "accuracy", "low", "high"]
 
 
 class Drawn(NamedTuple):
@@ -61,22 +62,31 @@ def draw_figures(store: Store, out: str | os.PathLike[str]) -> list[Drawn]:
     runs = [run for run in store.runs() if run["spec"] is not None and "source" not in run["options"]]
     drawn = []
     for kind in _KINDS:
-        frame = pd.DataFrame(kind.points(store, runs), columns=["panel", "line", "x", "accuracy", "low", "high"])
-        frame = frame.drop_duplicates(["panel", "line", "x"])
-        enough = frame.groupby(["panel", "line"])["x"].transform("size") >= _LEAST
-        if enough.any():
+        frame = _lines(pd.DataFrame(kind.points(store, runs), columns=_COLUMNS))
+        if len(frame):
             for suffix in ("svg", "png"):
                 path = Path(out) / "figures" / f"{kind.drawn.name}.{suffix}"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                plot_lines(frame[enough], path, axis=kind.axis, scale=kind.scale, steps=kind.steps)
+                plot_lines(frame, path, axis=kind.axis, scale=kind.scale, steps=kind.steps)
             drawn.append(kind.drawn)
     return drawn
+
+
+def _lines(points: pd.DataFrame) -> pd.DataFrame:
+    """Lines of points that belong together, `of` one run, or of runs on one data set; the longest of several."""
+    points = points.drop_duplicates(["of", "panel", "line", "x"])
+    length = points.groupby(["of", "panel", "line"])["x"].transform("size")
+    longest = length.groupby([points["panel"], points["line"]]).transform("max")
+    kept = points[(length == longest) & (length >= _LEAST)]
+    first = kept.groupby(["panel", "line"])["of"].transform("first")
+    return kept[kept["of"] == first]
 
 
 def _point(store: Store, run: dict[str, Any], panel: str, line: str, x: float) -> dict[str, Any]:
     stands = standing(store.outcomes(run["key"]))[1]
     low, high = wilson_interval(int(stands.sum()), len(stands))
-    return {"panel": panel, "line": line, "x": x, "accuracy": stands.mean(), "low": low, "high": high}
+    of = run["data_digest"], run["seed"]
+    return {"of": of, "panel": panel, "line": line, "x": x, "accuracy": stands.mean(), "low": low, "high": high}
 
 
 def _panel(run: dict[str, Any], *, eps: bool) -> str:
@@ -113,7 +123,7 @@ def _by_gradients(store: Store, runs: list[dict[str, Any]]) -> Iterator[dict[str
         for x in np.unique(np.append(spent[np.isfinite(spent)], [0, outcomes["backward"].max()])):
             left = int((spent > x).sum())
             low, high = wilson_interval(left, len(spent))
-            line = {"panel": _panel(run, eps=True), "line": _line(run, run["attack"]), "x": x}
+            line = {"of": run["key"], "panel": _panel(run, eps=True), "line": _line(run, run["attack"]), "x": x}
             yield line | {"accuracy": left / len(spent), "low": low, "high": high}
 
 
@@ -129,11 +139,8 @@ def _by_distance(store: Store, runs: list[dict[str, Any]]) -> Iterator[dict[str,
         for x in np.linspace(0, size[np.isfinite(size)].max(), _RADII):
             left = int((size > x).sum())
             low, high = wilson_interval(left, len(size))
-            yield {"panel": _panel(run, eps=False), "line": _line(run, name), "x": x} | {
-                "accuracy": left / len(size),
-                "low": low,
-                "high": high,
-            }
+            line = {"of": run["key"], "panel": _panel(run, eps=False), "line": _line(run, name), "x": x}
+            yield line | {"accuracy": left / len(size), "low": low, "high": high}
 
 
 def _by_argument(argument: str) -> Callable[[Store, list[dict[str, Any]]], Iterator[dict[str, Any]]]:

@@ -42,9 +42,10 @@ def test_the_studies_of_this_repository_are_read():
         assert study.title
         images = study_module.load_data(None, "test", 12)
         made = study_module._Subjects(study, None, torch.device("cpu"))
-        subjects = [defended("small", small_net(), defence, images) for defence in ("none", "rse", "mi-ol")]
+        subjects = [defended("small", small_net(), defence, images) for defence in ("none", "rse", "mi-ol(lam=0.5)")]
         for settings in study.runs:
             settings = settings | ({"source": "models_for_tests:linear_model"} if "source" in settings else {})
+            assert set(settings.pop("models", [])) <= set(made._models)
             assert any(made.runs(subject, images, settings, [0]) for subject in subjects), settings
 
 
