@@ -115,7 +115,10 @@ Out = Annotated[Path, typer.Option(help="Folder for tables; a run that was stopp
 def main(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
 ) -> None:
-    """Adversarial attacks and defences for PyTorch: native, drop-in for ART, cross-checked against the toolkits."""
+    """Adversarial attacks and defences for PyTorch: native, drop-in for ART, cross-checked against the toolkits.
+
+    Example: guardians evaluate --model package.module:make_model --data folder --images 1000
+    """
     if version:
         typer.echo(__version__)
         raise typer.Exit

@@ -301,7 +301,7 @@ def open_data(
 ) -> LazyDataset:
     """What `load_data` reads, of which only the first image is decoded yet.
 
-    So a folder as large as ImageNet, `n01440764` to `n15075141` in `val/`, is attacked in the memory of a few shards:
+    So a folder as large as ImageNet, `n01440764` to `n15075141` in `val/`, is attacked in the memory of a few shards::
 
         data = open_data("path/to/imagenet", resize=256, crop=224)
         for finished in attack.stream((shard.as_floats(), shard.labels) for shard in data.shards(128, workers=4)):
