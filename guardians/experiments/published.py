@@ -22,7 +22,7 @@ from guardians.figures import plot_accuracy_by_lambda
 from guardians.statistics import paired_difference, wilson_interval
 from guardians.tables import BENCHMARK_COLUMNS, write_csv
 
-__all__ = ["CLAIMS", "PUBLISHED_COLUMNS", "Claim", "judged", "published_table", "published_view"]
+__all__ = ["CLAIMS", "PUBLISHED_COLUMNS", "Claim", "as_markdown", "judged", "published_table", "published_view"]
 
 CLOSE = 0.03
 """Accuracy within which a figure counts as the same: the report's models, images and eps are unknown."""
@@ -134,6 +134,7 @@ def published_view(store: Store, runs: Sequence[tuple[Run, str]], out: Path) -> 
     """`robust_neural_networks.csv`, a row for each claim and kind of model, and the report's two figures."""
     frame = published_table(store, runs)
     write_csv(frame, out / "robust_neural_networks.csv")
+    (out / "robust_neural_networks.md").write_text(as_markdown(frame) + "\n")
     pictured = [run for run, label in runs if label == PICTURES]
     if pictured:
         show_perturbations(pictured, out / "robust_neural_networks_c.png")
@@ -141,6 +142,24 @@ def published_view(store: Store, runs: Sequence[tuple[Run, str]], out: Path) -> 
     if len(by_lambda):
         plot_accuracy_by_lambda(by_lambda, out / "robust_neural_networks_lambda.png")
     return frame[["model", "defence", "attack", "published", "accuracy", "verdict", "stronger", "stronger_accuracy"]]
+
+
+def as_markdown(frame: pd.DataFrame) -> str:
+    """The table for people: accuracies in percent, with their intervals."""
+    names = ("model", "defence", "attack", "report", "here", "verdict", "strongest attack leaves", "of the plain model")
+    lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
+    for row in frame.to_dict("records"):
+        interval = f"{100 * row['accuracy']:.1f} [{100 * row['accuracy_low']:.1f}, {100 * row['accuracy_high']:.1f}]"
+        published = "" if np.isnan(row["published"]) else f"{100 * row['published']:.4g}"
+        stronger = ["", ""]
+        if isinstance(row["stronger"], str) and row["stronger"]:
+            stronger = [
+                f"{100 * row['stronger_accuracy']:.1f} ({row['stronger']})",
+                f"{100 * row['stronger_beside']:.1f}",
+            ]
+        shown = [row["model"], row["defence"].partition("(")[0], row["attack"], published, interval, row["verdict"]]
+        lines.append(f"| {' | '.join([*shown, *stronger])} |")
+    return "\n".join(lines)
 
 
 def published_table(store: Store, runs: Sequence[tuple[Run, str]]) -> pd.DataFrame:

@@ -99,6 +99,10 @@ def test_an_eps_at_which_fgsm_leaves_another_share_is_refused(tmp_path):
 def test_the_view_writes_the_table(tmp_path):
     shown = published_view(*made_up(tmp_path, rows()), tmp_path)
     assert len(shown) == len(read_csv(tmp_path / "robust_neural_networks.csv")) == 4
+    lines = (tmp_path / "robust_neural_networks.md").read_text().splitlines()
+    assert lines[2].startswith("| lenet-standard | none | clean | 55 | 55.0 [")
+    assert "| 22.85 | 30.0 [" in lines[-1]
+    assert lines[-1].endswith("| 20.0 (evaluate) | 5.0 |")
 
 
 def test_the_study_has_runs_for_every_claim():
