@@ -118,8 +118,8 @@ def _by_gradients(store: Store, runs: list[dict[str, Any]]) -> Iterator[dict[str
         outcomes = store.outcomes(run["key"])
         if run["spec"]["eps"] is None or outcomes["backward"].isna().any():
             continue
-        stands = standing(outcomes)[1]
-        spent = outcomes["backward"].where(~stands, np.inf)
+        right, stands = standing(outcomes)
+        spent = outcomes["backward"].where(right, 0).where(~stands, np.inf)
         for x in np.unique(np.append(spent[np.isfinite(spent)], [0, outcomes["backward"].max()])):
             left = int((spent > x).sum())
             low, high = wilson_interval(left, len(spent))
@@ -152,7 +152,7 @@ def _by_argument(argument: str) -> Callable[[Store, list[dict[str, Any]]], Itera
             if kind.startswith("mi") and argument in arguments and run["spec"]["eps"] is not None:
                 same = {key: value for key, value in arguments.items() if key not in (argument, "search_passes")}
                 others = ", ".join(f"{key}={value}" for key, value in same.items())
-                panel = f"{run['model']}, {kind}, {others}"
+                panel = f"{run['model']}, {kind}, {others}, eps {run['spec']['eps']:.3g}"
                 yield _point(store, run, panel, _line(run, run["attack"]), arguments[argument])
 
     return points

@@ -8,6 +8,7 @@ from store_for_tests import made_up
 from guardians.attacks.registry import Spec
 from guardians.experiments import curves
 from guardians.experiments.curves import draw_figures
+from guardians.experiments.store import Store
 from guardians.figures import plot_lines
 from guardians.statistics import wilson_interval
 
@@ -62,6 +63,21 @@ def test_of_the_smallest_perturbations_stands_what_is_farther(tmp_path, drawn):
     for row in frame.itertuples():
         assert row.accuracy == np.mean(~found | (sizes > row.x))
     assert frame["accuracy"].iloc[-1] == 5 / 30
+
+
+def test_after_no_gradient_the_clean_accuracy_is_left(tmp_path, drawn):
+    store, [(run, _)] = made_up(tmp_path, [("a", "", spec(0.03), np.ones(10, dtype=bool))])
+    spent = np.array([1, 1, 2, 3, 3, 5, 9, 9, 9, 9])
+    outcomes = store.outcomes(run.key).assign(backward=spent)
+    outcomes.loc[:1, "clean_prediction"] = 1
+    outcomes.loc[:5, "adversarial_prediction"] = 1
+    other = Store(tmp_path / "counted")
+    [known] = store.runs()
+    other.write(run.key, run.known, {name: known[name] for name in known if name not in run.known}, outcomes)
+    assert [one.name for one in draw_figures(other, tmp_path)] == ["accuracy_by_gradients"]
+    frame, options = drawn["accuracy_by_gradients"]
+    assert options["steps"]
+    assert frame[["x", "accuracy"]].to_numpy().tolist() == [[0, 0.8], [2, 0.7], [3, 0.5], [5, 0.4], [9, 0.4]]
 
 
 def test_lines_of_other_images_are_not_joined(tmp_path, drawn):
