@@ -6,6 +6,7 @@ held against those of a model like its own, and its claims, which are comparison
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,8 @@ from guardians.experiments.store import Store, standing
 from guardians.figures import plot_accuracy_by_lambda
 from guardians.statistics import paired_difference, wilson_interval
 from guardians.tables import BENCHMARK_COLUMNS, write_csv
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["CLAIMS", "PUBLISHED_COLUMNS", "Claim", "as_markdown", "judged", "published_table", "published_view"]
 
@@ -163,12 +166,8 @@ def as_markdown(frame: pd.DataFrame) -> str:
 
 
 def published_table(store: Store, runs: Sequence[tuple[Run, str]]) -> pd.DataFrame:
-    """Rows of `PUBLISHED_COLUMNS` for the runs that are complete.
-
-    Raises:
-        ValueError: the eps of the runs is not that at which FGSM, in the search, leaves nearest to the report's 10 %.
-    """
-    _check_eps(store, runs)
+    """Rows of `PUBLISHED_COLUMNS` for the runs that are complete."""
+    _warn_of_eps(store, runs)
     found: dict[str, dict[tuple[str, str], tuple[Run, np.ndarray]]] = {}
     for run, label in runs:
         if label not in (LAMBDA, PICTURES, SEARCH) and run.key in store:
@@ -260,8 +259,8 @@ def _by_lambda(store: Store, runs: Sequence[tuple[Run, str]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _check_eps(store: Store, runs: Sequence[tuple[Run, str]]) -> None:
-    """Raise unless the eps of the study is that of its search at which FGSM leaves nearest to what the report says."""
+def _warn_of_eps(store: Store, runs: Sequence[tuple[Run, str]]) -> None:
+    """Say in the log if FGSM leaves nearest to what the report says at another eps of the search, as on few images."""
     published = next(claim.published for claim in CLAIMS if claim.attack == "FGSM")
     searched = {
         run.attack.eps: standing(store.outcomes(run.key))[1].mean()
@@ -272,8 +271,12 @@ def _check_eps(store: Store, runs: Sequence[tuple[Run, str]]) -> None:
     if searched and len(searched) == sum(label == SEARCH for _, label in runs):
         nearest = min(searched, key=lambda eps: abs(searched[eps] - published))
         if used != {nearest}:
-            raise ValueError(
-                f"eps={used}: FGSM leaves nearest to {published:.0%} at {nearest}, {searched[nearest]:.1%}"
+            logger.warning(
+                "eps %s of the study is not that of its search: on these %d images FGSM leaves nearest to %.0f %% at %.4f",
+                used,
+                len(next(run.data for run, label in runs if label == SEARCH)),
+                100 * published,
+                nearest,
             )
 
 
