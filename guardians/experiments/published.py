@@ -272,7 +272,7 @@ def _warn_of_eps(store: Store, runs: Sequence[tuple[Run, str]]) -> None:
         nearest = min(searched, key=lambda eps: abs(searched[eps] - published))
         if used != {nearest}:
             logger.warning(
-                "eps %s of the study is not that of its search: on these %d images FGSM leaves nearest to %.0f %% at %.4f",
+                "eps %s of the study is not that of its search: on %d images FGSM leaves nearest to %.0f %% at %.4f",
                 used,
                 len(next(run.data for run, label in runs if label == SEARCH)),
                 100 * published,
