@@ -69,8 +69,8 @@ def test_the_command_writes_what_one_process_writes(tmp_path, monkeypatch):
     one, two = (tmp_path / name / "resnet9-2-pgd-at" for name in ("one", "two"))
     assert two.with_suffix(".safetensors").read_bytes() == one.with_suffix(".safetensors").read_bytes()
     cards = [json.loads(folder.with_suffix(".json").read_text()) for folder in (one, two)]
-    assert cards[1].pop("command").startswith("torchrun --nproc-per-node 2 -m guardians")
-    assert cards[0].pop("command").startswith("guardians ")
+    assert cards[1].pop("command").startswith("torchrun --nproc-per-node 2 -m guardians train ")
+    assert cards[0].pop("command").startswith("guardians train ")
     assert cards[0] == cards[1]
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import nn
@@ -72,7 +73,9 @@ def command(out: Path, *options: str) -> None:
     """`guardians train`, on the sample images."""
     torch.set_num_threads(1)
     small = ["--recipe", "pgd-at", "--width", "2", "--epochs", "1", "--batch-size", "8", "--holdout", "4"]
-    app(["train", *small, *options, "--out", str(out)], standalone_mode=False)
+    arguments = ["train", *small, *options, "--out", str(out)]
+    with mock.patch.object(sys, "argv", ["guardians", *arguments]):
+        app(arguments, standalone_mode=False)
 
 
 def train_with(fault: str, out: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from guardians.experiments.store import Store, standing
 from guardians.statistics import paired_difference
 from guardians.tables import BENCHMARK_COLUMNS, write_csv
 
-__all__ = ["EVALUATION_COLUMNS", "REFERENCE", "evaluation_table", "evaluation_view"]
+__all__ = ["EVALUATION_COLUMNS", "REFERENCE", "as_markdown", "evaluation_table", "evaluation_view"]
 
 REFERENCE = "reference"
 """The label of what the others are held against."""
@@ -47,9 +48,10 @@ EVALUATION_COLUMNS = {
 
 
 def evaluation_view(store: Store, runs: Sequence[tuple[Run, str]], out: Path) -> pd.DataFrame:
-    """`evaluation.csv`, a row for each model, ball and label."""
+    """`evaluation.csv`, a row for each model, ball and label, and `evaluation.md`, a table for people."""
     frame = evaluation_table(store, runs)
     write_csv(frame, out / "evaluation.csv")
+    (out / "evaluation.md").write_text(as_markdown(frame) + "\n")
     shown = ["model", "norm", "contender", "n", "robust_accuracy", "on_reference_images", "reference_accuracy"]
     return frame[[*shown, "seconds_per_image", "speedup", "backward_per_image"]]
 
@@ -89,3 +91,33 @@ def evaluation_table(store: Store, runs: Sequence[tuple[Run, str]]) -> pd.DataFr
                 row |= {"speedup": np.median([seconds(reference[i]) / seconds(rounds[i]) for i in paired])}
             rows.append(row)
     return pd.DataFrame(rows, columns=list(EVALUATION_COLUMNS))
+
+
+def as_markdown(frame: pd.DataFrame) -> str:
+    """A row for each model and ball, and for each contender its robust accuracy in percent and its time.
+
+    Robust accuracy is on the images that the reference has, and in brackets on all where there are more; where there are
+    fewer, the reference's on these is in brackets. A speed-up is the reference's time for an image over the contender's.
+    What has no reference is left out.
+    """
+    labels = list(dict.fromkeys(frame["contender"]))
+    timed = [label for label in labels if label != REFERENCE]
+    head = ["model", "norm", *labels, "reference, s / image", *(f"{label}, speed-up" for label in timed)]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for (model, norm), rows in frame.groupby(["model", "norm"], sort=False):
+        of = {row["contender"]: row for row in rows.to_dict("records")}
+        if REFERENCE not in of:
+            continue
+        images = of[REFERENCE]["n"]
+        cells = [model, f"{norm:g}", *(_accuracy(of[label], images) if label in of else "" for label in labels)]
+        cells.append(f"{of[REFERENCE]['seconds_per_image']:.3g}")
+        cells += [f"{of[label]['speedup']:.3g} x" if label in of else "" for label in timed]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _accuracy(row: dict[str, Any], images: int) -> str:
+    text = f"{100 * row['on_reference_images']:.1f}"
+    if row["n"] > images:
+        return f"{text} ({100 * row['robust_accuracy']:.1f} of {row['n']:,})"
+    return text if row["n"] == images else f"{text} ({100 * row['reference_accuracy']:.1f}), of {row['n']:,}"

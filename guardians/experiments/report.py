@@ -281,7 +281,7 @@ def report_page(
         ValueError: the folder has none of the tables.
     """
     folder = Path(folder)
-    tables = {name: _read(folder / name) for name in TABLES if (folder / name).exists()}
+    tables = {name: read_csv(folder / name) for name in TABLES if (folder / name).exists()}
     if not tables:
         raise ValueError(f"folder={str(folder)!r} has none of the tables that a report shows: {', '.join(TABLES)}")
     runs: dict[Path, pd.DataFrame] = {}
@@ -333,14 +333,6 @@ def _section(folder: Path, name: str, frame: pd.DataFrame, runs: pd.DataFrame, s
         flags=known.flags,
         figures=figures,
     )
-
-
-def _read(path: Path) -> pd.DataFrame:
-    """A table; of one that an earlier version wrote, the column that has another name now."""
-    frame = read_csv(path)
-    if path.name == "evaluation.csv" and "reference" in frame:
-        frame["reference"] = pd.to_numeric(frame["reference"])
-    return frame.rename(columns={"reference": "reference_accuracy"}) if path.name == "evaluation.csv" else frame
 
 
 def _commands(path: Path) -> dict[str, str]:

@@ -115,10 +115,14 @@ def own(name: str, arguments: dict[str, Any], norm: float, eps: float) -> tuple[
     return "eps" in found, found
 
 
-def wrap(recipe: Recipe, spec: Spec, model: nn.Module, batch_size: int, **_: Any) -> TensorAttack:
+def wrap(recipe: Recipe, spec: Spec, model: nn.Module, batch_size: int, nb_classes: int, **_: Any) -> TensorAttack:
     """The attack, see `guardians.toolkits.build`."""
-    attack = getattr(installed(PACKAGE), recipe[0])
-    return TorchattacksAttack(model, attack, batch_size=batch_size, targeted=spec.targeted, **recipe[1])
+    package, (name, arguments) = installed(PACKAGE), recipe
+    if spec.family == "AutoAttack":
+        attack, arguments = _auto_attack_of(package), {**arguments, "n_classes": nb_classes}
+    else:
+        attack = getattr(package, name)
+    return TorchattacksAttack(model, attack, batch_size=batch_size, targeted=spec.targeted, **arguments)
 
 
 def logits(model: nn.Module, **_: Any) -> Callable[[Tensor], Tensor]:
@@ -178,11 +182,32 @@ def _apgd(spec: Spec) -> Recipe | None:
     return ("APGDT", {**arguments, "n_classes": targets + 1}) if losses[loss] == "dlr" else None
 
 
+def _auto_attack(spec: Spec) -> Recipe | None:
+    if spec.norm == 1:
+        return None
+    arguments = {"steps": 100, "seed": 0, **spec.arguments("version", "steps", "n_queries")}
+    return "AutoAttack", {"norm": "Linf" if spec.norm == np.inf else "L2", "eps": spec.eps, **arguments}
+
+
+def _auto_attack_of(package: Any) -> type:
+    """torchattacks' AutoAttack with iterations and queries of its parts, of which it takes 10 and 5,000 by itself."""
+
+    class AutoAttack(package.AutoAttack):  # type: ignore[misc]
+        def __init__(self, model: nn.Module, steps: int = 100, n_queries: int = 5000, **arguments: Any) -> None:
+            super().__init__(model, **arguments)
+            for part in self._autoattack.attacks:
+                name, value = ("n_queries", n_queries) if hasattr(part, "n_queries") else ("steps", steps)
+                setattr(part, name, value)
+
+    return AutoAttack
+
+
 BUILDERS: dict[str, Builder] = {
     "FGSM": _fgsm,
     "PGD": _pgd,
     "C&W": _carlini_wagner,
     "APGD": _apgd,
+    "AutoAttack": _auto_attack,
     "FAB": _fab,
     "Square": _square,
 }

@@ -5,7 +5,7 @@ import pytest
 from store_for_tests import made_up
 
 from guardians.attacks.registry import Spec
-from guardians.experiments.evaluation import EVALUATION_COLUMNS, evaluation_table, evaluation_view
+from guardians.experiments.evaluation import EVALUATION_COLUMNS, as_markdown, evaluation_table, evaluation_view
 from guardians.statistics import paired_difference, wilson_interval
 from guardians.tables import read_csv
 
@@ -59,3 +59,19 @@ def test_the_view_is_written(tmp_path):
     shown = evaluation_view(*made_up(tmp_path, [("a", "reference", PGD, THEIRS)]), tmp_path)
     assert shown["robust_accuracy"].tolist() == [THEIRS.mean()]
     assert list(read_csv(tmp_path / "evaluation.csv").columns) == list(EVALUATION_COLUMNS)
+    assert (tmp_path / "evaluation.md").read_text().splitlines()[0] == "| model | norm | reference | reference, s / image |"
+
+
+def test_the_table_for_people(tmp_path):
+    half = np.array([True, False] * 10)
+    rows = [
+        ("a", "reference", PGD, half, {"seconds": 20.0}),
+        ("a", "few", FGSM, half[:10] & (np.arange(10) > 1), {"seconds": 5.0}),
+        ("a", "many", Spec("PGD", INF, 0.03, params={"steps": 9}), np.repeat(half, 100), {"seconds": 500.0}),
+        ("a", "alone", Spec("FGSM", 2, 0.5), half),
+        ("b", "reference", PGD, half, {"seconds": 2.0}),
+    ]
+    assert as_markdown(evaluation_table(*made_up(tmp_path, rows))).splitlines()[2:] == [
+        "| a | inf | 50.0 | 40.0 (50.0), of 10 | 100.0 (50.0 of 2,000) |  | 1 | 2 x | 4 x |  |",
+        "| b | inf | 50.0 |  |  |  | 0.1 |  |  |  |",
+    ]

@@ -7,6 +7,7 @@ import pytest
 
 from guardians.experiments.bench import summarise
 from guardians.experiments.defences import DEFENCE_COLUMNS
+from guardians.experiments.evaluation import EVALUATION_COLUMNS, as_markdown
 from guardians.experiments.minimum_norm import CONST_COLUMNS, MINIMUM_NORM_COLUMNS
 from guardians.experiments.run import IDENTITY, key_of
 from guardians.experiments.store import Store
@@ -26,6 +27,8 @@ TABLES = {
     "parity": PARITY_COLUMNS,
     "deviations": PARITY_COLUMNS,
     "defences": DEFENCE_COLUMNS,
+    "evaluation": EVALUATION_COLUMNS,
+    "gpu/evaluation": EVALUATION_COLUMNS,
 }
 
 
@@ -69,6 +72,18 @@ def test_the_benchmark_is_a_view_of_the_store(store):
     for _, row in committed[committed["attack"] != "union"].iterrows():
         figures = summarise(runs[row["attack"], row["implementation"]])
         assert figures == pytest.approx({name: row[name] for name in figures}, nan_ok=True)
+
+
+def test_the_evaluation_for_people_is_of_the_table():
+    committed = (RESULTS / "evaluation.md").read_text()
+    assert committed == as_markdown(read_csv(RESULTS / "evaluation.csv")) + "\n"
+
+
+def test_the_budget_standard_leaves_no_more_than_the_reference():
+    frame = read_csv(RESULTS / "evaluation.csv")
+    standard = frame[frame["contender"] == "standard"]
+    assert len(standard) == 10
+    assert (standard["difference"] <= 0).all()
 
 
 @pytest.mark.parametrize("name", ["parity", "deviations"])
