@@ -26,7 +26,7 @@ from guardians.data import ENVIRONMENT_VARIABLE, Dataset, LazyDataset, load_data
 from guardians.engine.checks import check_choice, check_integer
 from guardians.engine.process_group import TIMEOUT, process_group
 from guardians.engine.ranks import agreed, is_launched, local_device, ranks, sharing
-from guardians.engine.victim import Victim
+from guardians.engine.victim import Victim, is_sharded
 from guardians.evaluation import BUDGETS
 from guardians.evaluation import evaluate as run_evaluation
 from guardians.experiments.audit import audit as run_audit
@@ -751,8 +751,13 @@ def _check_run(batch_size: int, device: str, seed: int, data_seed: int = 0) -> N
 
 
 def _check_fit(name: str, model: nn.Module, images: Dataset | LazyDataset, device: str) -> None:
-    """Raise unless the model gives logits for images of this size, with a class for each label."""
+    """Raise unless the model, asked by one process, gives logits for such images, with a class for each label."""
     shape = images.image_shape
+    if ranks().size > 1 and is_sharded(model):
+        raise ValueError(
+            f"model={name!r}: is sharded over processes, which have to ask it together, while `torchrun -m guardians` "
+            "deals images to each apart; let all processes of a script call guardians.evaluate on the same images"
+        )
     try:
         with torch.no_grad():
             logits = Victim(model).logits(images[:1].as_floats().to(device))

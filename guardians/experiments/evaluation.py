@@ -96,9 +96,9 @@ def evaluation_table(store: Store, runs: Sequence[tuple[Run, str]]) -> pd.DataFr
 def as_markdown(frame: pd.DataFrame) -> str:
     """A row for each model and ball, and for each contender its robust accuracy in percent and its time.
 
-    Robust accuracy is on the images that the reference has, and in brackets on all where there are more; where there are
-    fewer, the reference's on these is in brackets. A speed-up is the reference's time for an image over the contender's.
-    What has no reference is left out.
+    Robust accuracy is on the images that the reference has, and in brackets on all where there are more; where there
+    are fewer, the reference's on these is in brackets. A speed-up is the reference's time for an image over the
+    contender's. What has no reference is left out.
     """
     labels = list(dict.fromkeys(frame["contender"]))
     timed = [label for label in labels if label != REFERENCE]

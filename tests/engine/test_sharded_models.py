@@ -3,6 +3,7 @@
 import copy
 import socket
 from collections.abc import Callable
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from guardians.attacks import PGD, CarliniWagnerL2
+from guardians.cli import _check_fit
+from guardians.data import Dataset
+from guardians.engine import ranks as engine_ranks
 from guardians.engine.batch import default_batch_size
+from guardians.engine.ranks import Ranks
 from guardians.engine.search import folded_view
 from guardians.engine.victim import Victim, is_sharded, undisturbed
 from guardians.evaluation import evaluate
@@ -118,6 +123,11 @@ def compare(make: Callable[[object], nn.Module], mesh: object) -> None:
         lambda model: CarliniWagnerL2(model, max_iter=5, binary_search_steps=2, seed=0, verbose=False),
     ):
         torch.testing.assert_close(attack(model)(X, Y), attack(plain)(X, Y), rtol=0, atol=1e-9)
+    data = Dataset((255 * X).to(torch.uint8), Y, tuple("abcdefghij"[:CLASSES]), "noise")
+    with mock.patch.object(engine_ranks, "_ranks", Ranks(size=2)):
+        _check_fit("plain", Net().float(), data, "cpu")
+        with pytest.raises(ValueError, match=r"model='its': is sharded over processes"):
+            _check_fit("its", model, data, "cpu")
     assert folded_view(model, X) is model
     assert Net.copies == 0
     with undisturbed(model), undisturbed(plain):
