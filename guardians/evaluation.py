@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ from guardians.attacks.registry import Family, Spec, register
 from guardians.attacks.sequence import CLEAN, STANDS, AttackSequence, Judgement, Ledger, Stage, judge_again, run_stage
 from guardians.attacks.square import Square
 from guardians.data import Dataset, LazyDataset
+from guardians.defences.ensemble import RandomEnsemble
 from guardians.engine.attack import Attack
 from guardians.engine.checks import check_choice, check_integer, check_number, check_seed
 from guardians.engine.interfaces import Estimator
@@ -74,6 +76,7 @@ _OF_THE_MODEL = ("no gradient", "vanishing gradients", "probabilities")
 _PROBED = 64
 """Images on which the gradient is looked at."""
 _EOT_SAMPLES = {"fast": 5, "standard": 20, "thorough": 20}
+"""Random passes behind a gradient of a random model, those counted that an answer of a `RandomEnsemble` averages."""
 _QUERIES = {"fast": 500, "standard": 2000, "thorough": 5000}
 """Of Square, where gradients are of no use."""
 _SAMPLE_QUERIES = 300
@@ -522,7 +525,9 @@ class _Run:
         ball: dict[str, Any] = {"norm": self.norm, "eps": self.eps}
         common = {**self.common, **ball, "early_stop": True}
         if is_random:
-            common["eot_samples"] = _EOT_SAMPLES[self.budget]
+            module = Victim(self.model).module
+            averaged = module.passes if isinstance(module, RandomEnsemble) else 1
+            common["eot_samples"] = math.ceil(_EOT_SAMPLES[self.budget] / averaged)
 
         def square(queries: int, *, sampled: bool = False) -> Stage:
             options = {key: value for key, value in common.items() if key != "eot_samples"}

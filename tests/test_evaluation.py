@@ -4,13 +4,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from models_for_tests import Constant, art_classifier, is_fooled, linear_model, small_net, snapshot, some_images
+from models_for_tests import (
+    CLASSES,
+    Constant,
+    art_classifier,
+    is_fooled,
+    linear_model,
+    small_net,
+    snapshot,
+    some_images,
+)
 from PIL import Image
 from torch import nn
 
 import guardians
 from guardians.attacks import AutoAttack
 from guardians.data import Dataset, LazyDataset, open_data
+from guardians.defences import RandomSelfEnsemble
 from guardians.evaluation import FLAGS, Evaluation
 
 INF = float("inf")
@@ -349,6 +359,33 @@ def test_random_models_are_judged_by_draws_that_chose_nothing():
     found = evaluated(Guesses(), x, torch.zeros(60, dtype=torch.long), budget="fast")
     assert "random" in found.flags
     assert found.robust_accuracy > 0.75  # nine draws are right in most 90 times of 100
+
+
+def test_a_gradient_costs_as_many_passes_whether_draws_or_the_defence_average_them():
+    class Counts(nn.Module):
+        asked = 0
+
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(CLASSES)).eval()
+            self.layers(some_images(1))
+
+        def forward(self, x):
+            self.asked += len(x) * x.requires_grad
+            return self.layers(x)
+
+    asked = {}
+    for n in (1, 10, 20, 40):
+        model = Counts()
+        defence = RandomSelfEnsemble(model, sigma_init=1e-3, sigma_inner=0, n=n, seed=0).eval()
+        x = some_images(4)
+        assert defence(x[:0]).shape == (0, CLASSES)
+        assert evaluated(defence, x, defence(x).argmax(1), eps=1e-5).robust_accuracy == 1
+        asked[n] = defence.model.asked
+    assert asked[1] == pytest.approx(asked[10], rel=0.25)
+    assert asked[1] == pytest.approx(asked[20], rel=0.25)
+    assert asked[40] == pytest.approx(2 * asked[20], rel=0.25)
 
 
 def test_images_that_a_random_model_often_gets_right_are_attacked_though_it_mostly_gets_them_wrong():

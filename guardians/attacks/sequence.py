@@ -267,7 +267,7 @@ def judge_again(estimator: Any, x: Tensor, y: Tensor, ledger: Ledger, *, first_i
         first_index: the position of the first image in the data.
         options: of `Judgement`.
     """
-    if not ledger.report.is_random:
+    if not ledger.report.is_random or ledger.stands.all():
         return
 
     def standing_again() -> np.ndarray:

@@ -49,6 +49,11 @@ class RandomEnsemble(nn.Module):
         self._parts: list[nn.Module] = []
         self._asked: list[nn.Module] = []  # a list, because they are no parts of this module
 
+    @property
+    def passes(self) -> int:
+        """Random passes that an answer is the mean of, in evaluation mode."""
+        raise NotImplementedError
+
     def keys(self, n: int) -> np.ndarray:
         """The seeds (n,) of the draws for a batch of `n` images, uint64.
 
@@ -89,7 +94,7 @@ class RandomEnsemble(nn.Module):
                 answers.append(checkpoint(one_pass, images, draws[rows], use_reentrant=False))
             else:
                 answers.append(one_pass(images, draws[rows]))
-        return torch.cat(answers).view(n, passes, -1).logsumexp(1) - math.log(passes)
+        return torch.cat(answers).view(n, passes, answers[0].shape[1]).logsumexp(1) - math.log(passes)
 
     def fast_model(self, x: Tensor) -> nn.Module:
         """What a pass of images (N, ...) asks: the model; on a CPU it or its folded view, in the fastest format."""

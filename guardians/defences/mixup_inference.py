@@ -91,6 +91,11 @@ class MixupInference(RandomEnsemble):
         self.register_buffer("_starts", counts.cumsum(0) - counts, persistent=False)
 
     @property
+    def passes(self) -> int:
+        """`num_samples`."""
+        return self.num_samples
+
+    @property
     def pool_labels(self) -> Tensor:
         """The labels (M,) of the images in `pool`, which are sorted by them."""
         return torch.arange(len(self._counts), device=self._counts.device).repeat_interleave(self._counts)

@@ -85,6 +85,11 @@ class RandomSelfEnsemble(RandomEnsemble):
                 setattr(self.model.get_submodule(parent), name, noisy[layer])
 
     @property
+    def passes(self) -> int:
+        """`n`."""
+        return self.n
+
+    @property
     def sigma_init(self) -> float:
         """Standard deviation of the noise in front of the first convolution."""
         return self._source.sigma_init
@@ -107,7 +112,7 @@ class RandomSelfEnsemble(RandomEnsemble):
 
     def forward(self, x: Tensor) -> Tensor:
         """Log-probabilities (N, classes) of images (N, ...); in training mode those of a single noisy pass."""
-        passes = 1 if self.training else self.n
+        passes = 1 if self.training else self.passes
         keys = hashed(self.keys(len(x))[:, None], np.arange(passes))
         return self.mean_over_passes(self._noisy_pass, x, keys)
 

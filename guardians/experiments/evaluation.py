@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +109,14 @@ def as_markdown(frame: pd.DataFrame) -> str:
         if REFERENCE not in of:
             continue
         images = of[REFERENCE]["n"]
-        cells = [model, f"{norm:g}", *(_accuracy(of[label], images) if label in of else "" for label in labels)]
+        cells = [str(model), f"{norm:g}", *(_accuracy(of[label], images) if label in of else "" for label in labels)]
         cells.append(f"{of[REFERENCE]['seconds_per_image']:.3g}")
         cells += [f"{of[label]['speedup']:.3g} x" if label in of else "" for label in timed]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _accuracy(row: dict[str, Any], images: int) -> str:
+def _accuracy(row: Mapping[Hashable, Any], images: int) -> str:
     text = f"{100 * row['on_reference_images']:.1f}"
     if row["n"] > images:
         return f"{text} ({100 * row['robust_accuracy']:.1f} of {row['n']:,})"

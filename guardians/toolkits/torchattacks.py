@@ -192,7 +192,7 @@ def _auto_attack(spec: Spec) -> Recipe | None:
 def _auto_attack_of(package: Any) -> type:
     """torchattacks' AutoAttack with iterations and queries of its parts, of which it takes 10 and 5,000 by itself."""
 
-    class AutoAttack(package.AutoAttack):  # type: ignore[misc]
+    class AutoAttack(package.AutoAttack):
         def __init__(self, model: nn.Module, steps: int = 100, n_queries: int = 5000, **arguments: Any) -> None:
             super().__init__(model, **arguments)
             for part in self._autoattack.attacks:
