@@ -161,7 +161,7 @@ def _fab(spec: Spec) -> Recipe | None:
     if targets := spec.get("n_targets"):
         arguments |= {"multi_targeted": True, "n_classes": targets + 1}
     # What is farther than eps is given up.
-    return "FAB", {"norm": "Linf" if spec.norm == np.inf else "L2", "eps": _ANY_DISTANCE, **arguments}
+    return "FAB", {"norm": f"L{spec.norm:g}", "eps": _ANY_DISTANCE, **arguments}
 
 
 def _square(spec: Spec) -> Recipe | None:
@@ -176,7 +176,7 @@ def _apgd(spec: Spec) -> Recipe | None:
     losses = {"cross_entropy": "ce", "difference_logits_ratio": "dlr"}
     if spec.norm == 1 or spec.targeted or not spec.get("random_start") or loss not in losses:
         return None
-    arguments = {"norm": "Linf" if spec.norm == np.inf else "L2", "eps": spec.eps, **spec.arguments("steps", "rho")}
+    arguments = {"norm": f"L{spec.norm:g}", "eps": spec.eps, **spec.arguments("steps", "rho")}
     if not targets:
         return "APGD", {**arguments, "loss": losses[loss]}
     return ("APGDT", {**arguments, "n_classes": targets + 1}) if losses[loss] == "dlr" else None
@@ -186,7 +186,7 @@ def _auto_attack(spec: Spec) -> Recipe | None:
     if spec.norm == 1:
         return None
     arguments = {"steps": 100, "seed": 0, **spec.arguments("version", "steps", "n_queries")}
-    return "AutoAttack", {"norm": "Linf" if spec.norm == np.inf else "L2", "eps": spec.eps, **arguments}
+    return "AutoAttack", {"norm": f"L{spec.norm:g}", "eps": spec.eps, **arguments}
 
 
 def _auto_attack_of(package: Any) -> type:
