@@ -40,6 +40,8 @@ _BATCH_NORMS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: nn.Conv2d,
     nn.BatchNorm3d: nn.Conv3d,
 }
+_CAST_BY_AUTOCAST = {nn.Linear, *_BATCH_NORMS.values()}
+"""Modules all of whose weights are."""
 _ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 """Of logits, relative to the largest: a copy that differs by more is another model."""
 _MAGNIFIED = 12.0
@@ -226,18 +228,25 @@ def _candidates(
     if device.type == "cpu" and (low is None or precision == "auto"):
         dtypes.append(torch.float32)
     folded = None if is_random else folded_copy(victim.module)
-    if folded is not None:
-        folded = folded.to(memory_format=torch.contiguous_format)
-        channels_last = copy.deepcopy(folded).to(memory_format=torch.channels_last)
 
     def of(dtype: torch.dtype) -> Iterator[InPrecision]:
         if folded is not None:
-            yield InPrecision(channels_last, dtype, channels_last=True)
-            yield InPrecision(folded, dtype)
+            own = folded if dtype == dtypes[-1] else copy.deepcopy(folded)
+            if dtype != torch.float32:
+                _cast_weights(own, dtype)
+            yield InPrecision(own.to(memory_format=torch.channels_last), dtype, channels_last=True)
+            yield InPrecision(own.to(memory_format=torch.contiguous_format), dtype)
         if dtype != torch.float32:
             yield InPrecision(victim.module, dtype, is_folded=False)
 
     return map(of, dtypes)
+
+
+def _cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """To what autocast would cast them to in each pass anew."""
+    for part in module.modules():
+        if type(part) in _CAST_BY_AUTOCAST:
+            part.to(dtype)
 
 
 def _low_precision(precision: str, device: torch.device) -> torch.dtype | None:

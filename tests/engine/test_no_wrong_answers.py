@@ -5,6 +5,7 @@ import gc
 import logging
 import math
 import os
+import platform
 import subprocess
 import sys
 import textwrap
@@ -1289,7 +1290,8 @@ def test_the_size_of_a_batch_is_a_power_of_two_that_fits_into_memory(memory, net
     from guardians.engine import batch
     from guardians.engine.victim import Victim, undisturbed
 
-    monkeypatch.setattr(batch, "_ON_A_CPU", memory)
+    for name in ("_ON_A_CPU", "_MOST_ON_A_CPU"):
+        monkeypatch.setattr(batch, name, memory)
     with undisturbed(net):
         size = batch.default_batch_size(Victim(net), some_images(3))
         assert batch.default_batch_size(Victim(net), some_images(1, seed=8)) == size
@@ -1301,6 +1303,36 @@ def test_the_size_of_a_batch_is_a_power_of_two_that_fits_into_memory(memory, net
     pgd(net, early_stop=True, batch_size=None)(some_images(200), some_labels(200))
     handle.remove()
     assert max(asked) <= max(size, 8)  # the probe is of 8 images
+
+
+def test_a_batch_on_a_cpu_holds_some_images_even_where_each_takes_much_memory(net, monkeypatch):
+    from guardians.engine import batch
+    from guardians.engine.victim import Victim, undisturbed
+
+    monkeypatch.setattr(batch, "_ON_A_CPU", 1)
+    with undisturbed(net):
+        assert batch.default_batch_size(Victim(net), some_images(1)) == 8
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc's allocator")
+def test_the_memory_of_a_pass_is_there_for_the_next_one():
+    faults = """
+import resource, torch
+{imported}
+def a_pass():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    activations = [torch.ones(2**19) for _ in range(20)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+a_pass()
+print(a_pass())
+"""
+    free = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "LD_PRELOAD"))}
+
+    def counted(imported):
+        command = [sys.executable, "-c", faults.format(imported=imported)]
+        return int(subprocess.run(command, env=free, capture_output=True, check=True).stdout)
+
+    assert counted("") > 10 * counted("import guardians.attacks")
 
 
 def test_the_memory_of_parameters_does_not_count():

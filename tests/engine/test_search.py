@@ -1,5 +1,6 @@
 """The cheap copies that search: what is copied, what is not, and that they never decide."""
 
+import copy
 import logging
 
 import pytest
@@ -21,7 +22,7 @@ from torch import fx, nn
 from guardians.attacks import FGSM, PGD
 from guardians.engine import search
 from guardians.engine.search import bfloat16_is_native, seconds_of_a_pass
-from guardians.engine.victim import Victim
+from guardians.engine.victim import Victim, undisturbed
 from guardians.models import resnet9, resnet18, wide_resnet
 
 LOGGER = "guardians.engine.search"
@@ -330,7 +331,7 @@ class WrongOffTheData(nn.Module):
 
     def __init__(self, net, data, error, detach=False):
         super().__init__()
-        self.net, self.data, self.error, self.detach = net, data.flatten(1), error, detach
+        self.net, self.data, self.error, self.detach = copy.deepcopy(net), data.flatten(1), error, detach
 
     def forward(self, x):
         logits = self.net(x)
@@ -408,7 +409,7 @@ class WrongInTurn(nn.Module):
 
     def __init__(self, net, passes):
         super().__init__()
-        self.net, self.passes, self.asked = net, passes, 0
+        self.net, self.passes, self.asked = copy.deepcopy(net), passes, 0
 
     def forward(self, x):
         self.asked += 1
@@ -456,7 +457,7 @@ class Misled(nn.Module):
 
     def __init__(self, net):
         super().__init__()
-        self.net = net
+        self.net = copy.deepcopy(net)
         self.register_buffer("wrong", torch.randn(192, CLASSES, generator=torch.Generator().manual_seed(0)))
 
     def forward(self, x):
@@ -694,3 +695,20 @@ def test_images_that_the_model_is_sure_of_are_fooled_all_the_same(precision, dec
     assert attack.report.search == f"folded, channels_last, {precision}"
     assert (is_fooled(net, x_adv, y) == attack.report.fooled).all()
     assert attack.report.fooled.sum() >= expected.report.fooled.sum() - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_copy_in_low_precision_holds_its_weights_in_it_and_says_what_autocast_says(dtype):
+    net, x = traceable_net(), some_images(12)
+    with undisturbed(net):
+        searches, _ = search.choose_searches(Victim(net), str(dtype).removeprefix("torch."), x, net(x), 12)
+        found = searches[0].logits(x)
+        folded = search.folded_copy(net).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", dtype):
+            expected = folded(x.contiguous(memory_format=torch.channels_last)).float()
+    (asked,) = (argument for argument in searches[0].logits.keywords.values())
+    parts = [part for part in asked.module.modules() if isinstance(part, (nn.Conv2d, nn.Linear))]
+    assert {part.weight.dtype for part in parts} == {dtype}
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    assert searches[0].description.startswith("folded")
+    assert torch.equal(found, expected)
