@@ -26,7 +26,7 @@ from guardians.data import ENVIRONMENT_VARIABLE, Dataset, LazyDataset, load_data
 from guardians.engine.checks import check_choice, check_integer
 from guardians.engine.process_group import TIMEOUT, process_group
 from guardians.engine.ranks import agreed, is_launched, local_device, ranks, sharing
-from guardians.engine.victim import Victim, is_sharded
+from guardians.engine.victim import Victim
 from guardians.evaluation import BUDGETS
 from guardians.evaluation import evaluate as run_evaluation
 from guardians.experiments.audit import audit as run_audit
@@ -550,6 +550,9 @@ def study(
     folder: Annotated[Path, typer.Option(help="Of the studies to list.")] = Path("benchmarks"),
     data: Data = None,
     n: Annotated[int | None, typer.Option("--n", "--images", help="Images.", show_default="the study's")] = None,
+    again: Annotated[
+        list[str], typer.Option(help="Label of runs that are done anew though they are there, repeatable.")
+    ] = [],  # noqa: B006
     device: Device = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for the store, tables and figures.")] = Path("runs"),
 ) -> None:
@@ -566,7 +569,7 @@ def study(
     _check_run(1, device, 0)
     chosen = load_study(file)
     images = _announced_data(data, n or chosen.n, 0, False, None, None, chosen.split)
-    frame, interrupted = perform_study(chosen, images, out, data=data, n=n, device=device)
+    frame, interrupted = perform_study(chosen, images, out, data=data, n=n, again=again, device=device)
     print_table(frame, title=chosen.title)
     typer.echo(f"tables and figures: {out}")
     if interrupted:
@@ -753,11 +756,6 @@ def _check_run(batch_size: int, device: str, seed: int, data_seed: int = 0) -> N
 def _check_fit(name: str, model: nn.Module, images: Dataset | LazyDataset, device: str) -> None:
     """Raise unless the model, asked by one process, gives logits for such images, with a class for each label."""
     shape = images.image_shape
-    if ranks().size > 1 and is_sharded(model):
-        raise ValueError(
-            f"model={name!r}: is sharded over processes, which have to ask it together, while `torchrun -m guardians` "
-            "deals images to each apart; let all processes of a script call guardians.evaluate on the same images"
-        )
     try:
         with torch.no_grad():
             logits = Victim(model).logits(images[:1].as_floats().to(device))

@@ -37,7 +37,7 @@ from guardians.engine.attack import Attack
 from guardians.engine.checks import check_choice, check_integer, check_number, check_seed
 from guardians.engine.interfaces import Estimator
 from guardians.engine.parameters import KW_ONLY, Flag, OptionalCount, Positive, Seed
-from guardians.engine.ranks import agreed, alone, deal, ranks
+from guardians.engine.ranks import agreed, alone, check_shareable, deal, ranks
 from guardians.engine.rng import ForkedGenerators, fresh_seed
 from guardians.engine.victim import Victim, isolated, undisturbed
 from guardians.models.identity import digest
@@ -298,6 +298,7 @@ def evaluate(
     check_choice("budget", budget, BUDGETS)
     check_seed("seed", seed)
     check_integer("first_index", first_index, low=0)
+    check_shareable(Victim(model).module)
     if shard is not None:
         check_integer("shard", shard, low=1)
     run: dict[str, Any] = {"norm": as_norm(norm), "budget": budget, "batch_size": batch_size, "seed": seed}

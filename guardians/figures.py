@@ -18,7 +18,6 @@ from torch import Tensor
 
 __all__ = [
     "plot_accuracy_by_const",
-    "plot_accuracy_by_lambda",
     "plot_cost",
     "plot_frontier",
     "plot_lines",
@@ -357,35 +356,6 @@ def plot_lines(
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize="small", frameon=False
     )
-    _save(figure, path)
-
-
-def plot_accuracy_by_lambda(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
-    """Accuracy with its interval against lambda of Mixup Inference, a line for each model and attack.
-
-    Args:
-        frame: columns `model`, `attack`, `lam` (the weight of the image, 0 to 1), `accuracy`, `accuracy_low` and
-            `accuracy_high` (0 to 1).
-        path: of the file; the same table gives the same bytes.
-
-    Raises:
-        ValueError: the table is empty.
-    """
-    if frame.empty:
-        raise ValueError("frame is empty: must have at least one row")
-    figure = _new_figure(6, 4)
-    axes = figure.subplots()
-    markers = _markers(frame["attack"])
-    lines = frame.groupby(["model", "attack"], sort=False)
-    for (key, line), colour in zip(lines, cycle(_PALETTE), strict=False):
-        model, attack = map(str, key)
-        around = 100 * line[["accuracy_low", "accuracy_high"]].sub(line["accuracy"], axis=0).abs().to_numpy().T
-        label = f"{model}, {attack}"
-        axes.errorbar(line["lam"], 100 * line["accuracy"], around, color=colour, marker=markers[attack], label=label)
-    axes.set(xlabel=r"$\lambda$, the weight of the image", ylabel="accuracy (%)", xlim=(0, 1.03))
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize="small", frameon=False)
-    _tidy(axes)
     _save(figure, path)
 
 

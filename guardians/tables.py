@@ -8,7 +8,7 @@ import io
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
@@ -31,6 +31,7 @@ __all__ = [
     "Table",
     "as_written",
     "file_name",
+    "markdown",
     "print_table",
     "printed",
     "read_csv",
@@ -310,6 +311,11 @@ def write_csv(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown, of text."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
 
 
 def print_table(

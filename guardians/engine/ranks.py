@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from torch import distributed
+from torch import distributed, nn
 
-__all__ = ["Ranks", "agreed", "alone", "deal", "is_launched", "local_device", "ranks", "sharing"]
+from guardians.engine.victim import is_sharded
+
+__all__ = ["Ranks", "agreed", "alone", "check_shareable", "deal", "is_launched", "local_device", "ranks", "sharing"]
 
 T = TypeVar("T")
 
@@ -170,6 +172,15 @@ def deal(units: Sequence[T], work: Callable[[T], Iterable[tuple[Any, Any]]]) -> 
 def agreed(work: Callable[[], T]) -> T:
     """See `Ranks.agreed`."""
     return _ranks.agreed(work)
+
+
+def check_shareable(model: nn.Module) -> None:
+    """Raise a ValueError where processes that share work would each ask a model apart that is sharded over them."""
+    if _ranks.size > 1 and is_sharded(model):
+        raise ValueError(
+            "the model is sharded over processes, which have to ask it together, while `torchrun -m guardians` deals "
+            "images to each apart; let all processes of a script call guardians.evaluate on the same images"
+        )
 
 
 def is_launched() -> bool:

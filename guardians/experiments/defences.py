@@ -11,7 +11,7 @@ import pandas as pd
 from guardians.experiments.run import Run
 from guardians.experiments.store import Store, standing
 from guardians.statistics import wilson_interval
-from guardians.tables import BENCHMARK_COLUMNS, write_csv
+from guardians.tables import BENCHMARK_COLUMNS, markdown, write_csv
 
 __all__ = ["DEFENCE_COLUMNS", "as_markdown", "defences_table", "defences_view"]
 
@@ -90,11 +90,13 @@ def as_markdown(frame: pd.DataFrame) -> str:
         spread = "" if np.isnan(row["seed_sd"]) else f" ± {100 * row['seed_sd']:.1f}"
         text = f"{100 * row['accuracy']:.1f}{spread}{'*' if 'flattering' in row['flags'] else ''}"
         cells.setdefault((row["model"], row["defence"]), {})[row["attack"]] = text
-    lines = [f"| model | defence | {' | '.join(labels)} |", "| --- " * (2 + len(labels)) + "|"]
-    for (model, defence), known in cells.items():
-        shown = [model, defence.partition("(")[0], *(known.get(label, "") for label in labels)]
-        lines.append(f"| {' | '.join(shown)} |")
-    return "\n".join(lines)
+    return markdown(
+        ["model", "defence", *labels],
+        (
+            [model, defence.partition("(")[0], *(known.get(label, "") for label in labels)]
+            for (model, defence), known in cells.items()
+        ),
+    )
 
 
 def _standing(outcomes: pd.DataFrame, run: Run, eps: float) -> tuple[pd.Series, pd.Series]:

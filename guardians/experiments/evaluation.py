@@ -13,7 +13,7 @@ from guardians.experiments.bench import summarise
 from guardians.experiments.run import Run
 from guardians.experiments.store import Store, standing
 from guardians.statistics import paired_difference
-from guardians.tables import BENCHMARK_COLUMNS, write_csv
+from guardians.tables import BENCHMARK_COLUMNS, markdown, write_csv
 
 __all__ = ["EVALUATION_COLUMNS", "REFERENCE", "as_markdown", "evaluation_table", "evaluation_view"]
 
@@ -103,7 +103,7 @@ def as_markdown(frame: pd.DataFrame) -> str:
     labels = list(dict.fromkeys(frame["contender"]))
     timed = [label for label in labels if label != REFERENCE]
     head = ["model", "norm", *labels, "reference, s / image", *(f"{label}, speed-up" for label in timed)]
-    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    lines = []
     for (model, norm), rows in frame.groupby(["model", "norm"], sort=False):
         of = {row["contender"]: row for row in rows.to_dict("records")}
         if REFERENCE not in of:
@@ -112,8 +112,8 @@ def as_markdown(frame: pd.DataFrame) -> str:
         cells = [str(model), f"{norm:g}", *(_accuracy(of[label], images) if label in of else "" for label in labels)]
         cells.append(f"{of[REFERENCE]['seconds_per_image']:.3g}")
         cells += [f"{of[label]['speedup']:.3g} x" if label in of else "" for label in timed]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(head, lines)
 
 
 def _accuracy(row: Mapping[Hashable, Any], images: int) -> str:

@@ -19,9 +19,9 @@ from guardians.experiments.minimum_norm import show_perturbations
 from guardians.experiments.names import parsed
 from guardians.experiments.run import Run
 from guardians.experiments.store import Store, standing
-from guardians.figures import plot_accuracy_by_lambda
+from guardians.figures import plot_lines
 from guardians.statistics import paired_difference, wilson_interval
-from guardians.tables import BENCHMARK_COLUMNS, write_csv
+from guardians.tables import BENCHMARK_COLUMNS, markdown, write_csv
 
 logger = logging.getLogger(__name__)
 
@@ -143,14 +143,14 @@ def published_view(store: Store, runs: Sequence[tuple[Run, str]], out: Path) -> 
         show_perturbations(pictured, out / "robust_neural_networks_c.png")
     by_lambda = _by_lambda(store, runs)
     if len(by_lambda):
-        plot_accuracy_by_lambda(by_lambda, out / "robust_neural_networks_lambda.png")
+        plot_lines(by_lambda, out / "robust_neural_networks_lambda.png", axis="lambda, the weight of the image")
     return frame[["model", "defence", "attack", "published", "accuracy", "verdict", "stronger", "stronger_accuracy"]]
 
 
 def as_markdown(frame: pd.DataFrame) -> str:
     """The table for people: accuracies in percent, with their intervals."""
     names = ("model", "defence", "attack", "report", "here", "verdict", "strongest attack leaves", "of the plain model")
-    lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
+    rows = []
     for row in frame.to_dict("records"):
         interval = f"{100 * row['accuracy']:.1f} [{100 * row['accuracy_low']:.1f}, {100 * row['accuracy_high']:.1f}]"
         published = "" if np.isnan(row["published"]) else f"{100 * row['published']:.4g}"
@@ -161,8 +161,8 @@ def as_markdown(frame: pd.DataFrame) -> str:
                 f"{100 * row['stronger_beside']:.1f}",
             ]
         shown = [row["model"], row["defence"].partition("(")[0], row["attack"], published, interval, row["verdict"]]
-        lines.append(f"| {' | '.join([*shown, *stronger])} |")
-    return "\n".join(lines)
+        rows.append([*shown, *stronger])
+    return markdown(names, rows)
 
 
 def published_table(store: Store, runs: Sequence[tuple[Run, str]]) -> pd.DataFrame:
@@ -249,14 +249,14 @@ def _groups(store: Store, runs: Sequence[tuple[Run, str]]) -> dict[str, dict[str
 
 
 def _by_lambda(store: Store, runs: Sequence[tuple[Run, str]]) -> pd.DataFrame:
-    """Accuracy with its interval against lambda: model, attack, lam, accuracy, accuracy_low, accuracy_high."""
+    """Accuracy with its interval against lambda, as `plot_lines` takes it: a panel a model, a line an attack."""
     rows = [
-        _figures(run, attack, stands) | {"lam": lam}
-        for of_model in _groups(store, runs).values()
+        {"panel": model, "line": attack, "x": lam, **_figures(run, attack, stands)}
+        for model, of_model in _groups(store, runs).items()
         for attack, by_lambda in of_model.items()
-        for lam, (run, stands) in sorted(by_lambda.items())
+        for lam, (run, stands) in by_lambda.items()
     ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).rename(columns={"accuracy_low": "low", "accuracy_high": "high"})
 
 
 def _warn_of_eps(store: Store, runs: Sequence[tuple[Run, str]]) -> None:

@@ -31,7 +31,7 @@ from guardians.attacks.sequence import AttackSequence, units_of
 from guardians.data import Dataset
 from guardians.engine.attack import Attack
 from guardians.engine.interfaces import ClassifierAttack
-from guardians.engine.ranks import agreed, deal, ranks
+from guardians.engine.ranks import agreed, check_shareable, deal, ranks
 from guardians.engine.report import Finished, Report
 from guardians.engine.rng import hashed, row_keys
 from guardians.engine.victim import Victim, undisturbed
@@ -149,9 +149,11 @@ def perform(runs: Sequence[Run], store: Store | None, *, verbose: bool = True) -
         Whether Ctrl-C ended it.
 
     Raises:
-        ValueError: runs that are repeated for their time are shared.
+        ValueError: several processes share runs that are repeated for their time, or a model that is sharded over them.
     """
     made_by = code()
+    for subject in {run.subject for run in runs}:
+        check_shareable(subject.base)
     if ranks().size > 1 and any(run.repetition for run in runs):
         raise ValueError(f"{ranks().size} processes: times are compared, which one process alone can measure")
     try:
@@ -262,7 +264,7 @@ class _Performance:
             asked = module if run.implementation == "native" else counting
             attack = build_attack(run.implementation, run.attack, asked, seed=run.seed, **self.setting, **run.options)
             if isinstance(attack, Attack):
-                self._stream(attack)
+                _Stream(self, attack).perform()
                 return
             if run.implementation != "native":
                 attack(about.x[:1], about.y[:1])  # some look at the model in their first call
@@ -313,80 +315,6 @@ class _Performance:
         predictions = torch.cat(found)
         self._write(self._outcomes(rows, x, predictions, predictions), cost | _counts(counting))
 
-    def _stream(self, attack: Attack) -> None:
-        """A native attack, which counts for itself; from where an earlier call was stopped."""
-        run, about = self.run, self.about
-        found = [one["outcomes"] for one in self.before]
-        cost: dict[str, Any] = dict.fromkeys(("forward", "backward", "judgement", "seconds"), 0.0)
-        for one in self.before:
-            cost |= {name: one[name] for name in cost}
-            self.flags |= set(one["flags"])
-        finished = np.concatenate([images["image"] for images in found]) if found else np.empty(0, dtype=np.int64)
-        started = time.perf_counter()
-        pieces: list[tuple[np.ndarray, Finished]] = []
-        counted: Counter[str] = Counter()  # of the unit under search
-
-        def judged() -> tuple[pd.DataFrame, Counter[str], float, str, set[str]]:
-            """Outcomes of the pieces, what they cost since this was last asked, in passes and seconds, and flags."""
-            nonlocal started
-            report, seconds = attack.report, _since(started, run.device)
-            assert report is not None
-            new = Counter(_counts(report))
-            new.subtract(counted)
-            counted.update(new)
-            outcomes = pd.DataFrame()
-            if pieces:
-                rows = np.concatenate([rows for rows, _ in pieces])
-                outcomes = self._judged(rows, torch.cat([piece.x_adv for _, piece in pieces]).to(about.x.device))
-                by_image = {name: [getattr(piece, name) for _, piece in pieces] for name in ("forward", "backward")}
-                outcomes = outcomes.assign(**{name: np.concatenate(parts) for name, parts in by_image.items()})
-                pieces.clear()
-            started = time.perf_counter()
-            return outcomes, new, seconds, report.search, self.flags
-
-        def searched(unit: np.ndarray) -> Iterator[tuple[Any, None]]:
-            nonlocal started
-            started = time.perf_counter()
-            counted.clear()
-            rows = np.setdiff1d(unit, finished)
-            inputs = [{"x": about.x[part], "y": about.y[part]} for part in torch.from_numpy(rows).split(run.batch_size)]
-            for piece in attack._search(inputs, run.device, first_index=rows):
-                pieces.append((rows[piece.index], piece))
-                if time.perf_counter() - started > _SAVED_EVERY:
-                    yield judged(), None
-            yield judged(), None
-
-        def take(outcomes: pd.DataFrame, counts: Counter[str], seconds: float, search: str, flags: set[str]) -> None:
-            if len(outcomes):
-                found.append(outcomes)
-            self.flags |= flags
-            cost.update({name: cost[name] + count for name, count in counts.items()}, search=search)
-            cost["seconds"] += seconds
-
-        def write(**figures: Any) -> None:
-            self._write(pd.concat(found, ignore_index=True), {"peak_memory_mb": None, **cost, **figures}, **done)
-
-        done = {"is_complete": False}
-        units = [
-            unit for unit in units_of(np.arange(len(about.x)), attack, about.x) if len(np.setdiff1d(unit, finished))
-        ]
-        with peak_memory(run.device) as peak:
-            try:
-                for piece, _ in deal(units, searched):
-                    take(*piece)
-                    write()
-            except BaseException:
-                if pieces and ranks().size == 1:  # of several, each has its own
-                    take(*judged())
-                    write()
-                raise
-        done["is_complete"] = True
-        figures: dict[str, Any] = {"peak_memory_mb": peak.mb}
-        if run.repetition:
-            full = about.x[: run.batch_size], about.y[: run.batch_size]
-            figures["price"] = price(attack, *full, (cost["forward"], cost["backward"], cost["judgement"]))
-        write(**figures)
-
     def _judged(self, rows: np.ndarray, x_adv: Tensor) -> pd.DataFrame:
         """Outcomes of the images that an attack returned for these rows, and flags of what is wrong with them."""
         run, about = self.run, self.about
@@ -426,6 +354,96 @@ class _Performance:
     def _write(self, outcomes: pd.DataFrame, cost: Mapping[str, Any], *, is_complete: bool = True) -> None:
         figures = {"search": "model", "flags": sorted(self.flags), **cost, **self.made_by}
         self.write(self.run.key, self.run.known, figures, outcomes, is_complete=is_complete)
+
+
+class _Stream:
+    """A native attack under way, which counts for itself; it goes on from where an earlier call was stopped.
+
+    Attributes:
+        found: outcomes of the images that are finished and judged.
+        cost: of them, in passes and seconds.
+        pieces: what is finished and not judged yet, with its rows in the data.
+    """
+
+    def __init__(self, performance: _Performance, attack: Attack) -> None:
+        self.performance, self.attack = performance, attack
+        self.run, self.about, self.flags = performance.run, performance.about, performance.flags
+        self.found = [one["outcomes"] for one in performance.before]
+        self.cost: dict[str, Any] = dict.fromkeys(("forward", "backward", "judgement", "seconds"), 0.0)
+        for one in performance.before:
+            self.cost |= {name: one[name] for name in self.cost}
+            self.flags |= set(one["flags"])
+        self.finished = np.concatenate([np.empty(0, dtype=np.int64), *(images["image"] for images in self.found)])
+        self.pieces: list[tuple[np.ndarray, Finished]] = []
+        self._counted: Counter[str] = Counter()  # of the unit under search, as far as it is judged
+        self._started = time.perf_counter()
+
+    def perform(self) -> None:
+        """Attack what is missing, and write it now and then, and when it is complete."""
+        run, about = self.run, self.about
+        units = units_of(np.arange(len(about.x)), self.attack, about.x)
+        missing = [unit for unit in units if len(np.setdiff1d(unit, self.finished))]
+        with peak_memory(run.device) as peak:
+            try:
+                for piece, _ in deal(missing, self._searched):
+                    self._take(*piece)
+            except BaseException:
+                if self.pieces and ranks().size == 1:  # of several, each has its own
+                    self._take(*self._judged())
+                raise
+        figures: dict[str, Any] = {"peak_memory_mb": peak.mb}
+        if run.repetition:
+            full = about.x[: run.batch_size], about.y[: run.batch_size]
+            counts = self.cost["forward"], self.cost["backward"], self.cost["judgement"]
+            figures["price"] = price(self.attack, *full, counts)
+        self._write(is_complete=True, **figures)
+
+    def _searched(self, unit: np.ndarray) -> Iterator[tuple[Any, None]]:
+        """What `_judged` says of the images of a unit that are missing, all _SAVED_EVERY seconds."""
+        self._started = time.perf_counter()
+        self._counted.clear()
+        rows, about = np.setdiff1d(unit, self.finished), self.about
+        parts = torch.from_numpy(rows).split(self.run.batch_size)
+        inputs = [{"x": about.x[part], "y": about.y[part]} for part in parts]
+        for piece in self.attack._search(inputs, self.run.device, first_index=rows):
+            self.pieces.append((rows[piece.index], piece))
+            if time.perf_counter() - self._started > _SAVED_EVERY:
+                yield self._judged(), None
+        yield self._judged(), None
+
+    def _judged(self) -> tuple[pd.DataFrame, Counter[str], float, str, set[str]]:
+        """Outcomes of the pieces, what they cost since this was last asked, in passes and seconds, search and flags."""
+        report, seconds = self.attack.report, _since(self._started, self.run.device)
+        assert report is not None
+        new = Counter(_counts(report))
+        new.subtract(self._counted)
+        self._counted.update(new)
+        outcomes = pd.DataFrame()
+        if self.pieces:
+            rows = np.concatenate([rows for rows, _ in self.pieces])
+            x_adv = torch.cat([piece.x_adv for _, piece in self.pieces]).to(self.about.x.device)
+            by_image = {
+                name: np.concatenate([getattr(piece, name) for _, piece in self.pieces])
+                for name in ("forward", "backward")
+            }
+            outcomes = self.performance._judged(rows, x_adv).assign(**by_image)
+            self.pieces.clear()
+        self._started = time.perf_counter()
+        return outcomes, new, seconds, report.search, self.flags
+
+    def _take(self, outcomes: pd.DataFrame, counts: Counter[str], seconds: float, search: str, flags: set[str]) -> None:
+        """Keep and write what `_judged` says, here or in another process."""
+        if len(outcomes):
+            self.found.append(outcomes)
+        self.flags |= flags
+        self.cost.update({name: self.cost[name] + count for name, count in counts.items()}, search=search)
+        self.cost["seconds"] += seconds
+        self._write(is_complete=False)
+
+    def _write(self, *, is_complete: bool, **figures: Any) -> None:
+        outcomes = pd.concat(self.found, ignore_index=True)
+        cost = {"peak_memory_mb": None, **self.cost, **figures}
+        self.performance._write(outcomes, cost, is_complete=is_complete)
 
 
 class _About:

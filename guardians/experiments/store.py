@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,13 @@ class Store:
             self._database.execute("DELETE FROM outcomes WHERE key = ?", (key,))
             self._database.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?)", (key, *texts, is_complete))
             self._database.executemany(f"INSERT INTO outcomes VALUES ({marks})", ((key, *row) for row in rows))
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Take runs out, with their outcomes."""
+        given = [(key,) for key in keys]
+        with self._transaction():
+            for table in ("outcomes", "runs"):
+                self._database.executemany(f"DELETE FROM {table} WHERE key = ?", given)
 
     def runs(self, keys: Sequence[str] | None = None, *, unfinished: bool = False) -> list[dict[str, Any]]:
         """What is known of runs, and their figures: with these keys in their order, or all in that of their writing.

@@ -134,6 +134,7 @@ def perform_study(
     *,
     data: str | os.PathLike[str] | None = None,
     n: int | None = None,
+    again: Sequence[str] = (),
     device: torch.device | str = "cpu",
     seed: int = 0,
     verbose: bool = True,
@@ -146,6 +147,7 @@ def perform_study(
         out: folder of store, tables and figures.
         data: of `load_data`, for defences that mix with training images.
         n: how many they are where it is not as the study says; `correct` is in proportion.
+        again: labels of runs that are done anew, where the store has them already.
         device: of the models.
         seed: of the order of runs within a round.
         verbose: show a progress bar.
@@ -171,6 +173,8 @@ def perform_study(
             except (TypeError, ValueError) as error:
                 raise ValueError(f"runs: {settings!r}: {error}") from error
             labelled += [(run, str(settings.get("label", ""))) for run in runs]
+    for label in again:
+        check_choice("again", label, tuple(dict.fromkeys(known for _, known in labelled)))
     shuffle = random.Random(seed).shuffle
     order = []
     for repetition in rounds:
@@ -181,6 +185,7 @@ def perform_study(
     if not ranks().is_first:
         return pd.DataFrame(), perform(order, None, verbose=False)
     store = Store(out)
+    store.forget(run.key for run, label in labelled if label in again)
     interrupted = perform(order, store, verbose=verbose)
     store.export(out)
     return VIEWS[study.view](store, labelled, Path(out)), interrupted

@@ -30,8 +30,8 @@ __all__ = [
 
 TensorAttack = Callable[..., Tensor]
 """Of images and labels, and what else it takes, as ART's attacks a `mask`."""
-Recipe = tuple[str, dict[str, Any]]
-"""The name of a toolkit's class, and its arguments."""
+Recipe = tuple[Any, dict[str, Any]]
+"""The name of a toolkit's class, or where it has none like this what makes one of its package, and its arguments."""
 Builder = Callable[[Spec], Recipe | None]
 """What a toolkit has for a spec; None where it does not have that form."""
 

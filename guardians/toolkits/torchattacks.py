@@ -117,11 +117,10 @@ def own(name: str, arguments: dict[str, Any], norm: float, eps: float) -> tuple[
 
 def wrap(recipe: Recipe, spec: Spec, model: nn.Module, batch_size: int, nb_classes: int, **_: Any) -> TensorAttack:
     """The attack, see `guardians.toolkits.build`."""
-    package, (name, arguments) = installed(PACKAGE), recipe
-    if spec.family == "AutoAttack":
-        attack, arguments = _auto_attack_of(package), {**arguments, "n_classes": nb_classes}
-    else:
-        attack = getattr(package, name)
+    (name, arguments), package = recipe, installed(PACKAGE)
+    attack = name(package) if callable(name) else getattr(package, name)
+    if "n_classes" in inspect.signature(attack).parameters:  # else it takes them to be ten
+        arguments = {"n_classes": nb_classes} | arguments
     return TorchattacksAttack(model, attack, batch_size=batch_size, targeted=spec.targeted, **arguments)
 
 
@@ -186,15 +185,17 @@ def _auto_attack(spec: Spec) -> Recipe | None:
     if spec.norm == 1:
         return None
     arguments = {"steps": 100, "seed": 0, **spec.arguments("version", "steps", "n_queries")}
-    return "AutoAttack", {"norm": f"L{spec.norm:g}", "eps": spec.eps, **arguments}
+    return _auto_attack_of, {"norm": f"L{spec.norm:g}", "eps": spec.eps, **arguments}
 
 
 def _auto_attack_of(package: Any) -> type:
     """torchattacks' AutoAttack with iterations and queries of its parts, of which it takes 10 and 5,000 by itself."""
 
     class AutoAttack(package.AutoAttack):
-        def __init__(self, model: nn.Module, steps: int = 100, n_queries: int = 5000, **arguments: Any) -> None:
-            super().__init__(model, **arguments)
+        def __init__(
+            self, model: nn.Module, n_classes: int, steps: int, n_queries: int = 5000, **arguments: Any
+        ) -> None:
+            super().__init__(model, n_classes=n_classes, **arguments)
             for part in self._autoattack.attacks:
                 name, value = ("n_queries", n_queries) if hasattr(part, "n_queries") else ("steps", steps)
                 setattr(part, name, value)

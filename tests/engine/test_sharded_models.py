@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from guardians.attacks import PGD, CarliniWagnerL2
-from guardians.cli import _check_fit
 from guardians.data import Dataset
 from guardians.engine import ranks as engine_ranks
 from guardians.engine.batch import default_batch_size
-from guardians.engine.ranks import Ranks
+from guardians.engine.ranks import Ranks, check_shareable
 from guardians.engine.search import folded_view
 from guardians.engine.victim import Victim, is_sharded, undisturbed
 from guardians.evaluation import evaluate
+from guardians.experiments.run import Run, perform
+from guardians.experiments.subject import Subject
 from guardians.models import digest
 
 _fsdp = pytest.importorskip("torch.distributed.fsdp")
@@ -125,9 +126,13 @@ def compare(make: Callable[[object], nn.Module], mesh: object) -> None:
         torch.testing.assert_close(attack(model)(X, Y), attack(plain)(X, Y), rtol=0, atol=1e-9)
     data = Dataset((255 * X).to(torch.uint8), Y, tuple("abcdefghij"[:CLASSES]), "noise")
     with mock.patch.object(engine_ranks, "_ranks", Ranks(size=2)):
-        _check_fit("plain", Net().float(), data, "cpu")
-        with pytest.raises(ValueError, match=r"model='its': is sharded over processes"):
-            _check_fit("its", model, data, "cpu")
+        check_shareable(Net())
+        for ask in (
+            lambda: evaluate(model, X, Y, verbose=False),
+            lambda: perform([Run(Subject("its", model), data, None, "native")], None, verbose=False),
+        ):
+            with pytest.raises(ValueError, match="the model is sharded over processes"):
+                ask()
     assert folded_view(model, X) is model
     assert Net.copies == 0
     with undisturbed(model), undisturbed(plain):

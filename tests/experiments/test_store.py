@@ -48,6 +48,20 @@ def test_a_complete_run_stays_and_another_is_replaced(tmp_path):
     assert len(store.outcomes("a")) == 2
 
 
+def test_what_is_forgotten_can_be_written_anew(tmp_path):
+    store = Store(tmp_path)
+    for key in ("a", "b"):
+        store.write(key, {"attack": "FGSM"}, {"seconds": 1.0}, outcomes())
+    store.forget(["a", "unknown"])
+    assert "a" not in store
+    assert [run["key"] for run in store.runs()] == ["b"]
+    assert store.outcomes("a").empty
+    assert len(store.outcomes("b")) == 3
+    store.write("a", {"attack": "FGSM"}, {"seconds": 2.0}, outcomes(2))
+    assert [run["seconds"] for run in store.runs(["a", "b"])] == [2.0, 1.0]
+    assert len(store.outcomes("a")) == 2
+
+
 def test_runs_come_in_the_order_that_is_asked_for(tmp_path):
     store = Store(tmp_path)
     for key in "cab":

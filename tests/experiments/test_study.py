@@ -67,6 +67,21 @@ def test_a_study_is_done_and_not_done_again(tmp_path, monkeypatch):
         perform({"n": 5}, tmp_path)
 
 
+def test_runs_with_a_label_are_done_anew(tmp_path):
+    runs = [{"attacks": [attack], "implementations": ["native"], "label": attack} for attack in ("FGSM", "PGD-10")]
+    perform({"runs": runs}, tmp_path)
+    before = {run["attack"]: run for run in Store(tmp_path).runs()}
+    frame, _ = perform({"runs": runs}, tmp_path, again=["PGD-10"])
+    after = {run["attack"]: run for run in Store(tmp_path).runs()}
+    assert frame["attack"].tolist() == ["FGSM", "PGD-10", "union"]
+    assert after["FGSM"] == before["FGSM"]
+    assert after["PGD-10"]["key"] == before["PGD-10"]["key"]
+    assert after["PGD-10"]["seconds"] != before["PGD-10"]["seconds"]
+    with pytest.raises(ValueError, match="again='PGD-40'.*FGSM.*PGD-10"):
+        perform({"runs": runs}, tmp_path, again=["PGD-40"])
+    assert Store(tmp_path).runs() == list(after.values())
+
+
 def test_fewer_images_than_the_study_says(tmp_path):
     frame, _ = perform({"n": 12, "correct": 8}, tmp_path, n=6)
     assert frame["n"].tolist() == [4, 4]

@@ -10,7 +10,7 @@ from models_for_tests import CLASSES, SHAPE
 from torch.nn.functional import cross_entropy
 
 from guardians.attacks import Attack, Spec
-from guardians.toolkits.build import IMPLEMENTATIONS, build_attack, is_available
+from guardians.toolkits.build import IMPLEMENTATIONS, build_attack, is_available, own_spec
 
 INF = float("inf")
 FGSM = Spec("FGSM", INF, eps=0.03)
@@ -272,3 +272,13 @@ def test_the_published_auto_attack_of_torchattacks_is_its_four_attacks_with_iter
     found = build_attack("torchattacks", spec, model, **setting)(x, y)
     assert torch.equal(found, by_hand(x, y))
     assert not torch.equal(found, x)
+
+
+def test_torchattacks_is_told_the_number_of_classes_where_it_would_take_them_to_be_ten():
+    torchattacks = pytest.importorskip("torchattacks")
+    setting = {"nb_classes": CLASSES, "input_shape": (3, 8, 8), "batch_size": 4}
+    for name, given, expected in (("APGDT", {}, CLASSES), ("APGDT", {"n_classes": 3}, 3), ("AutoAttack", {}, CLASSES)):
+        spec = own_spec("torchattacks", name, given, np.inf, 0.1)
+        attack = build_attack("torchattacks", spec, torch.nn.Flatten(), **setting)
+        assert attack.attack is getattr(torchattacks, name)
+        assert attack.arguments["n_classes"] == expected
