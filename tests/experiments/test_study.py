@@ -77,7 +77,7 @@ def test_runs_with_a_label_are_done_anew(tmp_path):
     assert after["FGSM"] == before["FGSM"]
     assert after["PGD-10"]["key"] == before["PGD-10"]["key"]
     assert after["PGD-10"]["seconds"] != before["PGD-10"]["seconds"]
-    with pytest.raises(ValueError, match="again='PGD-40'.*FGSM.*PGD-10"):
+    with pytest.raises(ValueError, match=r"again='PGD-40'.*FGSM.*PGD-10"):
         perform({"runs": runs}, tmp_path, again=["PGD-40"])
     assert Store(tmp_path).runs() == list(after.values())
 
