@@ -30,12 +30,14 @@ __all__ = [
     "RATES",
     "Table",
     "as_written",
+    "columns_as_markdown",
     "file_name",
     "markdown",
     "print_table",
     "printed",
     "read_csv",
     "write_csv",
+    "write_shown",
 ]
 
 BENCHMARK_FLAGS = {
@@ -316,6 +318,20 @@ def write_csv(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown, of text."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def write_shown(frame: pd.DataFrame, path: Path, shown: Sequence[str]) -> pd.DataFrame:
+    """Write a table as CSV, and beside it in Markdown the columns that people are shown, which are returned."""
+    write_csv(frame, path)
+    path.with_suffix(".md").write_text(columns_as_markdown(frame, shown) + "\n")
+    return frame[list(shown)]
+
+
+def columns_as_markdown(frame: pd.DataFrame, columns: Sequence[str]) -> str:
+    """Columns of a table in Markdown, as `printed`."""
+    head = [name.replace("_", " ") + " (%)" * (name in RATES) for name in columns]
+    rows = frame[list(columns)].itertuples(index=False, name=None)
+    return markdown(head, ([printed(*cell) for cell in zip(columns, row, strict=True)] for row in rows))
 
 
 def print_table(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
@@ -26,10 +24,14 @@ _SEED_AT_IMPORT = torch.initial_seed()
 """Of torch's global generator."""
 _NUMBERS = 16
 """Keeps hashed numbers apart from the keys of `guardians.engine.run`, whose second part is smaller."""
-_GAMMA, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-"""What SplitMix64 adds to its state and multiplies it by."""
-_SLAB, _BLOCK = 2**17, 2**21
-"""Normal numbers that are drawn at once on a CPU, and on a GPU. The first has a part in which they are."""
+_GAMMA = 0x9E3779B97F4A7C15
+"""What SplitMix64 adds to its state."""
+_MIXING = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
+"""By what it shifts it, and what it multiplies it by."""
+_SLAB = 2**17
+"""Normal numbers that share a part of the stream."""
+_ON_A_CPU, _ON_A_GPU = 2**18, 2**21
+"""Normal numbers that are drawn at once by each thread of a CPU, and on a GPU."""
 _KEYS: ContextVar[np.ndarray | None] = ContextVar("row_keys", default=None)
 
 
@@ -119,8 +121,8 @@ def with_normal(x: Tensor, keys: Tensor, stream: int, sigma: float) -> Tensor:
     The radius has 32 bits, for up to 6.7 standard deviations. Devices differ by the rounding of logarithm, sine and
     cosine.
 
-    Beside the result it takes at most 64 MB of memory, on a CPU 4 MB for each thread of torch; where one line of an
-    image has more than 2**17 numbers, 28 bytes for each of them. Nothing is kept, for a gradient either.
+    Beside the result it takes at most 64 MB of memory, on a CPU 8 MB for each thread of torch; where one line of an
+    image has more than 2**17 numbers, 32 bytes for each of them. Nothing is kept, for a gradient either.
 
     Args:
         x: of a floating-point type, in any memory format.
@@ -132,88 +134,49 @@ def with_normal(x: Tensor, keys: Tensor, stream: int, sigma: float) -> Tensor:
         return x
     # Autograd sees the clone alone, whose gradient is that of the sum.
     noisy = x.clone() if x.requires_grad and torch.is_grad_enabled() else torch.empty_like(x)
-    n, lines, on_cpu = len(x), x.shape[2], x.device.type == "cpu"
-    line = math.prod(x.shape[3:]) * x.shape[1]
+    lines, line = x.shape[2], math.prod(x.shape[3:]) * x.shape[1]
     step = max(1, _SLAB // line)
-    size = max(1, (_SLAB if on_cpu else _BLOCK) // (line * min(step, lines)))
-    blocks = [
-        (slice(row, row + size), slice(top, top + step), number * ((step * line + 1) // 2))
-        for number, top in enumerate(range(0, lines, step))
-        for row in range(0, n, size)
-    ]
-    threads = min(torch.get_num_threads(), len(blocks)) if on_cpu else 1
-
-    def add(part: int) -> None:
-        draw = _normal_in_numpy if on_cpu else _normal
-        mine = blocks[part::threads]
-        before, after = ([t.detach()[rows, :, slab].movedim(1, -1) for rows, slab, _ in mine] for t in (x, noisy))
-        tasks = [(keys[rows], first, one[0].numel()) for (rows, _, first), one in zip(mine, before, strict=True)]
-        for old, new, noise in zip(before, after, draw(tasks, stream), strict=True):
+    at_once = _ON_A_GPU if x.device.type == "cuda" else _ON_A_CPU * torch.get_num_threads()
+    size = max(1, at_once // (line * min(step, lines)))
+    for number, top in enumerate(range(0, lines, step)):
+        for row in range(0, len(x), size):
+            rows, slab = slice(row, row + size), slice(top, top + step)
+            old, new = (part.detach()[rows, :, slab].movedim(1, -1) for part in (x, noisy))
+            noise = _normal(keys[rows], stream, number * ((step * line + 1) // 2), old[0].numel())
             torch.add(old, noise.view(old.shape), alpha=sigma, out=new)
-
-    if threads == 1:
-        add(0)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(torch.inference_mode(noisy.is_inference())(add), range(threads)))
     return noisy
 
 
-def _normal(blocks: list[tuple[Tensor, int, int]], stream: int) -> Iterator[Tensor]:
-    """Standard normal numbers (N, length), float32, for each block of keys (N,), first number of `bits`, and length."""
-    for keys, first, length in blocks:
-        half = (length + 1) // 2
-        drawn = bits(keys, stream, first, first + half)
-        radius = (drawn >> 32).bitwise_and_(2**32 - 1).to(torch.float32).add_(0.5).mul_(2.0**-32)
-        radius.log_().mul_(-2).sqrt_()
-        angle = drawn.to(torch.int32).to(torch.float32).mul_(math.pi * 2.0**-31)
-        numbers = torch.empty(len(keys), length, device=keys.device)
-        torch.mul(radius, angle.cos(), out=numbers[:, :half])
-        torch.mul(radius[:, : length - half], angle.sin_()[:, : length - half], out=numbers[:, half:])
-        yield numbers
+def _normal(keys: Tensor, stream: int, first: int, length: int) -> Tensor:
+    """Standard normal numbers (N, length), float32, for keys (N,), from number `first` of `bits` on."""
+    half = (length + 1) // 2
+    drawn = bits(keys, stream, first, first + half)
+    angle = drawn.to(torch.int32).to(torch.float32).mul_(math.pi * 2.0**-31)
+    radius = drawn.bitwise_right_shift_(32).bitwise_and_(2**32 - 1).to(torch.float32).add_(0.5).mul_(2.0**-32)
+    radius.log_().mul_(-2).sqrt_()
+    numbers = torch.empty(len(keys), length, device=keys.device)
+    torch.mul(radius, angle.cos(), out=numbers[:, :half])
+    torch.mul(radius[:, : length - half], angle.sin_()[:, : length - half], out=numbers[:, half:])
+    return numbers
 
 
-def _normal_in_numpy(blocks: list[tuple[Tensor, int, int]], stream: int) -> Iterator[Tensor]:
-    """The same on a CPU, where numpy takes half as long as torch; each block is overwritten by the next."""
-    most = max(len(keys) * (length + 1) // 2 + len(keys) for keys, _, length in blocks)
-    states, floats = np.empty((2, most), dtype=np.uint64), np.empty((5, most), dtype=np.float32)
-    low, high = (0, 1) if sys.byteorder == "little" else (1, 0)
-    for keys, first, length in blocks:
-        n, half = len(keys), (length + 1) // 2
-        state, shifted = states[:, : n * half].reshape(2, n, half)
-        radius, angle, cosine = floats[:3, : n * half].reshape(3, n, half)
-        numbers = floats[3:].reshape(-1)[: n * length].reshape(n, length)
-        seeds = _mixed(keys.numpy().view(np.uint64) + np.uint64((stream + 1) * _GAMMA % 2**64))
-        counters = np.arange(first + 1, first + half + 1, dtype=np.uint64) * np.uint64(_GAMMA)
-        _mixed(np.add(seeds[:, None], counters, out=state), shifted)
-        radius[:] = state.view(np.uint32)[:, high::2]
-        radius += np.float32(0.5)
-        radius *= np.float32(2.0**-32)
-        np.log(radius, out=radius)
-        radius *= np.float32(-2)
-        np.sqrt(radius, out=radius)
-        angle[:] = state.view(np.int32)[:, low::2]
-        angle *= np.float32(math.pi * 2.0**-31)
-        np.multiply(radius, np.cos(angle, out=cosine), out=numbers[:, :half])
-        np.sin(angle, out=angle)
-        np.multiply(radius[:, : length - half], angle[:, : length - half], out=numbers[:, half:])
-        yield torch.from_numpy(numbers)
-
-
-def _mixed(state: np.ndarray, shifted: np.ndarray | None = None) -> np.ndarray:
-    """SplitMix64's hash of states, uint64, in their place; `shifted` is memory for it."""
-    for shift, factor in ((30, _FIRST), (27, _SECOND), (31, 1)):
-        state ^= np.right_shift(state, np.uint64(shift), out=shifted)
-        if factor != 1:
-            state *= np.uint64(factor)
+def _mixed(state: np.ndarray) -> np.ndarray:
+    """SplitMix64's hash of states, uint64, in their place."""
+    for shift, factor in _MIXING:
+        state ^= state >> np.uint64(shift)
+        state *= np.uint64(factor)
     return state
 
 
 def _mixed_tensor(state: Tensor) -> Tensor:
     """The same of int64, whose shifts fill in the sign."""
-    state.bitwise_xor_((state >> 30).bitwise_and_(2**34 - 1)).mul_(_signed(_FIRST))
-    state.bitwise_xor_((state >> 27).bitwise_and_(2**37 - 1)).mul_(_signed(_SECOND))
-    return state.bitwise_xor_((state >> 31).bitwise_and_(2**33 - 1))
+    shifted = torch.empty_like(state)
+    for shift, factor in _MIXING:
+        torch.bitwise_right_shift(state, shift, out=shifted)
+        state.bitwise_xor_(shifted.bitwise_and_(2 ** (64 - shift) - 1))
+        if factor != 1:
+            state.mul_(_signed(factor))
+    return state
 
 
 def _signed(number: int) -> int:

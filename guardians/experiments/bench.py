@@ -31,12 +31,18 @@ from guardians.statistics import wilson_interval
 from guardians.tables import BENCHMARK_COLUMNS, write_csv
 from guardians.toolkits.build import IMPLEMENTATIONS, TOOLKITS, is_available, is_installed, own_spec
 
-__all__ = ["ATTACKS", "benchmark_table", "run_benchmark", "runs_of", "spec_of", "summarise"]
+__all__ = ["ATTACKS", "BENCHMARK_SHOWN", "benchmark_table", "run_benchmark", "runs_of", "spec_of", "summarise"]
 
 logger = logging.getLogger(__name__)
 
 ATTACKS = ("clean", "FGSM", "PGD-10", "PGD-40")
 """Those that run unless others are asked for."""
+BENCHMARK_SHOWN = (
+    *("model", "attack", "implementation", "n", "robust_accuracy", "robust_accuracy_low"),
+    *("robust_accuracy_high", "success_rate", "l2_mean", "linf_max", "forward_per_image"),
+    *("backward_per_image", "judgement_per_image", "seconds", "flags"),
+)
+"""Columns of `BENCHMARK_COLUMNS` that are shown at first."""
 _WEAKEST = "FGSM"
 """No other attack in the same ball should be weaker."""
 _NAMES = ("model", "defence", "data")

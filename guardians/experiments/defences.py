@@ -13,7 +13,7 @@ from guardians.experiments.store import Store, standing
 from guardians.statistics import wilson_interval
 from guardians.tables import BENCHMARK_COLUMNS, markdown, write_csv
 
-__all__ = ["DEFENCE_COLUMNS", "as_markdown", "defences_table", "defences_view"]
+__all__ = ["DEFENCE_COLUMNS", "DEFENCE_SHOWN", "as_markdown", "defences_table", "defences_view"]
 
 _KEPT = ("model", "defence", "model_digest", "data", "device")
 _COUNTS = ("forward", "backward", "judgement")
@@ -37,12 +37,19 @@ DEFENCE_COLUMNS = {
 }
 
 
+DEFENCE_SHOWN = (
+    *("model", "defence", "attack", "norm", "n", "seeds", "accuracy", "accuracy_low", "accuracy_high"),
+    *("seed_sd", "backward_per_image", "flags"),
+)
+"""Those that are shown at first."""
+
+
 def defences_view(store: Store, runs: Sequence[tuple[Run, str]], out: Path) -> pd.DataFrame:
     """`defences.csv`, a row for each subject and label, and `defences.md`, a table for people."""
     frame = defences_table(store, runs)
     write_csv(frame, out / "defences.csv")
     (out / "defences.md").write_text(as_markdown(frame) + "\n")
-    return frame[["model", "defence", "attack", "n", "seeds", "accuracy", "seed_sd", "backward_per_image", "flags"]]
+    return frame[list(DEFENCE_SHOWN)]
 
 
 def defences_table(store: Store, runs: Sequence[tuple[Run, str]]) -> pd.DataFrame:

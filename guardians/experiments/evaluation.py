@@ -15,7 +15,7 @@ from guardians.experiments.store import Store, standing
 from guardians.statistics import paired_difference
 from guardians.tables import BENCHMARK_COLUMNS, markdown, write_csv
 
-__all__ = ["EVALUATION_COLUMNS", "REFERENCE", "as_markdown", "evaluation_table", "evaluation_view"]
+__all__ = ["EVALUATION_COLUMNS", "EVALUATION_SHOWN", "REFERENCE", "as_markdown", "evaluation_table", "evaluation_view"]
 
 REFERENCE = "reference"
 """The label of what the others are held against."""
@@ -47,13 +47,20 @@ EVALUATION_COLUMNS = {
 }
 
 
+EVALUATION_SHOWN = (
+    *("model", "norm", "contender", "n", "clean_accuracy", "robust_accuracy", "robust_accuracy_low"),
+    *("robust_accuracy_high", "on_reference_images", "reference_accuracy", "difference"),
+    *("seconds_per_image", "speedup", "backward_per_image"),
+)
+"""Those that are shown at first."""
+
+
 def evaluation_view(store: Store, runs: Sequence[tuple[Run, str]], out: Path) -> pd.DataFrame:
     """`evaluation.csv`, a row for each model, ball and label, and `evaluation.md`, a table for people."""
     frame = evaluation_table(store, runs)
     write_csv(frame, out / "evaluation.csv")
     (out / "evaluation.md").write_text(as_markdown(frame) + "\n")
-    shown = ["model", "norm", "contender", "n", "robust_accuracy", "on_reference_images", "reference_accuracy"]
-    return frame[[*shown, "seconds_per_image", "speedup", "backward_per_image"]]
+    return frame[list(EVALUATION_SHOWN)]
 
 
 def evaluation_table(store: Store, runs: Sequence[tuple[Run, str]]) -> pd.DataFrame:

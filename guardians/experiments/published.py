@@ -25,7 +25,16 @@ from guardians.tables import BENCHMARK_COLUMNS, markdown, write_csv
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["CLAIMS", "PUBLISHED_COLUMNS", "Claim", "as_markdown", "judged", "published_table", "published_view"]
+__all__ = [
+    "CLAIMS",
+    "PUBLISHED_COLUMNS",
+    "PUBLISHED_SHOWN",
+    "Claim",
+    "as_markdown",
+    "judged",
+    "published_table",
+    "published_view",
+]
 
 CLOSE = 0.03
 """Accuracy within which a figure counts as the same: the report's models, images and eps are unknown."""
@@ -96,6 +105,13 @@ PUBLISHED_COLUMNS = {
 }
 
 
+PUBLISHED_SHOWN = (
+    *("model", "defence", "attack", "published", "accuracy", "accuracy_low", "accuracy_high", "verdict"),
+    *("stronger", "stronger_accuracy", "stronger_beside"),
+)
+"""Those that are shown at first."""
+
+
 def judged(
     published: float,
     accuracy: float,
@@ -144,7 +160,7 @@ def published_view(store: Store, runs: Sequence[tuple[Run, str]], out: Path) -> 
     by_lambda = _by_lambda(store, runs)
     if len(by_lambda):
         plot_lines(by_lambda, out / "robust_neural_networks_lambda.png", axis="lambda, the weight of the image")
-    return frame[["model", "defence", "attack", "published", "accuracy", "verdict", "stronger", "stronger_accuracy"]]
+    return frame[list(PUBLISHED_SHOWN)]
 
 
 def as_markdown(frame: pd.DataFrame) -> str:

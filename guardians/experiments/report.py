@@ -13,17 +13,18 @@ from typing import Any
 import pandas as pd
 
 from guardians.experiments.audit import RULES
+from guardians.experiments.bench import BENCHMARK_SHOWN
 from guardians.experiments.commands import COMMANDS
 from guardians.experiments.defence_speed import SPEED_COLUMNS
-from guardians.experiments.defences import DEFENCE_COLUMNS
-from guardians.experiments.evaluation import EVALUATION_COLUMNS
+from guardians.experiments.defences import DEFENCE_COLUMNS, DEFENCE_SHOWN
+from guardians.experiments.evaluation import EVALUATION_COLUMNS, EVALUATION_SHOWN
 from guardians.experiments.memory import MEMORY_COLUMNS
-from guardians.experiments.minimum_norm import CONST_COLUMNS, MINIMUM_NORM_COLUMNS
+from guardians.experiments.minimum_norm import CONST_COLUMNS, MINIMUM_NORM_COLUMNS, MINIMUM_NORM_SHOWN
 from guardians.experiments.page import Claim, Figure, Section, data_uri, write_page
 from guardians.experiments.planted import AUDIT_COLUMNS
-from guardians.experiments.published import PUBLISHED_COLUMNS
+from guardians.experiments.published import PUBLISHED_COLUMNS, PUBLISHED_SHOWN
 from guardians.experiments.store import Store
-from guardians.experiments.throughput import THROUGHPUT_COLUMNS
+from guardians.experiments.throughput import THROUGHPUT_COLUMNS, THROUGHPUT_SHOWN
 from guardians.tables import BENCHMARK_COLUMNS, BENCHMARK_FLAGS, CONFORMANCE_COLUMNS, PARITY_COLUMNS, read_csv
 
 __all__ = ["TABLES", "Known", "report_page"]
@@ -65,11 +66,7 @@ _EVALUATION = Known(
     "AutoAttack on the same images. A negative difference says that the reference left more.",
     "guardians study benchmarks/evaluation.yaml --out results",
     EVALUATION_COLUMNS,
-    (
-        *("model", "norm", "contender", "n", "clean_accuracy", "robust_accuracy", "robust_accuracy_low"),
-        *("robust_accuracy_high", "on_reference_images", "reference_accuracy", "difference"),
-        *("seconds_per_image", "speedup", "backward_per_image"),
-    ),
+    EVALUATION_SHOWN,
     of_runs=("model_digest", "data", "attack", "implementation", "device"),
 )
 _HEADLINE = (
@@ -82,11 +79,7 @@ _THROUGHPUT = Known(
     "over the fastest toolkit of the same round.",
     "guardians study benchmarks/attack_throughput.yaml --out results",
     THROUGHPUT_COLUMNS,
-    (
-        *("model", "implementation", "early_stop", "precision", "n", "rounds", "robust_accuracy", "difference"),
-        *("seconds", "images_per_second", "speedup", "speedup_low", "speedup_high", "bare_loop_ratio"),
-        "backward_per_image",
-    ),
+    THROUGHPUT_SHOWN,
     of_runs=("model", "implementation", "n"),
 )
 _PARITY_SHOWN = (
@@ -100,7 +93,7 @@ TABLES: dict[str, Known] = {
         "The same on an NVIDIA H100, as far as it got in minutes.",
         "guardians study benchmarks/evaluation.yaml --device cuda --out results/gpu",
         EVALUATION_COLUMNS,
-        _EVALUATION.shown,
+        EVALUATION_SHOWN,
         of_runs=_EVALUATION.of_runs,
     ),
     "parity.csv": Known(
@@ -130,10 +123,7 @@ TABLES: dict[str, Known] = {
         "attack leaves. The rules of the verdicts are those of `guardians.experiments.published.judged`.",
         "guardians study benchmarks/robust_neural_networks.yaml --out results/robust_neural_networks",
         PUBLISHED_COLUMNS,
-        (
-            *("model", "defence", "attack", "published", "accuracy", "accuracy_low", "accuracy_high", "verdict"),
-            *("stronger", "stronger_accuracy", "stronger_beside"),
-        ),
+        PUBLISHED_SHOWN,
         figures={
             "robust_neural_networks/robust_neural_networks_lambda.png": (
                 "Accuracy against lambda",
@@ -172,10 +162,7 @@ TABLES: dict[str, Known] = {
         "defence, mean over the seeds. The lowest of a row's ball is what counts; an attack that leaves more flatters.",
         "guardians study benchmarks/defences.yaml --n 500 --out results",
         DEFENCE_COLUMNS,
-        (
-            *("model", "defence", "attack", "norm", "n", "seeds", "accuracy", "accuracy_low", "accuracy_high"),
-            *("seed_sd", "backward_per_image", "flags"),
-        ),
+        DEFENCE_SHOWN,
         {
             "flattering": "another attack in the same ball leaves an interval that lies below this one's: the number "
             "says more of the attack than of the defence",
@@ -189,11 +176,7 @@ TABLES: dict[str, Known] = {
         "counts an image as fooled where any of them fools it.",
         "guardians study benchmarks/benchmark.yaml --out results",
         BENCHMARK_COLUMNS,
-        (
-            *("model", "attack", "implementation", "n", "robust_accuracy", "robust_accuracy_low"),
-            *("robust_accuracy_high", "success_rate", "l2_mean", "linf_max", "forward_per_image"),
-            *("backward_per_image", "seconds", "flags"),
-        ),
+        BENCHMARK_SHOWN,
         BENCHMARK_FLAGS,
     ),
     "carlini_wagner.csv": Known(
@@ -201,10 +184,7 @@ TABLES: dict[str, Known] = {
         "Attacks that look for the smallest perturbation, at several settings.",
         "guardians study benchmarks/carlini_wagner.yaml --out results",
         MINIMUM_NORM_COLUMNS,
-        (
-            *("model", "implementation", "setting", "success_rate", "l2_median", "l2_mean", "l2_ratio"),
-            *("local_optimality", "forward_per_image", "backward_per_image", "seconds", "speed_up"),
-        ),
+        MINIMUM_NORM_SHOWN,
         figures={
             "carlini_wagner_frontier.png": (
                 "Mean L2 norm against gradient evaluations",

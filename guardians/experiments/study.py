@@ -19,7 +19,7 @@ from guardians.data import Dataset, load_data
 from guardians.engine.checks import check_choice, check_integer
 from guardians.engine.ranks import ranks
 from guardians.engine.victim import predicted_labels
-from guardians.experiments.bench import benchmark_table, runs_of
+from guardians.experiments.bench import BENCHMARK_SHOWN, benchmark_table, runs_of
 from guardians.experiments.defences import defences_view
 from guardians.experiments.evaluation import evaluation_view
 from guardians.experiments.minimum_norm import consts_view, minimum_norm_view
@@ -30,17 +30,14 @@ from guardians.experiments.store import Store
 from guardians.experiments.subject import KINDS, Subject, defended
 from guardians.experiments.throughput import throughput_view
 from guardians.models import load_model
-from guardians.tables import write_csv
+from guardians.tables import write_shown
 
 __all__ = ["VIEWS", "Study", "find_studies", "load_study", "perform_study"]
 
 
 def benchmark_view(store: Store, runs: Sequence[tuple[Run, str]], out: Path) -> pd.DataFrame:
     """`benchmark.csv`, a row for each run."""
-    frame = benchmark_table(store, [run for run, _ in runs])
-    write_csv(frame, out / "benchmark.csv")
-    columns = ["model", "defence", "attack", "implementation", "norm", "n", "robust_accuracy", "l2_mean"]
-    return frame[[*columns, "forward_per_image", "backward_per_image", "judgement_per_image", "seconds", "flags"]]
+    return write_shown(benchmark_table(store, [run for run, _ in runs]), out / "benchmark.csv", BENCHMARK_SHOWN)
 
 
 VIEWS: dict[str, Callable[[Store, Sequence[tuple[Run, str]], Path], pd.DataFrame]] = {

@@ -13,10 +13,10 @@ from guardians.experiments.run import BARE_LOOP, Run
 from guardians.experiments.store import Store, standing
 from guardians.figures import plot_cost
 from guardians.statistics import paired_difference, wilson_interval
-from guardians.tables import write_csv
+from guardians.tables import write_shown
 from guardians.toolkits.build import TOOLKITS
 
-__all__ = ["THROUGHPUT_COLUMNS", "throughput_table", "throughput_view"]
+__all__ = ["THROUGHPUT_COLUMNS", "THROUGHPUT_SHOWN", "throughput_table", "throughput_view"]
 
 THROUGHPUT_COLUMNS = {
     "model": "name of the model",
@@ -49,6 +49,11 @@ THROUGHPUT_COLUMNS = {
     "engine_overhead": "time over what the passes made would cost in full batches, priced in the same round; median; "
     "empty for all but native",
 }
+THROUGHPUT_SHOWN = (
+    *("model", "n", "implementation", "early_stop", "precision", "robust_accuracy", "seconds", "speedup"),
+    *("bare_loop_ratio", "forward_per_image", "backward_per_image", "judgement_per_image", "engine_overhead"),
+)
+"""Those that are shown at first."""
 _REFERENCE = ("native", True, "float32")
 """What the robust accuracies are held against."""
 
@@ -56,12 +61,9 @@ _REFERENCE = ("native", True, "float32")
 def throughput_view(store: Store, runs: Sequence[tuple[Run, str]], out: Path) -> pd.DataFrame:
     """A table under the study's first label as its name, and where it has several numbers of images a figure."""
     frame, name = throughput_table(store, [run for run, _ in runs]), runs[0][1] or "attack_throughput"
-    write_csv(frame, out / f"{name}.csv")
     if frame["n"].nunique() > 1:
         plot_cost(frame, out / f"{name}.png")
-    shown = ["model", "n", "implementation", "early_stop", "precision", "robust_accuracy", "seconds", "speedup"]
-    shown += ["bare_loop_ratio", "forward_per_image", "backward_per_image", "judgement_per_image", "engine_overhead"]
-    return frame[shown]
+    return write_shown(frame, out / f"{name}.csv", THROUGHPUT_SHOWN)
 
 
 def throughput_table(store: Store, runs: Sequence[Run]) -> pd.DataFrame:

@@ -149,8 +149,6 @@ def test_bits_are_those_of_splitmix64(stream):
 def test_noise_is_that_of_box_and_muller(length):
     expected = np.stack([literal_normal(key, 3, length) for key in KEYS.numpy().view(np.uint64)])
     np.testing.assert_allclose(noise(KEYS, 3, (1, length)).view(40, length), expected, rtol=0, atol=3e-6)
-    on_gpus = torch.cat(list(rng._normal([(KEYS[:30], 0, length), (KEYS[30:], 0, length)], 3)))
-    np.testing.assert_allclose(on_gpus, expected, rtol=0, atol=3e-6)
 
 
 def test_noise_is_added_in_proportion_and_lies_as_in_channels_last():
@@ -268,16 +266,16 @@ class LiveBytes(TorchDispatchMode):
 
 def test_a_block_on_a_gpu_takes_the_memory_that_is_stated():
     with LiveBytes() as live:  # the same operations on a CPU
-        noise = next(rng._normal([(KEYS[:16], 0, rng._BLOCK // 16)], 0))
-    assert noise.numel() == rng._BLOCK
+        noise = rng._normal(KEYS[:16], 0, 0, rng._ON_A_GPU // 16)
+    assert noise.numel() == rng._ON_A_GPU
     assert 3 * noise.nbytes < live.peak < 64e6
 
 
-def test_on_a_cpu_torch_allocates_the_result_alone():
-    x = torch.rand(40, 16, 32, 32)
+def test_on_a_cpu_it_takes_the_memory_that_is_stated():
+    x = torch.rand(40, 16, 32, 32).repeat(1, 2, 2, 2)
     with LiveBytes() as live:
         noisy = with_normal(x, KEYS, 0, 1)
-    assert live.peak == noisy.nbytes
+    assert noisy.nbytes < live.peak < noisy.nbytes + 8e6 * torch.get_num_threads()
 
 
 def test_row_keys_are_those_of_the_innermost_batch_of_that_length():

@@ -1,22 +1,24 @@
 """The committed tables are of the bundled models, and a command that wrote them finds its runs."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from guardians.experiments.bench import summarise
+from guardians.experiments import defences, evaluation, published
+from guardians.experiments.bench import BENCHMARK_SHOWN, summarise
 from guardians.experiments.defences import DEFENCE_COLUMNS
-from guardians.experiments.evaluation import EVALUATION_COLUMNS, as_markdown
-from guardians.experiments.minimum_norm import CONST_COLUMNS, MINIMUM_NORM_COLUMNS
+from guardians.experiments.evaluation import EVALUATION_COLUMNS
+from guardians.experiments.minimum_norm import CONST_COLUMNS, MINIMUM_NORM_COLUMNS, MINIMUM_NORM_SHOWN
 from guardians.experiments.run import IDENTITY, key_of
 from guardians.experiments.store import Store
-from guardians.experiments.throughput import THROUGHPUT_COLUMNS
+from guardians.experiments.throughput import THROUGHPUT_COLUMNS, THROUGHPUT_SHOWN
 from guardians.models import digest, load_model
 from guardians.parity import cases
-from guardians.tables import BENCHMARK_COLUMNS, PARITY_COLUMNS, read_csv
+from guardians.tables import BENCHMARK_COLUMNS, PARITY_COLUMNS, columns_as_markdown, read_csv
 
-RESULTS = Path(__file__).parents[2] / "results"
+RESULTS, DOCS = (Path(__file__).parents[2] / name for name in ("results", "docs"))
 TABLES = {
     "attack_cost": THROUGHPUT_COLUMNS,
     "attack_overhead": THROUGHPUT_COLUMNS,
@@ -29,6 +31,14 @@ TABLES = {
     "defences": DEFENCE_COLUMNS,
     "evaluation": EVALUATION_COLUMNS,
     "gpu/evaluation": EVALUATION_COLUMNS,
+}
+FOR_PEOPLE = {
+    "attack_throughput": partial(columns_as_markdown, columns=THROUGHPUT_SHOWN),
+    "benchmark": partial(columns_as_markdown, columns=BENCHMARK_SHOWN),
+    "carlini_wagner": partial(columns_as_markdown, columns=MINIMUM_NORM_SHOWN),
+    "defences": defences.as_markdown,
+    "evaluation": evaluation.as_markdown,
+    "robust_neural_networks/robust_neural_networks": published.as_markdown,
 }
 
 
@@ -74,9 +84,11 @@ def test_the_benchmark_is_a_view_of_the_store(store):
         assert figures == pytest.approx({name: row[name] for name in figures}, nan_ok=True)
 
 
-def test_the_evaluation_for_people_is_of_the_table():
-    committed = (RESULTS / "evaluation.md").read_text()
-    assert committed == as_markdown(read_csv(RESULTS / "evaluation.csv")) + "\n"
+@pytest.mark.parametrize("name", FOR_PEOPLE)
+def test_tables_for_people_are_of_those_on_disk(name):
+    committed = (RESULTS / f"{name}.md").read_text()
+    assert committed == FOR_PEOPLE[name](read_csv(RESULTS / f"{name}.csv")) + "\n"
+    assert f"```{{include}} ../results/{name}.md" in "".join(page.read_text() for page in DOCS.glob("*.md"))
 
 
 def test_the_budget_standard_leaves_no_more_than_the_reference():
