@@ -388,6 +388,15 @@ def test_a_gradient_costs_as_many_passes_whether_draws_or_the_defence_average_th
     assert asked[40] == pytest.approx(2 * asked[20], rel=0.25)
 
 
+def test_of_a_random_model_pgd_is_run_on_all_that_stands(net, x):
+    defence = RandomSelfEnsemble(net, sigma_init=1e-3, sigma_inner=0, n=20, seed=0).eval()
+    found = evaluated(defence, x, predicted(net, x), eps=1e-5)
+    assert found.stages == ["clean", "malt", "pgd", "square"]
+    number = found.stages.index("pgd")
+    assert found.robust_accuracy > 0
+    assert (found.ledger.finished[found.ledger.stands] > number).all()
+
+
 def test_images_that_a_random_model_often_gets_right_are_attacked_though_it_mostly_gets_them_wrong():
     class Brightness(nn.Module):
         def __init__(self):
