@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 ATTACKS = ("clean", "FGSM", "PGD-10", "PGD-40")
 """Those that run unless others are asked for."""
 BENCHMARK_SHOWN = (
-    *("model", "attack", "implementation", "n", "robust_accuracy", "robust_accuracy_low"),
+    *("model", "defence", "attack", "implementation", "n", "robust_accuracy", "robust_accuracy_low"),
     *("robust_accuracy_high", "success_rate", "l2_mean", "linf_max", "forward_per_image"),
     *("backward_per_image", "judgement_per_image", "seconds", "flags"),
 )
