@@ -320,10 +320,17 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
 
 
-def write_shown(frame: pd.DataFrame, path: Path, shown: Sequence[str]) -> pd.DataFrame:
-    """Write a table as CSV, and beside it in Markdown the columns that people are shown, which are returned."""
+def write_shown(frame: pd.DataFrame, path: Path, shown: Sequence[str], text: str | None = None) -> pd.DataFrame:
+    """Write a table as CSV, and beside it what people are shown in Markdown.
+
+    Args:
+        frame: the table.
+        path: of the CSV file.
+        shown: columns that are shown, and returned.
+        text: in the place of these columns in Markdown.
+    """
     write_csv(frame, path)
-    path.with_suffix(".md").write_text(columns_as_markdown(frame, shown) + "\n")
+    path.with_suffix(".md").write_text((columns_as_markdown(frame, shown) if text is None else text) + "\n")
     return frame[list(shown)]
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 from guardians.experiments.run import Run
 from guardians.experiments.store import Store, standing
 from guardians.statistics import wilson_interval
-from guardians.tables import BENCHMARK_COLUMNS, markdown, write_csv
+from guardians.tables import BENCHMARK_COLUMNS, markdown, write_shown
 
 __all__ = ["DEFENCE_COLUMNS", "DEFENCE_SHOWN", "as_markdown", "defences_table", "defences_view"]
 
@@ -47,9 +47,7 @@ DEFENCE_SHOWN = (
 def defences_view(store: Store, runs: Sequence[tuple[Run, str]], out: Path) -> pd.DataFrame:
     """`defences.csv`, a row for each subject and label, and `defences.md`, a table for people."""
     frame = defences_table(store, runs)
-    write_csv(frame, out / "defences.csv")
-    (out / "defences.md").write_text(as_markdown(frame) + "\n")
-    return frame[list(DEFENCE_SHOWN)]
+    return write_shown(frame, out / "defences.csv", DEFENCE_SHOWN, as_markdown(frame))
 
 
 def defences_table(store: Store, runs: Sequence[tuple[Run, str]]) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from guardians.experiments.bench import summarise
 from guardians.experiments.run import Run
 from guardians.experiments.store import Store, standing
 from guardians.statistics import paired_difference
-from guardians.tables import BENCHMARK_COLUMNS, markdown, write_csv
+from guardians.tables import BENCHMARK_COLUMNS, markdown, write_shown
 
 __all__ = ["EVALUATION_COLUMNS", "EVALUATION_SHOWN", "REFERENCE", "as_markdown", "evaluation_table", "evaluation_view"]
 
@@ -58,9 +58,7 @@ EVALUATION_SHOWN = (
 def evaluation_view(store: Store, runs: Sequence[tuple[Run, str]], out: Path) -> pd.DataFrame:
     """`evaluation.csv`, a row for each model, ball and label, and `evaluation.md`, a table for people."""
     frame = evaluation_table(store, runs)
-    write_csv(frame, out / "evaluation.csv")
-    (out / "evaluation.md").write_text(as_markdown(frame) + "\n")
-    return frame[list(EVALUATION_SHOWN)]
+    return write_shown(frame, out / "evaluation.csv", EVALUATION_SHOWN, as_markdown(frame))
 
 
 def evaluation_table(store: Store, runs: Sequence[tuple[Run, str]]) -> pd.DataFrame:

@@ -21,7 +21,7 @@ from guardians.experiments.run import Run
 from guardians.experiments.store import Store, standing
 from guardians.figures import plot_lines
 from guardians.statistics import paired_difference, wilson_interval
-from guardians.tables import BENCHMARK_COLUMNS, markdown, write_csv
+from guardians.tables import BENCHMARK_COLUMNS, markdown, write_shown
 
 logger = logging.getLogger(__name__)
 
@@ -152,15 +152,13 @@ def judged(
 def published_view(store: Store, runs: Sequence[tuple[Run, str]], out: Path) -> pd.DataFrame:
     """`robust_neural_networks.csv`, a row for each claim and kind of model, and the report's two figures."""
     frame = published_table(store, runs)
-    write_csv(frame, out / "robust_neural_networks.csv")
-    (out / "robust_neural_networks.md").write_text(as_markdown(frame) + "\n")
     pictured = [run for run, label in runs if label == PICTURES]
     if pictured:
         show_perturbations(pictured, out / "robust_neural_networks_c.png")
     by_lambda = _by_lambda(store, runs)
     if len(by_lambda):
         plot_lines(by_lambda, out / "robust_neural_networks_lambda.png", axis="lambda, the weight of the image")
-    return frame[list(PUBLISHED_SHOWN)]
+    return write_shown(frame, out / "robust_neural_networks.csv", PUBLISHED_SHOWN, as_markdown(frame))
 
 
 def as_markdown(frame: pd.DataFrame) -> str:

@@ -117,10 +117,9 @@ def own(name: str, arguments: dict[str, Any], norm: float, eps: float) -> tuple[
 
 def wrap(recipe: Recipe, spec: Spec, model: nn.Module, batch_size: int, nb_classes: int, **_: Any) -> TensorAttack:
     """The attack, see `guardians.toolkits.build`."""
-    (name, arguments), package = recipe, installed(PACKAGE)
+    (name, given), package = recipe, installed(PACKAGE)
     attack = name(package) if callable(name) else getattr(package, name)
-    if "n_classes" in inspect.signature(attack).parameters:  # else it takes them to be ten
-        arguments = {"n_classes": nb_classes} | arguments
+    arguments = own_arguments(attack, given, n_classes=nb_classes)  # else it takes them to be ten
     return TorchattacksAttack(model, attack, batch_size=batch_size, targeted=spec.targeted, **arguments)
 
 
@@ -193,9 +192,17 @@ def _auto_attack_of(package: Any) -> type:
 
     class AutoAttack(package.AutoAttack):
         def __init__(
-            self, model: nn.Module, n_classes: int, steps: int, n_queries: int = 5000, **arguments: Any
+            self,
+            model: nn.Module,
+            norm: str,
+            eps: float,
+            n_classes: int,
+            steps: int,
+            n_queries: int = 5000,
+            version: str = "standard",
+            seed: int | None = None,
         ) -> None:
-            super().__init__(model, n_classes=n_classes, **arguments)
+            super().__init__(model, norm=norm, eps=eps, version=version, n_classes=n_classes, seed=seed)
             for part in self._autoattack.attacks:
                 name, value = ("n_queries", n_queries) if hasattr(part, "n_queries") else ("steps", steps)
                 setattr(part, name, value)
